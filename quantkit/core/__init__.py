@@ -1,0 +1,1 @@
+"""Shared nouns: what every other part of quantkit speaks of."""

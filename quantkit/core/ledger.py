@@ -1,0 +1,67 @@
+"""What an interrupted run has finished, so that the same command can go on.
+
+The ledger lives in the unfinished output folder. It holds a fingerprint of everything that decides
+the output's bytes, and the report of every finished part; it is replaced atomically, after the
+part's tensors are synced.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantkit.core.checkpoint import write_json
+from quantkit.errors import QuantkitError
+
+FILE = "ledger.json"
+
+
+class Ledger:
+    """Opens the ledger of ``folder`` or starts one. Raises QuantkitError, naming what differs, when
+    the folder was begun with another fingerprint."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self._path = folder / FILE
+        self._done: dict[str, Any] = {}
+        # compared as they are stored
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        if self._path.exists():
+            self._continue(folder)
+        else:
+            self._save()
+
+    def _continue(self, folder: Path) -> None:
+        stored = json.loads(self._path.read_text("utf-8"))
+        before, now = stored["fingerprint"], self._fingerprint
+        different = [
+            f"{key} was {before.get(key)}, is now {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if different:
+            raise QuantkitError(
+                f"{folder} holds an unfinished run with other settings: {'; '.join(different)}",
+                "repeat the earlier command to finish it, or start over with --overwrite",
+            )
+        self._done = stored["done"]
+
+    def __contains__(self, part: str) -> bool:
+        return part in self._done
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def report(self, part: str) -> Any:
+        """What was recorded about a finished part."""
+        return self._done[part]
+
+    def finish(self, part: str, report: Any) -> None:
+        """Record that a part is done. Its data must already be on the disk."""
+        self._done[part] = report
+        self._save()
+
+    def remove(self) -> None:
+        """The run is complete; forget the ledger."""
+        self._path.unlink()
+
+    def _save(self) -> None:
+        write_json(self._path, {"fingerprint": self._fingerprint, "done": self._done})

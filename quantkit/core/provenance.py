@@ -1,0 +1,46 @@
+"""Where an artifact came from: versions, machine, hashes of the source's files."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from quantkit import __version__
+
+FILE = "quantkit.json"
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of quantkit, Python and what the result depends on."""
+    found = {"quantkit": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return found
+
+
+def machine(device: torch.device) -> str:
+    """The processor that did the work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def hash_files(files: list[Path]) -> Future[dict[str, str]]:
+    """sha256 of each file, by name, computed beside the work (hashing frees the interpreter)."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
+
+    def work() -> dict[str, str]:
+        return {path.name: _sha256(path) for path in files}
+
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,98 @@
+"""Where a model comes from: the demo, a folder, or a repository on the Hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit import data
+from quantkit.errors import QuantkitError
+
+DEMO = "demo"
+_REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
+# everything that is needed to run or quantize a model, and no pickles
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is now on this machine.
+
+    name      what to call it in reports: ``demo``, the repository, or the folder's own name (never
+              a path, since it is published)
+    folder    where the files are
+    revision  the commit, for a repository
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    def read_json(self, file: str) -> dict[str, Any] | None:
+        """A JSON file of the model, or None when it has none of that name."""
+        path = self.folder / file
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (ValueError, OSError) as error:
+            raise QuantkitError(f"{path} is not readable JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise QuantkitError(f"{path} should hold one JSON object")
+        return content
+
+
+def resolve(model: str, revision: str | None = None) -> Source:
+    """Find ``model`` and fetch it if need be: ``demo``, a folder, ``owner/name`` or
+    ``owner/name@revision``. Raises QuantkitError when there is no such model."""
+    if model == DEMO:
+        return Source(DEMO, data.demo())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Source(path.resolve().name, path)
+    if path.exists():
+        raise QuantkitError(
+            f"{model} is a file, not a model's folder", "give the folder that holds config.json"
+        )
+    if not _REPOSITORY.fullmatch(model):
+        raise QuantkitError(
+            f"there is no folder {model}",
+            "give a folder, a Hub repository such as owner/name, or 'demo'",
+        )
+    repository, _, tag = model.partition("@")
+    return _from_hub(repository, revision or tag or None)
+
+
+def _from_hub(repository: str, revision: str | None) -> Source:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED)
+        )
+    except errors.GatedRepoError as error:
+        raise QuantkitError(
+            f"{repository} is gated, and you have no access to it with the current token",
+            "accept its terms on its Hub page, then run 'hf auth login'",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise QuantkitError(
+            f"{repository} has no revision '{revision}'", "see the branches on its Hub page"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise QuantkitError(
+            f"there is no folder {repository} here, and no such repository on the Hub",
+            "check the spelling; for a private repository run 'hf auth login'",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise QuantkitError(
+            f"there is no folder {repository} here, and the Hub cannot be reached",
+            "check the path or the network (and HF_HUB_OFFLINE)",
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise QuantkitError(
+            f"downloading {repository} failed ({error})", "run the same command again to continue"
+        ) from error
+    return Source(repository, folder, folder.name)

@@ -1,0 +1,1 @@
+"""Quantization mathematics: tensors in, QWeight out. No files, no models, no packing."""

@@ -1,0 +1,270 @@
+"""GPTQ in the upper-factor form: one factorisation of the Hessian, one pass over the columns.
+
+Minimised, for every row of a linear's weight W (or of a corrected target, see align.py), is
+
+    (w - q) H (w - q)^T          H = E[x x^T] + damping, x the linear's input
+
+over what the grid can express. With H = U D U^T, U unit upper triangular, D diagonal, the objective
+is a sum over columns, sum_j D_j ( (w_j - q_j) + sum_{i<j} (w_i - q_i) U_ij )^2, so going through
+the columns in order and rounding
+
+    q_j = round( w_j + sum_{i<j} (w_i - q_i) U_ij )
+
+leaves each column the least it can do. This is the algorithm of Frantar et al. (GPTQ,
+arXiv:2210.17323) in the form of LDLQ (Chee et al., QuIP, arXiv:2307.13304, section 3); the two give
+the same codes (QuIP, theorem 6), and this one needs no inverse of H.
+
+Matrices are held transposed, [in, out]: a step treats one input column for all rows at once, and
+that is then one contiguous stretch of memory. Columns are visited in an order in which every group
+is contiguous, whatever ``act_order`` says, so that there is a single code path:
+
+    none     as they come
+    static   groups by falling energy, and columns by falling energy inside each; the file's groups
+             stay contiguous
+    group    columns by falling energy over the whole row, cut into groups afterwards; the file
+             then needs to say which group each input belongs to (desc_act with a real g_idx)
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from quantkit.core.qweight import QWeight, Scheme
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.methods import refine, scales
+from quantkit.methods.scales import Grid
+
+ActOrder = Literal["static", "none", "group"]
+TILE = 128
+_MAX_DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to solve. Changing any of these changes the codes, never the file format.
+
+    act_order  the order in which columns are rounded (see the module's text)
+    damp       added to the Hessian's diagonal, as a fraction of its mean
+    search     choose scales under the Hessian; off: from the largest weight of the group
+    rounds     rounds of scale refit and code polish afterwards
+    zero_min   smallest zero point an asymmetric group may use (1 for files in the v1 convention)
+    """
+
+    act_order: ActOrder = "static"
+    damp: float = 0.01
+    search: bool = True
+    rounds: int = 2
+    zero_min: int = 0
+
+    def __post_init__(self) -> None:
+        if self.act_order not in get_args(ActOrder):
+            raise UsageError(
+                f"act-order '{self.act_order}' is unknown", "use static, none or group"
+            )
+        if not 0 < self.damp <= _MAX_DAMP:
+            raise UsageError(f"damp {self.damp} is out of range", "use more than 0, at most 1")
+        if self.rounds < 0:
+            raise UsageError("refine rounds cannot be negative")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``qweight``; the ``damp`` that the factorisation needed; how many inputs were ``dead``."""
+
+    qweight: QWeight
+    damp: float
+    dead: int
+
+
+def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> Solution:
+    """Round ``target`` [out, in] under ``hessian`` [in, in], both float32.
+
+    Raises QuantkitError when the Hessian cannot be factored at any damping, UsageError when the
+    group does not divide the input width.
+    """
+    scheme.groups(target.shape[1])
+    hessian, dead = _revive(hessian)
+    order = visiting_order(hessian.diagonal(), scheme, options.act_order)
+    columns = target.T[order].contiguous()
+    hessian = hessian[order][:, order]
+    unit, weight, damp = factor(hessian, options.damp)
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    rounding = _Rounding(columns, unit, weight, scheme, options)
+    codes, scale, zero = rounding.run()
+    del unit, rounding
+    for _ in range(options.rounds):
+        scale = refine.refit(columns, hessian, codes, scale, zero, scheme)
+        refine.polish(columns, hessian, codes, scale, zero, scheme)
+    return Solution(_assemble(codes, scale, zero, order, scheme, options), damp, dead)
+
+
+def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``."""
+    error = target - rounded
+    lost = (error @ hessian).mul_(error).sum()
+    return float(lost / (target @ hessian).mul_(target).sum())
+
+
+def _revive(hessian: Tensor) -> tuple[Tensor, int]:
+    """Give inputs that were always zero an energy of their own, so that they are simply rounded."""
+    dead = hessian.diagonal() <= 0
+    count = int(dead.sum())
+    if count:
+        alive = hessian.diagonal()[~dead]
+        hessian = hessian.clone()
+        hessian.diagonal()[dead] = alive.mean() if len(alive) else 1.0
+    return hessian, count
+
+
+def visiting_order(energy: Tensor, scheme: Scheme, act_order: ActOrder) -> Tensor:
+    """int64 [in]: which column comes when; ``energy`` is the Hessian's diagonal."""
+    width = energy.shape[0]
+    if act_order == "none":
+        return torch.arange(width, device=energy.device)
+    if act_order == "group":
+        return torch.argsort(energy, descending=True, stable=True)
+    group = scheme.width(width)
+    grouped = energy.reshape(-1, group)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    columns = inside + torch.arange(0, width, group, device=energy.device)[:, None]
+    return columns[torch.argsort(grouped.mean(1), descending=True, stable=True)].reshape(-1)
+
+
+def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
+    """H + damping = U diag(D) U^T -> U (unit upper), D, and the damping that it took.
+
+    A Cholesky factor of the matrix flipped along both axes, flipped back, is upper. When it does
+    not exist the damping grows tenfold, up to the mean of the diagonal itself.
+    """
+    mean = hessian.diagonal().mean()
+    while True:
+        flipped = hessian.flip(0, 1)
+        flipped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        if not failed and bool(torch.isfinite(lower.diagonal()).all()):
+            break
+        if damp >= _MAX_DAMP:
+            raise QuantkitError(
+                "the Hessian has no factorisation, even with heavy damping",
+                "calibrate with more or more varied text (--calib, --calib-rows)",
+            )
+        damp = min(_MAX_DAMP, damp * 10)
+    del flipped
+    upper = lower.flip(0, 1)
+    diagonal = upper.diagonal().clone()
+    return upper.div_(diagonal), diagonal.square_(), damp
+
+
+class _Rounding:
+    """One pass over the columns, in tiles; all matrices in visiting order and transposed."""
+
+    def __init__(
+        self, columns: Tensor, unit: Tensor, weight: Tensor, scheme: Scheme, options: Options
+    ) -> None:
+        self.columns, self.unit, self.weight = columns, unit, weight
+        self.scheme, self.options = scheme, options
+        self.errors = torch.empty_like(columns)  # columns - decoded codes, for the columns done
+        self.codes = torch.empty_like(columns)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Codes [in, out] (float32), scale [groups, out], zero [groups, out] or the midpoint."""
+        width = self.columns.shape[0]
+        group = self.scheme.width(width)
+        tile = min(group, TILE)
+        grids: list[Grid] = []
+        for start in range(0, width, group):
+            grids.append(self._choose_grid(start, start + group))
+            for first in range(start, start + group, tile):
+                last = min(first + tile, start + group)
+                _round_tile(
+                    self._compensated(first, last, first),
+                    self.columns[first:last],
+                    self.unit[first:last, first:last].T.contiguous(),
+                    grids[-1],
+                    self.scheme.max_code,
+                    self.codes[first:last],
+                    self.errors[first:last],
+                )
+        scale = torch.stack([grid.scale for grid in grids])
+        if self.scheme.symmetric:
+            return self.codes, scale, float(self.scheme.midpoint)
+        return self.codes, scale, torch.stack([torch.as_tensor(grid.zero) for grid in grids])
+
+    def _compensated(self, first: int, last: int, done: int) -> Tensor:
+        """What columns first..last should become, given the errors of the ``done`` before them."""
+        if not done:
+            return self.columns[first:last].clone()
+        return torch.addmm(
+            self.columns[first:last], self.unit[:done, first:last].T, self.errors[:done]
+        )
+
+    def _choose_grid(self, start: int, stop: int) -> Grid:
+        """The group's grid. The published algorithm sees weights that already make up for all
+        earlier errors; with a = the running targets they are (a + w M)(I + M)^-1, M the group's
+        own strictly upper part, and their curvature is (I + M) D (I + M)^T."""
+        own = self.unit[start:stop, start:stop]
+        columns = self.columns[start:stop]
+        running = self._compensated(start, stop, start)
+        running += own.T @ columns
+        running -= columns
+        shown = torch.linalg.solve_triangular(own.T, running, upper=False, unitriangular=True)
+        if not self.options.search:
+            return scales.from_range(shown, self.scheme, self.options.zero_min)
+        curvature = (own * self.weight[start:stop]) @ own.T
+        return scales.search(shown, curvature, self.scheme, self.options.zero_min)
+
+
+def _round_tile(
+    running: Tensor,
+    columns: Tensor,
+    lower: Tensor,
+    grid: Grid,
+    max_code: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round the columns of one tile in order, into ``codes`` and ``errors`` (all [tile, out]).
+
+    ``running`` already makes up for the tiles before; ``lower`` [tile, tile] is the tile's own part
+    of U, transposed. A fused kernel takes this function's place on a GPU.
+    """
+    inverse = 1 / grid.scale
+    for j in range(columns.shape[0]):
+        wanted = running[j]
+        if j:
+            wanted = torch.addmv(wanted, errors[:j].T, lower[j, :j])
+        code = torch.mul(wanted, inverse, out=codes[j])
+        code.add_(grid.zero).round_().clamp_(0, max_code)
+        torch.sub(code, grid.zero, out=errors[j])
+        errors[j].mul_(grid.scale).sub_(columns[j]).neg_()
+
+
+def _assemble(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    order: Tensor,
+    scheme: Scheme,
+    options: Options,
+) -> QWeight:
+    """Back into the model's own order of columns, and of groups."""
+    width = len(order)
+    group = scheme.width(width)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(width, device=order.device)
+    group_of = None
+    if options.act_order == "group":
+        group_of = (back // group).to(torch.int32)
+    else:
+        visited = order[::group] // group
+        scale = scale[torch.argsort(visited)]
+        zero = zero if isinstance(zero, float) else zero[torch.argsort(visited)]
+    return QWeight(
+        scheme,
+        codes[back].T.contiguous().to(torch.uint8),
+        scale.T.contiguous().to(scales.SCALE_DTYPE),
+        None if isinstance(zero, float) else zero.T.contiguous().to(torch.uint8),
+        group_of,
+    )

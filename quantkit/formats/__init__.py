@@ -1,0 +1,1 @@
+"""Bit layouts on disk: a QWeight to named tensors and back. No mathematics."""

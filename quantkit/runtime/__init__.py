@@ -1,0 +1,1 @@
+"""Running models: the block-by-block walk, the one loader, quantized linears, decoding."""

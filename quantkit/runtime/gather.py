@@ -1,0 +1,81 @@
+"""Statistics of a block's linears, gathered while calibration rows run through it.
+
+Hidden states are lists of tensors [rows, tokens, width], one a micro-batch.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from quantkit.core.stats import InputStats, Moments
+from quantkit.errors import QuantkitError
+from quantkit.runtime.walk import Block, InputGroup
+
+Stats = dict[InputGroup, Moments]
+
+
+def observe(
+    block: Block, hidden: list[Tensor], groups: list[InputGroup], keep: list[InputGroup]
+) -> tuple[Stats, dict[InputGroup, list[Tensor]]]:
+    """Run all rows once. Returns the moments of the inputs of ``groups``, and every output of the
+    linears ``keep``; ``hidden`` then holds the block's outputs."""
+    stats = {group: InputStats(group.width, hidden[0].device) for group in groups}
+    kept: dict[InputGroup, list[Tensor]] = {group: [] for group in keep}
+    with (
+        block.watching({group.names[0]: stats[group].add for group in groups}),
+        block.watching(
+            {g.names[0]: lambda x, y, g=g: kept[g].append(y) for g in keep}, outputs=True
+        ),
+    ):
+        for i, x in enumerate(hidden):
+            hidden[i] = block.forward(x)
+    return {group: _finish(block, group, stats[group]) for group in groups}, kept
+
+
+def observe_drift(
+    block: Block,
+    hidden: list[Tensor],
+    wanted: dict[InputGroup, list[Tensor]],
+    closing: list[Tensor],
+) -> Stats:
+    """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
+    moments of its inputs together with those of the difference between the outputs that it should
+    have had and those it has. For a linear that closes the block, that is the difference between
+    the block's wanted outputs, ``closing``, and its actual ones."""
+    stats = {
+        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1]) for group in wanted
+    }
+    held: dict[InputGroup, Tensor] = {}
+
+    def hook(group: InputGroup, index: int) -> Callable[[Tensor, Tensor], None]:
+        def see(x: Tensor, y: Tensor) -> None:
+            stats[group].add(x)
+            if wanted[group]:
+                stats[group].add_drift(x, wanted[group][index] - y)
+            else:
+                held[group] = x
+
+        return see
+
+    for i, x in enumerate(hidden):
+        with block.watching({g.names[0]: hook(g, i) for g in wanted}, outputs=True):
+            difference = closing[i] - block.forward(x)
+        for group in list(held):
+            stats[group].add_drift(held.pop(group), difference)
+    return {group: _finish(block, group, stats[group]) for group in wanted}
+
+
+def advance(block: Block, hidden: list[Tensor]) -> None:
+    """Replace hidden states by the block's outputs."""
+    for i, x in enumerate(hidden):
+        hidden[i] = block.forward(x)
+
+
+def _finish(block: Block, group: InputGroup, stats: InputStats) -> Moments:
+    moments = stats.moments()
+    if not bool(moments.gram.diagonal().isfinite().all()):
+        raise QuantkitError(
+            f"the inputs of {block.name}.{group.names[0]} are not finite during calibration",
+            "run with --dtype float32, and check that the model itself generates sensible text",
+        )
+    return moments

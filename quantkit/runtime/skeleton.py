@@ -1,0 +1,207 @@
+"""A transformers model without weights, and the way weights get in and out of its parts.
+
+The model is built with every parameter on the ``meta`` device; parts of it are filled by name from
+a checkpoint when they are needed and emptied again. Names on disk and names in memory differ for
+some architectures (GPT-NeoX calls its head ``embed_out`` on disk, ``lm_head`` in memory; some
+experts are apart on disk and fused in memory): transformers' own conversion tables are used for
+that, and nothing else.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from quantkit.core.checkpoint import Checkpoint
+from quantkit.core.source import Source
+from quantkit.errors import QuantkitError
+
+
+def read_config(source: Source) -> PretrainedConfig:
+    """The model's configuration. Raises QuantkitError when there is none, when it needs code from
+    the repository, or when the model is not a causal LM that transformers knows."""
+    raw = source.read_json("config.json")
+    if raw is None:
+        raise QuantkitError(
+            f"{source.name} has no config.json", "is this the folder of a transformers model?"
+        )
+    if raw.get("auto_map"):
+        raise QuantkitError(
+            f"{source.name} needs Python code from its repository, which quantkit does not run",
+            "use a version of the model that transformers supports by itself",
+        )
+    kind = raw.get("model_type")
+    architectures = raw.get("architectures") or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not known.intersection(architectures)
+    ):
+        what = architectures[0] if architectures else f"model_type {kind!r}"
+        raise QuantkitError(
+            f"{source.name} is not a causal language model that transformers knows ({what})",
+            "quantkit works on AutoModelForCausalLM architectures",
+        )
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise QuantkitError(f"the config.json of {source.name} is not usable ({error})") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While a model is built, parameters keep their shape only; buffers (masks, rotary tables) are
+    computed as always, since no checkpoint holds them."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class Skeleton:
+    """``model``: a transformers causal LM in eval mode, empty until filled.
+
+    ``dtype`` is what floating-point tensors become when they are filled in; ``device`` where.
+    """
+
+    def __init__(
+        self, source: Source, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.source, self.checkpoint = source, checkpoint
+        self.device, self.dtype = device, dtype
+        self.config = read_config(source)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        self._conversions = get_model_conversion_mapping(self.model)
+
+    @cached_property
+    def live_names(self) -> dict[str, str]:
+        """Name on disk -> name in the model, for every tensor of the checkpoint. Tensors that
+        the model has no place for keep their name."""
+        return {name: self._live(name)[0] for name in self.checkpoint}
+
+    @cached_property
+    def disk_names(self) -> dict[str, str]:
+        """Name in the model -> name on disk, where one tensor on disk is one in the model."""
+        pairs = {}
+        for name in self.checkpoint:
+            live, pattern = self._live(name)
+            if pattern is None:
+                pairs[live] = name
+        return pairs
+
+    def _live(self, name: str) -> tuple[str, str | None]:
+        return rename_source_key(
+            name,
+            [c for c in self._conversions if isinstance(c, WeightRenaming)],
+            [c for c in self._conversions if isinstance(c, WeightConverter)],
+            self.model.base_model_prefix,
+            self._expected,
+        )
+
+    @cached_property
+    def _expected(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def fill(self, prefixes: Iterable[str]) -> None:
+        """Give every parameter below ``prefixes`` its weights. Raises QuantkitError when the
+        checkpoint lacks one, or holds one of another shape."""
+        wanted = tuple(prefixes)
+
+        def below(name: str) -> bool:
+            return any(name == p or name.startswith(p + ".") for p in wanted)
+
+        names = [disk for disk, live in self.live_names.items() if below(live)]
+        load(
+            self.model,
+            {n: self.checkpoint.get(n) for n in names},
+            self.device,
+            self.dtype,
+            self._conversions,
+        )
+        missing = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if below(name) and parameter.device.type == "meta"
+        ]
+        if missing:
+            raise QuantkitError(
+                f"{self.source.name} lacks the tensor {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+                "the download may be incomplete, or config.json may belong to another model",
+            )
+
+    def empty(self, module: nn.Module) -> None:
+        """Drop the weights of ``module``."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(
+                        torch.empty_like(parameter, device="meta"), requires_grad=False
+                    )
+
+
+def load(
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    conversions: list[Any],
+) -> None:
+    """Put tensors with their names on disk into ``model``, through transformers' conversions."""
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(
+            model,
+            tensors,
+            LoadStateDictConfig(
+                device_map={"": device}, dtype=dtype, weight_mapping=list(conversions)
+            ),
+            None,
+        )
+    if info.mismatched_keys:
+        name, found, wanted = sorted(info.mismatched_keys)[0]
+        raise QuantkitError(
+            f"tensor {name} has the shape {tuple(found)}, the model needs {tuple(wanted)}",
+            "config.json and the weights do not belong together",
+        )
+    if info.conversion_errors or info.error_msgs:
+        detail = [*info.conversion_errors.values(), *info.error_msgs][0]
+        raise QuantkitError(f"the weights do not fit the model ({detail})")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No 'Loading weights' bar: blocks are loaded one by one, and quantkit shows its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

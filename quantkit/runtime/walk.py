@@ -1,0 +1,313 @@
+"""The walk: a causal LM run one decoder block at a time, with nothing else in memory.
+
+No architecture is known by name. The decoder blocks are the module list that is as long as the
+config says; each block's arguments are recorded while the model runs with its blocks replaced by
+recorders; and which linears share an input is seen by tracing one small batch. So the walk works on
+whatever transformers can build.
+
+    walk = Walk(skeleton)
+    hidden = walk.embed(batches)               # in front of the first block
+    for index in range(len(walk)):
+        with walk.block(index) as block:       # its weights are in memory in here
+            for i, x in enumerate(hidden):
+                hidden[i] = block.forward(x)
+    for logits in walk.logits(batches, hidden):
+        ...
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime.skeleton import Skeleton
+
+_PROBE_TOKENS = 32
+
+
+class _Stop(Exception):
+    """Leaves a forward pass once everything wanted has been seen."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a block beside its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that receive the very same input tensor, in the order of their calls.
+
+    names      inside the block, such as ``self_attn.q_proj``
+    width      input features
+    writes     a single linear as wide as the residual stream: it adds to it (attention output, MLP
+               output); the others read from it
+    closes     its output reaches the block's output unchanged (see Block.trace)
+    """
+
+    names: tuple[str, ...]
+    width: int
+    writes: bool = False
+    closes: bool = False
+
+
+class Block:
+    """One decoder block with its weights in memory."""
+
+    def __init__(self, name: str, module: nn.Module, calls: dict[tuple[int, int], Call]) -> None:
+        self.name, self.module = name, module
+        self._calls = calls
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [rows, tokens, width] -> the block's output, same shape."""
+        call = self._calls[hidden.shape[0], hidden.shape[1]]
+        return _hidden(self.module(hidden, *call.args, **call.kwargs))
+
+    def linear(self, name: str) -> nn.Module:
+        return self.module.get_submodule(name)
+
+    @contextmanager
+    def watching(self, hooks: dict[str, Any], outputs: bool = False) -> Iterator[None]:
+        """While open, call ``hooks[name](tensor)`` with the input of each named linear, or with
+        its input and output: ``hooks[name](x, y)``."""
+        handles = []
+        for name, hook in hooks.items():
+            if outputs:
+                handles.append(
+                    self.linear(name).register_forward_hook(
+                        lambda module, args, result, hook=hook: hook(args[0], result)
+                    )
+                )
+            else:
+                handles.append(
+                    self.linear(name).register_forward_pre_hook(
+                        lambda module, args, hook=hook: hook(args[0])
+                    )
+                )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def trace(self, sample: Tensor) -> list[InputGroup]:
+        """Which linears share inputs, in the order of their calls. ``sample`` is any hidden state;
+        a short piece of it is run.
+
+        ``closes`` is found by numbers: noise added to the linear's output must come out of the
+        block as it went in.
+        """
+        piece = sample[:1, :_PROBE_TOKENS]
+        seen: dict[int, list[str]] = {}
+        inputs: list[Tensor] = []
+
+        def note(name: str, x: Tensor) -> None:
+            for key, known in enumerate(inputs):
+                if known is x or (known.data_ptr() == x.data_ptr() and known.shape == x.shape):
+                    if name not in seen[key]:
+                        seen[key].append(name)
+                    return
+            inputs.append(x)  # keeping it alive keeps its address unique
+            seen[len(inputs) - 1] = [name]
+
+        names = [name for name, module in self.module.named_modules() if is_linear(module)]
+        with self.watching({n: lambda x, n=n: note(n, x) for n in names}):
+            output = self.forward(piece)
+        groups = [
+            InputGroup(
+                tuple(members),
+                inputs[key].shape[-1],
+                writes=len(members) == 1
+                and features(self.linear(members[0]))[0] == output.shape[-1],
+            )
+            for key, members in seen.items()
+        ]
+        return [self._closing(group, piece, output) for group in groups]
+
+    def _closing(self, group: InputGroup, piece: Tensor, output: Tensor) -> InputGroup:
+        if not group.writes:
+            return group
+        # a power of two near the output's size, so that bf16 sums stay comparable
+        size = output.float().pow(2).mean().sqrt()
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(output.shape, generator=generator).to(output.device) * size
+        noise = noise.to(output.dtype)
+        handle = self.linear(group.names[0]).register_forward_hook(
+            lambda module, args, result: result + noise.reshape(result.shape)
+        )
+        try:
+            change = self.forward(piece).float() - output.float()
+        finally:
+            handle.remove()
+        off = (change - noise.float()).norm() / noise.float().norm()
+        return InputGroup(group.names, group.width, writes=True, closes=bool(off < 0.05))
+
+
+class Walk:
+    """Runs batches of token ids (int64 [rows, tokens] each) through a skeleton, block by block."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.prefix, self._blocks = find_blocks(skeleton.model)
+        self._calls: list[dict[tuple[int, int], Call]] = [{} for _ in self._blocks]
+        self._tuples = False  # blocks of some architectures return a tuple
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def block_name(self, index: int) -> str:
+        return f"{self.prefix}.{index}"
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Block ``index``, its weights in memory until the context ends."""
+        module = self._blocks[index]
+        self.skeleton.fill([self.block_name(index)])
+        try:
+            with torch.no_grad():
+                yield Block(self.block_name(index), module, self._calls[index])
+        finally:
+            self.skeleton.empty(module)
+
+    @torch.no_grad()
+    def embed(self, batches: list[Tensor]) -> list[Tensor]:
+        """Hidden states in front of the first block, one tensor [rows, tokens, width] a batch.
+        Also records what every block is called with."""
+        with self._surroundings():
+            self._tuples = self._returns_tuple(batches[0][:1, :4])
+            self._record(batches[0][:1, :_PROBE_TOKENS])
+            return [self._record(batch) for batch in batches]
+
+    @torch.no_grad()
+    def logits(self, batches: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
+        """The model's predictions [rows, tokens, vocabulary] from hidden states behind the last
+        block, a batch at a time."""
+        model = self.skeleton.model
+        with self._surroundings(head=True):
+            for batch, state in zip(batches, hidden):
+                for block in self._blocks:
+                    block.forward = lambda *args, state=state, **kwargs: (  # type: ignore[method-assign]
+                        (state,) if self._tuples else state
+                    )
+                try:
+                    output = model(input_ids=batch.to(self.skeleton.device), use_cache=False)
+                finally:
+                    for block in self._blocks:
+                        del block.forward
+                yield output.logits
+
+    @contextmanager
+    def _surroundings(self, head: bool = False) -> Iterator[None]:
+        """Everything outside of the blocks in memory; the output head only when asked for."""
+        model = self.skeleton.model
+        skipped = None if head else model.get_output_embeddings()
+        outside = [
+            name
+            for name, module in model.named_modules()
+            if not name.startswith(self.prefix + ".")
+            and module is not skipped
+            and any(parameter is not None for parameter in module._parameters.values())
+        ]
+        self.skeleton.fill(outside)
+        try:
+            yield
+        finally:
+            for name in outside:
+                self.skeleton.empty(model.get_submodule(name))
+
+    def _returns_tuple(self, batch: Tensor) -> bool:
+        """Whether blocks return a tuple, seen by running the first one on a few tokens."""
+        result: list[Any] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            result.append(output)
+            raise _Stop
+
+        with self.block(0):
+            handle = self._blocks[0].register_forward_hook(stop)
+            try:
+                self._run(batch)
+            finally:
+                handle.remove()
+        return isinstance(result[0], tuple)
+
+    def _record(self, batch: Tensor) -> Tensor:
+        """Run the model on ``batch`` with recorders for blocks -> hidden states for block 0. Once
+        the calls for this shape are known, only the first block is reached."""
+        shape = (batch.shape[0], batch.shape[1])
+        known = shape in self._calls[-1]
+        first: list[Tensor] = []
+
+        def recorder(index: int) -> Any:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    hidden = kwargs.pop("hidden_states")
+                if index == 0:
+                    first.append(hidden)
+                self._calls[index][shape] = Call(args, kwargs)
+                if known or index == len(self._blocks) - 1:
+                    raise _Stop
+                return (hidden,) if self._tuples else hidden
+
+            return record
+
+        for index, block in enumerate(self._blocks):
+            block.forward = recorder(index)  # type: ignore[method-assign]
+        try:
+            self._run(batch)
+        finally:
+            for block in self._blocks:
+                del block.forward
+        return first[0]
+
+    def _run(self, batch: Tensor) -> None:
+        try:
+            self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
+        except _Stop:
+            return
+        raise QuantkitError("the model's forward pass does not go through its decoder blocks")
+
+
+def _hidden(output: Any) -> Tensor:
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The module list of the decoder blocks and its name: as long as the config says, and holding
+    the most parameters. Raises QuantkitError when there is none."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    depth = config.num_hidden_layers
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not lists:
+        raise QuantkitError(
+            f"no list of {depth} decoder blocks was found in {type(model).__name__}",
+            "please report the architecture",
+        )
+    _, name, module = max(lists, key=lambda entry: entry[0])
+    return name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear or of GPT-2's transposed Conv1D."""
+    out, width = module.weight.shape  # type: ignore[union-attr, misc]
+    return (width, out) if isinstance(module, Conv1D) else (out, width)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""What users do, each a recipe that reads from top to bottom."""

@@ -1,0 +1,112 @@
+"""From ``--calib`` to rows of token ids that the model can be run on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.core import calibration
+from quantkit.core.calibration import Calibration, Document
+from quantkit.core.source import Source
+from quantkit.errors import QuantkitError, UsageError
+
+_SAMPLED_AT_ONCE = 16
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer. Raises QuantkitError when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise QuantkitError(
+            f"{source.name} has no tokenizer that transformers can load "
+            f"({str(error).splitlines()[0]})",
+            "put tokenizer.json (or tokenizer.model) and tokenizer_config.json beside config.json",
+        ) from error
+
+
+def calibrate(
+    source: Source,
+    tokenizer: Any,
+    specifications: list[str],
+    *,
+    rows: int,
+    seqlen: int,
+    longest: int | None,
+    seed: int,
+    device: torch.device,
+) -> Calibration:
+    """Rows for calibration. ``rows`` limits them where the specifications name no number;
+    ``seqlen`` is cut to ``longest``, what the model can take."""
+    if rows < 1 or seqlen < 2:
+        raise UsageError("calibration needs at least one row of two tokens")
+    result = Calibration()
+    if longest is not None and longest < seqlen:
+        result.notes.append(f"rows are {longest} tokens, the longest that the model can take")
+        seqlen = longest
+    parts = [part for text in specifications for part in calibration.parse(text)]
+    open_ended = sum(part.rows is None for part in parts)
+    fixed = sum(part.rows or 0 for part in parts)
+    cap = max(1, (rows - fixed) // max(1, open_ended))
+    for part in parts:
+        if part.source == "self":
+            wanted = cap if part.rows is None else part.rows
+            documents: Any = _sampled(source, tokenizer, wanted, seqlen, seed, device)
+        else:
+            documents = calibration.read(part.source, seed)
+        result.extend(calibration.pack(documents, tokenizer, part.rows, seqlen, cap))
+    too_long = max(len(row) for row in result.rows)
+    if longest is not None and too_long > longest:
+        raise QuantkitError(
+            f"a row of input_ids has {too_long} tokens, the model takes {longest} at most"
+        )
+    return result
+
+
+def _sampled(
+    source: Source, tokenizer: Any, rows: int, length: int, seed: int, device: torch.device
+) -> list[Document]:
+    """Rows that the model writes itself, from nothing but the start token, at temperature 1. The
+    whole model is in memory while it does."""
+    from quantkit.runtime.load import load
+
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    if start is None:
+        raise QuantkitError("the tokenizer has no start token to sample calibration text from")
+    model, _ = load(str(source.folder), device=str(device))
+    torch.manual_seed(seed)
+    stream: list[int] = []
+    while len(stream) < rows * length:
+        written = model.generate(
+            torch.full((_SAMPLED_AT_ONCE, 1), start, device=model.device),
+            attention_mask=torch.ones(_SAMPLED_AT_ONCE, 1, dtype=torch.long, device=model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=length - 1,
+            pad_token_id=start,
+        )
+        for row in written.tolist():
+            stream += _until(row, tokenizer.eos_token_id)
+    cut = [stream[i : i + length] for i in range(0, rows * length, length)]
+    return [Document("self", ids=tuple(row)) for row in cut]
+
+
+def _until(row: list[int], end: int | None) -> list[int]:
+    """The row up to its first end token behind the start (what follows that is padding)."""
+    return row[: row.index(end, 1) + 1] if end in row[1:] else row
+
+
+def batches(rows: list[list[int]], tokens: int) -> list[Tensor]:
+    """Rows as int64 [rows, tokens] micro-batches of about ``tokens`` tokens; a batch's rows are
+    equally long."""
+    result: list[Tensor] = []
+    for length in dict.fromkeys(len(row) for row in rows):
+        same = torch.tensor([row for row in rows if len(row) == length])
+        result += same.split(max(1, tokens // length))
+    return result

@@ -1,0 +1,62 @@
+"""Held-out text that rides along while a model is quantized.
+
+At every block some rows that take no part in calibration go through the original block, and others
+just like them through the quantized one. Behind the last block the two are compared: what the
+quantization did to the model's predictions is known when it ends, at the price of a few rows, with
+neither model ever in memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit import data
+from quantkit.core import calibration
+from quantkit.core.metrics import Comparison
+from quantkit.runtime import gather
+from quantkit.runtime.walk import Block, Walk
+
+ROWS, TOKENS = 4, 512
+
+
+def held_out(tokenizer: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, list[list[int]]]:
+    """Rows of the bundled held-out texts by set (en, ja, code, chat)."""
+    found = {}
+    for label in calibration.BUNDLED:
+        path = data.calibration() / "heldout" / f"{label}.jsonl"
+        documents = calibration.read(str(path), seed=0)
+        found[label] = calibration.pack(documents, tokenizer, None, tokens, rows).rows
+    return found
+
+
+class RideAlong:
+    """Rows by set, through the original and the quantized model side by side."""
+
+    def __init__(self, rows: dict[str, list[list[int]]]) -> None:
+        self._labels = [label for label, some in rows.items() for _ in some]
+        self.batches = [torch.tensor([row]) for some in rows.values() for row in some]
+        self._original: list[Tensor] = []
+        self._quantized: list[Tensor] = []
+
+    def start(self, hidden: list[Tensor]) -> None:
+        """``hidden``: the walk's hidden states of ``batches`` in front of the first block."""
+        self._original, self._quantized = list(hidden), list(hidden)
+
+    def before(self, block: Block) -> None:
+        """While the block still has its original weights."""
+        gather.advance(block, self._original)
+
+    def after(self, block: Block) -> None:
+        """When it has its quantized ones."""
+        gather.advance(block, self._quantized)
+
+    def finish(self, walk: Walk) -> Comparison:
+        """Both models' predictions, compared."""
+        comparison = Comparison()
+        pairs = zip(
+            walk.logits(self.batches, self._original), walk.logits(self.batches, self._quantized)
+        )
+        for label, batch, (before, after) in zip(self._labels, self.batches, pairs):
+            comparison.add(label, batch[0], before[0], after[0])
+        return comparison

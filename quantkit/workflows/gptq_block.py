@@ -1,0 +1,149 @@
+"""One decoder block through GPTQ: gather, solve, put the result into the running model.
+
+Two streams of hidden states run through the model. ``full`` is the original model's. ``quantized``
+is that of the model as it will be. Linears are of two kinds (see walk.InputGroup):
+
+    readers   (query-key-value, gate and up) are solved under the original model's inputs. Their own
+              inputs are off too, but correcting for that gains nothing (measured).
+    writers   (attention output, MLP output) are solved under the quantized model's inputs, which by
+              now include the errors of this block's readers, towards a target that gives back part
+              of what was lost. The last one sees the error of the whole block's output.
+
+So a block takes three passes: the original (readers' statistics, wanted outputs), the quantized
+with solved readers (writers' statistics), the quantized again (the next block's input). Without
+alignment one pass of the original is enough: feeding quantized inputs forward changes nothing by
+itself (measured: KL 0.0774 against 0.0782 on the demo model).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.core.qweight import QWeight, Scheme
+from quantkit.core.stats import Moments
+from quantkit.methods import align, gptq
+from quantkit.runtime import gather
+from quantkit.runtime.walk import Block
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How blocks are solved.
+
+    align            how far targets go towards undoing earlier errors (0: not at all)
+    bias_correction  let biases take up the mean error, where linears have them
+    """
+
+    scheme: Scheme
+    options: gptq.Options
+    align: float = 0.5
+    bias_correction: bool = True
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized linear.
+
+    bias     float16 [out], or None when the linear has none
+    error    |x (T - Q)|^2 / |x T|^2 over the calibration inputs x, T the target: what rounding lost
+    damp     the damping that its Hessian took
+    dead     inputs that were always zero
+    """
+
+    qweight: QWeight
+    bias: Tensor | None
+    error: float
+    damp: float
+    dead: int
+
+
+# full-precision weight of a linear by its name inside the block: float32 [out, in]
+Weights = Callable[[str], Tensor]
+
+
+def solve_block(
+    block: Block,
+    weights: Weights,
+    full: list[Tensor],
+    quantized: list[Tensor] | None,
+    settings: Settings,
+) -> dict[str, Solved]:
+    """Quantize all linears of the block that ran. ``full`` advances to the block's outputs;
+    ``quantized`` too, or is None when there is no alignment. The block is left quantized."""
+    groups = block.trace(full[0])
+    solved: dict[str, Solved] = {}
+    if quantized is None:
+        stats, _ = gather.observe(block, full, groups, keep=[])
+        _solve_groups(block, weights, stats, settings, solved)
+        return solved
+    readers = [group for group in groups if not group.writes]
+    writers = [group for group in groups if group.writes]
+    closing = writers[-1] if writers and writers[-1].closes else None
+    stats, wanted = gather.observe(block, full, readers, [w for w in writers if w is not closing])
+    _solve_groups(block, weights, stats, settings, solved)
+    if closing:
+        wanted[closing] = []
+    stats = gather.observe_drift(block, quantized, wanted, full)
+    _solve_groups(block, weights, stats, settings, solved)
+    gather.advance(block, quantized)
+    return solved
+
+
+def _solve_groups(
+    block: Block,
+    weights: Weights,
+    stats: gather.Stats,
+    settings: Settings,
+    solved: dict[str, Solved],
+) -> None:
+    """Solve each group and fill the block in. Uses ``stats`` up, to free memory as it goes."""
+    while stats:
+        group, moments = stats.popitem()
+        originals = [weights(name) for name in group.names]
+        biases = [block.linear(name).bias for name in group.names]
+        for name, result in zip(group.names, _solve_group(originals, biases, moments, settings)):
+            put(block, name, result.qweight, result.bias)
+            solved[name] = result
+
+
+def _solve_group(
+    originals: list[Tensor], biases: list[Tensor | None], moments: Moments, settings: Settings
+) -> list[Solved]:
+    """Linears that share an input are one problem: their weights stacked, one Hessian."""
+    correct = settings.bias_correction and all(bias is not None for bias in biases)
+    if correct:
+        moments = moments.centred()
+    target = weight = torch.cat(originals)
+    if moments.cross is not None:
+        target = align.aligned_target(weight, moments, settings.align, settings.options.damp)
+    solution = gptq.solve(target, moments.gram, settings.scheme, settings.options)
+    results, start = [], 0
+    for original, bias in zip(originals, biases):
+        part = slice(start, start := start + len(original))
+        qweight = solution.qweight.rows(part.start, part.stop)
+        rounded = qweight.dequantize()
+        error = gptq.relative_error(target[part], rounded, moments.gram)
+        if bias is not None and correct:
+            bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
+        results.append(
+            Solved(
+                qweight,
+                None if bias is None else bias.to(torch.float16),
+                error,
+                solution.damp,
+                solution.dead,
+            )
+        )
+    return results
+
+
+def put(block: Block, name: str, qweight: QWeight, bias: Tensor | None) -> None:
+    """Give a linear of the running block the weight that its file will hold."""
+    linear = block.linear(name)
+    weight = qweight.dequantize(linear.weight.dtype)  # type: ignore[arg-type]
+    linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)  # type: ignore[operator]
+    if bias is not None:
+        linear.bias.copy_(bias)  # type: ignore[operator, union-attr]

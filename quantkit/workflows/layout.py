@@ -1,0 +1,140 @@
+"""Which linears will be quantized, and every tensor of the output, before any work is done."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.core.checkpoint import TensorSpec
+from quantkit.core.qweight import Scheme
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.formats import gptq
+from quantkit.runtime.skeleton import Skeleton
+from quantkit.runtime.walk import features, find_blocks, is_linear
+
+_QUANTIZED = re.compile(r"\.(qweight|weight_packed|absmax|SCB)$")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A linear to quantize. ``name`` in the model, ``disk`` the prefix of its tensors in files."""
+
+    name: str
+    disk: str
+    out: int
+    width: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """jobs     by block index
+    dense    tensors that are copied: name on disk -> what it will be stored as
+    kept     linears inside the blocks that stay dense, because their shape cannot be packed
+    dropped  tensors on disk that the model has no use for (old mask buffers and the like)
+    """
+
+    jobs: list[list[Job]]
+    dense: dict[str, TensorSpec]
+    kept: list[str]
+    dropped: list[str]
+
+    def all_jobs(self) -> list[Job]:
+        return [job for block in self.jobs for job in block]
+
+    def specs(self, scheme: Scheme) -> dict[str, TensorSpec]:
+        """Every tensor of the output, in an order that keeps blocks together."""
+        found = dict(self.dense)
+        for job in self.all_jobs():
+            for suffix, spec in gptq.specs(job.out, job.width, scheme, job.bias).items():
+                found[f"{job.disk}.{suffix}"] = spec
+        return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
+    """Plan the output. Raises QuantkitError for a checkpoint that is already quantized or keeps its
+    experts fused, UsageError when the group does not divide some linear's width."""
+    _refuse_quantized(skeleton)
+    model, disk_names = skeleton.model, skeleton.disk_names
+    prefix, blocks = find_blocks(model)
+    _refuse_fused(prefix, blocks.named_parameters())
+    jobs: list[list[Job]] = []
+    kept: list[str] = []
+    taken: set[str] = set()
+    for index, block in enumerate(blocks):
+        jobs.append([])
+        for inner, module in block.named_modules():
+            if not is_linear(module):
+                continue
+            name = f"{prefix}.{index}.{inner}"
+            out, width = features(module)
+            weight = disk_names.get(f"{name}.weight")
+            if weight is None:
+                raise QuantkitError(
+                    f"the weight of {name} is not one tensor in the checkpoint",
+                    "please report the architecture",
+                )
+            if not gptq.packable(out, width, scheme.bits):
+                kept.append(name)
+                continue
+            bias = disk_names.get(f"{name}.bias") if module.bias is not None else None
+            taken.update(filter(None, (weight, bias)))
+            disk = weight.removesuffix(".weight")
+            jobs[-1].append(Job(name, disk, out, width, bias is not None))
+    _check_groups([job for block in jobs for job in block], scheme)
+    expected = model.state_dict().keys()
+    dropped = [disk for disk, live in skeleton.live_names.items() if live not in expected]
+    dense = {
+        name: _stored(skeleton.checkpoint.spec(name))
+        for name in skeleton.checkpoint
+        if name not in taken and name not in dropped
+    }
+    return Layout(jobs, dense, kept, dropped)
+
+
+def _refuse_quantized(skeleton: Skeleton) -> None:
+    name = next((name for name in skeleton.checkpoint if _QUANTIZED.search(name)), None)
+    if name is not None or getattr(skeleton.config, "quantization_config", None):
+        raise QuantkitError(
+            f"{skeleton.source.name} is already quantized"
+            + (f" ({name})" if name else " (config.json says so)"),
+            "quantize the full-precision original; 'quantkit inspect' names it if it is recorded",
+        )
+
+
+def _refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    for name, parameter in parameters:
+        if parameter.dim() == 3:
+            raise QuantkitError(
+                f"{prefix}.{name} holds {parameter.shape[0]} experts in one tensor "
+                f"{tuple(parameter.shape)}, and quantkit only quantizes separate linears so far",
+                "mixture-of-experts models with fused experts are not supported yet",
+            )
+
+
+def _check_groups(jobs: list[Job], scheme: Scheme) -> None:
+    if not jobs:
+        raise QuantkitError("the model has no linear that could be quantized")
+    group = scheme.group_size
+    wrong = sorted({job.width for job in jobs if group != -1 and job.width % group})
+    if wrong:
+        example = next(job.name for job in jobs if job.width == wrong[0])
+        fitting = [g for g in (128, 64, 32, 16) if not any(job.width % g for job in jobs)]
+        raise UsageError(
+            f"group size {group} does not divide the input widths {', '.join(map(str, wrong))} "
+            f"(for example {example})",
+            f"use --group {fitting[0]}" if fitting else "use --group -1, one scale a row",
+        )
+
+
+def _stored(spec: TensorSpec) -> TensorSpec:
+    """Dense tensors keep 16-bit dtypes; float32 becomes float16, as quantized models are run."""
+    return TensorSpec(torch.float16, spec.shape) if spec.dtype == torch.float32 else spec
+
+
+def _natural(name: str) -> tuple[object, ...]:
+    """Sort key: numbers inside names count as numbers, tensors outside of blocks come first."""
+    parts = re.split(r"(\d+)", name)
+    block = int(parts[1]) if len(parts) > 1 else -1
+    return (block, [int(p) if p.isdigit() else p for p in parts])

@@ -39,6 +39,7 @@ SHORTCUTS = {
 }
 _SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 _TEXT_KEYS = ("text", "content", "body")
+_CSV_FIELD = 1 << 30  # a field may hold a whole book; Python stops at 128 KiB unless told
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _rows_of(item: str) -> Part:
     name, equals, rows = item.rpartition("=")
     if not equals:
         return Part(item)
-    if not rows.isdigit() or int(rows) == 0:
+    if not rows.isdecimal() or int(rows) == 0:
         raise UsageError(f"'{rows}' in '{item}' is not a number of rows", "write name=64")
     return Part(name, int(rows))
 
@@ -245,7 +246,7 @@ def _from_file(source: str) -> Iterator[Document]:
             yield _document(_pick(row, column, f"{path}, {where}"), None, f"{path}, {where}")
     except UnicodeDecodeError as error:
         raise QuantkitError(
-            f"{path} is not UTF-8 text (byte {error.start})", "convert it to UTF-8 first"
+            f"{path} is not UTF-8 text ({error.reason})", "convert it to UTF-8 first"
         ) from error
 
 
@@ -254,9 +255,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if kind == ".jsonl":
         yield from _json_lines(path)
     elif kind == ".csv":
+        csv.field_size_limit(_CSV_FIELD)
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, record in enumerate(csv.DictReader(file), 2):
-                yield f"row {number}", record
+            try:
+                for number, record in enumerate(csv.DictReader(file), 2):
+                    yield f"row {number}", record
+            except csv.Error as error:
+                raise QuantkitError(f"{path} is not a readable CSV file ({error})") from error
     else:
         import_datasets()
         import pyarrow.parquet
@@ -341,7 +346,7 @@ def _from_hub(source: str, seed: int) -> Iterator[Document]:
         for row in stream:
             yield _document(_pick(row, column or None, name), None, name)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise QuantkitError(
             f"dataset {name} could not be read ({reason})",
             "write hf:<dataset>:<config>:<split>:<column>",

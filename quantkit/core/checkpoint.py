@@ -147,13 +147,13 @@ def _no_weights(folder: Path) -> QuantkitError:
 
 def _open(folder: Path, name: str):  # type: ignore[no-untyped-def]  # safetensors has no stubs
     path = folder / name
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise QuantkitError(f"{path} is not a regular file", "download the model again")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise QuantkitError(f"{path} is not a regular file", "download the model again")
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise QuantkitError(
-            f"{path} is truncated or not a safetensors file ({error})",
+            f"{path} is missing, truncated or not a safetensors file ({error})",
             "download or copy it again",
         ) from error
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.core.checkpoint import write_json
-from quantkit.errors import QuantkitError
+from quantkit.errors import UsageError
 
 FILE = "ledger.json"
 
 
 class Ledger:
-    """Opens the ledger of ``folder`` or starts one. Raises QuantkitError, naming what differs, when
-    the folder was begun with another fingerprint."""
+    """Opens the ledger of ``folder`` or starts one. Raises UsageError, naming what differs, when the
+    folder was begun with another fingerprint."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self._path = folder / FILE
@@ -38,7 +38,7 @@ class Ledger:
             if before.get(key) != now.get(key)
         ]
         if different:
-            raise QuantkitError(
+            raise UsageError(
                 f"{folder} holds an unfinished run with other settings: {'; '.join(different)}",
                 "repeat the earlier command to finish it, or start over with --overwrite",
             )

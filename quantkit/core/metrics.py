@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import exp, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,10 @@ class Comparison:
     )
 
     def add(self, label: str, ids: Tensor, reference: Tensor, other: Tensor) -> None:
-        """One row: ``ids`` [tokens]; both models' logits [tokens, vocabulary]."""
+        """One row: ``ids`` [tokens]; both models' logits [tokens, vocabulary]. A row of a single
+        token has nothing to predict and is left out."""
+        if len(ids) < 2:
+            return
         kl, agree, nll = [], [], []
         for start in range(0, len(ids), _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -88,6 +92,27 @@ class Comparison:
                 exp(sum(after) / len(after)),
             )
         return result
+
+    def described(self) -> dict[str, Any]:
+        """As plain numbers, for reports."""
+        kl, top1 = self.overall()
+        return {
+            "kl": kl.mean,
+            "kl_error": kl.error,
+            "top1": top1.mean,
+            "sets": {
+                label: {
+                    "rows": len(self._rows[label]),
+                    "kl": found.kl.mean,
+                    "kl_error": found.kl.error,
+                    "top1": found.top1.mean,
+                    "top1_error": found.top1.error,
+                    "reference_perplexity": found.reference_perplexity,
+                    "perplexity": found.perplexity,
+                }
+                for label, found in self.sets().items()
+            },
+        }
 
     def overall(self) -> tuple[Estimate, Estimate]:
         """Mean KL and top-1 agreement, the sets weighing equally."""

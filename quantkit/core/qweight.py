@@ -116,6 +116,19 @@ class QWeight:
         zero = None if self.zero is None else self.zero[start:stop]
         return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=zero)
 
+    def to(self, device: torch.device | str) -> "QWeight":
+        """The same on another device."""
+        moved = {
+            name: None if tensor is None else tensor.to(device)
+            for name, tensor in (
+                ("codes", self.codes),
+                ("scale", self.scale),
+                ("zero", self.zero),
+                ("group_of", self.group_of),
+            )
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
+
     def identical(self, other: "QWeight") -> bool:
         """Same scheme and bit for bit the same numbers."""
         return (

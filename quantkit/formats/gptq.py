@@ -33,6 +33,13 @@ CONFIG_FILE = "quantize_config.json"
 _FORMATS: dict[Convention, str] = {"v1": "gptq", "v2": "gptq_v2"}
 _REQUIRED = ("qweight", "qzeros", "scales")
 _SUFFIXES = (*_REQUIRED, "g_idx")
+# what is read; the words of a qweight that is packed into int16 or int64 would mean other codes
+_DTYPES = {
+    "qweight": (torch.int32,),
+    "qzeros": (torch.int32,),
+    "scales": (torch.float16, torch.bfloat16, torch.float32),
+    "g_idx": (torch.int32, torch.int64),
+}
 
 
 def packable(out: int, width: int, bits: int) -> bool:
@@ -110,12 +117,22 @@ def _check(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> None:
     for suffix in _REQUIRED:
         if suffix not in tensors:
             raise QuantkitError(f"{name} has no tensor {suffix}")
-    rows, out = tensors["qweight"].shape
-    width = rows * packbits.WORD // scheme.bits
-    expected = specs(out, width, scheme, False)
+    packed = tuple(tensors["qweight"].shape)
+    if len(packed) != 2 or 0 in packed:
+        raise QuantkitError(f"{name}.qweight has the shape {packed}, which is not a packed weight")
+    width = packed[0] * packbits.WORD // scheme.bits
+    try:
+        expected = specs(packed[1], width, scheme, False)
+    except (ValueError, QuantkitError) as error:
+        raise QuantkitError(f"{name}.qweight has the shape {packed}: {error}") from error
     for suffix in _SUFFIXES:
         if suffix not in tensors:
             continue
+        if tensors[suffix].dtype not in _DTYPES[suffix]:
+            raise QuantkitError(
+                f"{name}.{suffix} has the dtype {tensors[suffix].dtype}, which is not one of "
+                "quantkit's GPTQ formats",
+            )
         shape, wanted = tuple(tensors[suffix].shape), expected[suffix].shape
         if shape != wanted:
             raise QuantkitError(
@@ -149,7 +166,7 @@ def scheme_of(tensors: Mapping[str, TensorSpec], symmetric: bool, width: int | N
     if not width:
         raise QuantkitError("the number of inputs of a linear is not known")
     bits, groups = rows * packbits.WORD // width, tensors["scales"].shape[0]
-    if bits not in BITS or rows * packbits.WORD != bits * width or width % groups:
+    if bits not in BITS or rows * packbits.WORD != bits * width or not groups or width % groups:
         raise QuantkitError(
             f"a packed weight with {rows} rows for {width} inputs is not 2, 3, 4 or 8 bits"
         )

@@ -79,7 +79,8 @@ class Solution:
 
 
 def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> Solution:
-    """Round ``target`` [out, in] under ``hessian`` [in, in], both float32.
+    """Round ``target`` [out, in] under ``hessian`` [in, in], both float32 (or both float64: all
+    computation is done in their dtype).
 
     Raises QuantkitError when the Hessian cannot be factored at any damping, UsageError when the
     group does not divide the input width.

@@ -93,7 +93,7 @@ def polish(
     for first in range(0, width, _TILE):
         last = min(first + _TILE, width)
         own = hessian[first:last, first:last]
-        changes = torch.zeros(last - first, codes.shape[1], device=codes.device)
+        changes = torch.zeros_like(codes[first:last])
         for j in range(last - first):
             i = first + j
             pull = gradient[i]

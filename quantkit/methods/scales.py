@@ -26,9 +26,9 @@ class Grid(NamedTuple):
 
 
 def stored(scale: Tensor) -> Tensor:
-    """The scale as the file will hold it, in float32; never zero and never infinite."""
+    """The scale as the file will hold it, in its own dtype; never zero and never infinite."""
     limit = torch.finfo(SCALE_DTYPE)
-    rounded = scale.clamp(-limit.max, limit.max).to(SCALE_DTYPE).float()
+    rounded = scale.clamp(-limit.max, limit.max).to(SCALE_DTYPE).to(scale.dtype)
     return torch.where(rounded == 0, torch.full_like(rounded, limit.tiny), rounded)
 
 

@@ -129,6 +129,15 @@ class Skeleton:
     def _expected(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Parameter that the checkpoint does not hold -> the one that takes its place too (an output
+        head -> the embedding, or the other way round)."""
+        held = set(self.live_names.values())
+        pairs = self.model.all_tied_weights_keys.items()
+        forth = {head: body for head, body in pairs if head not in held and body in held}
+        return forth | {body: head for head, body in pairs if body not in held and head in held}
+
     def fill(self, prefixes: Iterable[str]) -> None:
         """Give every parameter below ``prefixes`` its weights. Raises QuantkitError when the
         checkpoint lacks one, or holds one of another shape."""
@@ -137,7 +146,8 @@ class Skeleton:
         def below(name: str) -> bool:
             return any(name == p or name.startswith(p + ".") for p in wanted)
 
-        names = [disk for disk, live in self.live_names.items() if below(live)]
+        tied = {place: source for place, source in self._tied.items() if below(place)}
+        names = [d for d, live in self.live_names.items() if below(live) or live in tied.values()]
         load(
             self.model,
             {n: self.checkpoint.get(n) for n in names},
@@ -145,6 +155,9 @@ class Skeleton:
             self.dtype,
             self._conversions,
         )
+        for place, source in tied.items():
+            parent, _, leaf = place.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, self.model.get_parameter(source))
         missing = [
             name
             for name, parameter in self.model.named_parameters()

@@ -15,9 +15,9 @@ whatever transformers can build.
         ...
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ class InputGroup:
     width: int
     writes: bool = False
     closes: bool = False
+
+    def only(self, names: Collection[str]) -> "InputGroup | None":
+        """The part of the group that is in ``names``."""
+        some = tuple(name for name in self.names if name in names)
+        return replace(self, names=some) if some else None
 
 
 class Block:
@@ -209,19 +214,18 @@ class Walk:
         """Everything outside of the blocks in memory; the output head only when asked for."""
         model = self.skeleton.model
         skipped = None if head else model.get_output_embeddings()
-        outside = [
-            name
+        outside = {
+            name: module
             for name, module in model.named_modules()
             if not name.startswith(self.prefix + ".")
-            and module is not skipped
             and any(parameter is not None for parameter in module._parameters.values())
-        ]
-        self.skeleton.fill(outside)
+        }
+        self.skeleton.fill(name for name, module in outside.items() if module is not skipped)
         try:
             yield
         finally:
-            for name in outside:
-                self.skeleton.empty(model.get_submodule(name))
+            for module in outside.values():
+                self.skeleton.empty(module)
 
     def _returns_tuple(self, batch: Tensor) -> bool:
         """Whether blocks return a tuple, seen by running the first one on a few tokens."""

@@ -15,7 +15,7 @@ alignment one pass of the original is enough: feeding quantized inputs forward c
 itself (measured: KL 0.0774 against 0.0782 on the demo model).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.stats import Moments
-from quantkit.methods import align, gptq
+from quantkit.methods import align, gptq, rtn
 from quantkit.runtime import gather
-from quantkit.runtime.walk import Block
+from quantkit.runtime.walk import Block, InputGroup
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Solved:
     error    |x (T - Q)|^2 / |x T|^2 over the calibration inputs x, T the target: what rounding lost
     damp     the damping that its Hessian took
     dead     inputs that were always zero
+    method   gptq, or rtn where no calibration token reached the linear
     """
 
     qweight: QWeight
@@ -58,6 +59,7 @@ class Solved:
     error: float
     damp: float
     dead: int
+    method: str = "gptq"
 
 
 # full-precision weight of a linear by its name inside the block: float32 [out, in]
@@ -66,15 +68,17 @@ Weights = Callable[[str], Tensor]
 
 def solve_block(
     block: Block,
+    names: Collection[str],
     weights: Weights,
     full: list[Tensor],
     quantized: list[Tensor] | None,
     settings: Settings,
 ) -> dict[str, Solved]:
-    """Quantize all linears of the block that ran. ``full`` advances to the block's outputs;
+    """Quantize the linears ``names`` of the block. ``full`` advances to the block's outputs;
     ``quantized`` too, or is None when there is no alignment. The block is left quantized."""
-    groups = block.trace(full[0])
+    groups = [g for group in block.trace(full[0]) if (g := group.only(names))]
     solved: dict[str, Solved] = {}
+    _round_unreached(block, names, groups, weights, settings, solved)
     if quantized is None:
         stats, _ = gather.observe(block, full, groups, keep=[])
         _solve_groups(block, weights, stats, settings, solved)
@@ -109,6 +113,30 @@ def _solve_groups(
             solved[name] = result
 
 
+def _round_unreached(
+    block: Block,
+    names: Collection[str],
+    groups: list[InputGroup],
+    weights: Weights,
+    settings: Settings,
+    solved: dict[str, Solved],
+) -> None:
+    """Linears that the block does not call on this text have no Hessian: round them to nearest."""
+    reached = {name for group in groups for name in group.names}
+    for name in names:
+        if name in reached:
+            continue
+        original, bias = weights(name), block.linear(name).bias
+        qweight = rtn.quantize(original, settings.scheme, settings.options.zero_min)
+        error = (original - qweight.dequantize()).square().sum() / original.square().sum()
+        put(block, name, qweight, None)
+        solved[name] = Solved(qweight, _stored(bias), float(error), 0.0, 0, "rtn")
+
+
+def _stored(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(torch.float16)
+
+
 def _solve_group(
     originals: list[Tensor], biases: list[Tensor | None], moments: Moments, settings: Settings
 ) -> list[Solved]:
@@ -131,7 +159,7 @@ def _solve_group(
         results.append(
             Solved(
                 qweight,
-                None if bias is None else bias.to(torch.float16),
+                _stored(bias),
                 error,
                 solution.damp,
                 solution.dead,

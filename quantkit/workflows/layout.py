@@ -18,9 +18,15 @@ _QUANTIZED = re.compile(r"\.(qweight|weight_packed|absmax|SCB)$")
 
 @dataclass(frozen=True)
 class Job:
-    """A linear to quantize. ``name`` in the model, ``disk`` the prefix of its tensors in files."""
+    """A linear to quantize.
+
+    name   in the model
+    inner  inside its decoder block
+    disk   the prefix of its tensors in files
+    """
 
     name: str
+    inner: str
     disk: str
     out: int
     width: int
@@ -81,7 +87,7 @@ def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
             bias = disk_names.get(f"{name}.bias") if module.bias is not None else None
             taken.update(filter(None, (weight, bias)))
             disk = weight.removesuffix(".weight")
-            jobs[-1].append(Job(name, disk, out, width, bias is not None))
+            jobs[-1].append(Job(name, inner, disk, out, width, bias is not None))
     _check_groups([job for block in jobs for job in block], scheme)
     expected = model.state_dict().keys()
     dropped = [disk for disk, live in skeleton.live_names.items() if live not in expected]

@@ -1,0 +1,93 @@
+"""The model card: what the artifact is, how it was made, how good it measured, how to use it."""
+
+from typing import Any
+
+_SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
+
+
+def model_card(content: dict[str, Any]) -> str:
+    """README.md from the content of quantkit.json."""
+    source, settings, size = content["source"], content["settings"], content["size"]
+    title = f"{source['name'].rpartition('/')[2]}, GPTQ {settings['bits']}-bit"
+    parts = [
+        _front_matter(source["name"], settings),
+        f"# {title}",
+        f"`{source['name']}`{_at(source)} quantized with quantkit "
+        f"{content['versions']['quantkit']}. {size['linears']} linear layers hold "
+        f"{settings['bits']}-bit codes; everything else is as it was.",
+        _size_table(source, size),
+        _quality(content["measured"]),
+        _settings_table(settings, content["calibration"]),
+        _fallbacks(content["fallbacks"]),
+        _use(),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _at(source: dict[str, Any]) -> str:
+    return f" (revision `{source['revision'][:12]}`)" if source["revision"] else ""
+
+
+def _front_matter(name: str, settings: dict[str, Any]) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in name:
+        lines += [f"base_model: {name}", "base_model_relation: quantized"]
+    lines += ["tags:", "- quantkit", "- gptq", f"- {settings['bits']}-bit", "---"]
+    return "\n".join(lines)
+
+
+def _size_table(source: dict[str, Any], size: dict[str, Any]) -> str:
+    before, after = source["bytes"], size["bytes"]
+    return (
+        "| | original | quantized |\n|---|---|---|\n"
+        f"| weights on disk | {before / 1e6:,.1f} MB | {after / 1e6:,.1f} MB |\n"
+        f"| bits per quantized weight | | {size['bits_per_weight']:.2f} |"
+    )
+
+
+def _quality(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "Quality was not measured when this was made; run `quantkit verify` on it."
+    rows = [
+        f"| {_SET_NAMES.get(label, label)} | {m['reference_perplexity']:.2f} "
+        f"| {m['perplexity']:.2f} | {m['kl']:.4f} ± {m['kl_error']:.4f} | {m['top1']:.1%} |"
+        for label, m in measured["sets"].items()
+    ]
+    return (
+        "## Measured quality\n\n"
+        "Against the original, on held-out text that took no part in calibration. KL is the mean "
+        "KL divergence of the next-token distributions in nats (0 is identical); agreement is how "
+        "often both predict the same next token.\n\n"
+        "| text | perplexity, original | perplexity, quantized | KL | agreement |\n"
+        "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        f"| **mean** | | | **{measured['kl']:.4f} ± {measured['kl_error']:.4f}** "
+        f"| **{measured['top1']:.1%}** |"
+    )
+
+
+def _settings_table(settings: dict[str, Any], calibration: dict[str, Any]) -> str:
+    labels = ", ".join(f"{k} {v:,}" for k, v in calibration["tokens_by_label"].items())
+    rows = [f"| {key} | {value} |" for key, value in settings.items()]
+    rows.append(
+        f"| calibration | {', '.join(calibration['sources'])}: {calibration['rows']} rows, "
+        f"{calibration['tokens']:,} tokens ({labels}) |"
+    )
+    return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(rows)
+
+
+def _fallbacks(fallbacks: list[str]) -> str:
+    if not fallbacks:
+        return ""
+    return "## Done differently than asked\n\n" + "\n".join(f"- {text}" for text in fallbacks)
+
+
+def _use() -> str:
+    return (
+        "## Use\n\n"
+        "```python\n"
+        "import quantkit\n\n"
+        'model, tokenizer = quantkit.load("this-folder-or-repository")\n'
+        "```\n\n"
+        "It also loads with `transformers.AutoModelForCausalLM.from_pretrained` (with GPTQModel "
+        "installed) and with vLLM. Per-layer errors, hashes and versions are in `quantkit.json`."
+    )

@@ -1,0 +1,117 @@
+"""The output folder of a quantization: unfinished under OUT.partial, complete under OUT, never
+anything in between."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantkit.core import ledger, provenance
+from quantkit.core.checkpoint import sync_folder
+from quantkit.core.source import Source
+from quantkit.errors import QuantkitError, UsageError
+
+# what a model's folder holds beside config.json and weights, and what loaders will look for
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_SLACK = 64 << 20  # for the small files, and so that the disk is not filled to the last byte
+
+
+class Output:
+    """``folder`` is where the result will be, ``partial`` where it is being made.
+
+    Raises UsageError when ``folder`` exists and may not be replaced: without ``overwrite``, or when
+    it is not something that quantkit wrote.
+    """
+
+    def __init__(self, folder: Path, overwrite: bool) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+        self.overwrite = overwrite
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        # a run that was killed in its very last step left this behind
+        (folder / ledger.FILE).unlink(missing_ok=True)
+        if not overwrite:
+            raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
+        if not (folder / provenance.FILE).exists():
+            raise UsageError(
+                f"{folder} was not written by quantkit, so it will not be overwritten",
+                "choose another --out",
+            )
+
+    def check_space(self, needed: int) -> None:
+        """Raises QuantkitError when ``needed`` bytes do not fit on the disk."""
+        parent = next(p for p in self.folder.absolute().parents if p.exists())
+        held = sum(f.stat().st_blocks * 512 for f in self.partial.glob("*.safetensors"))
+        free = shutil.disk_usage(parent).free + held
+        if free < needed + _SLACK:
+            raise QuantkitError(
+                f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                "make room, or choose an --out on another disk",
+            )
+
+    def begin(self) -> None:
+        """Make the partial folder, or tidy up the one of an interrupted run."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
+
+    def discard(self) -> None:
+        """Remove what an earlier run left unfinished."""
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+
+    def copy_companions(self, source: Source) -> None:
+        """Tokenizer, generation settings, chat template and licence, as they are."""
+        for pattern in _COMPANIONS:
+            for path in source.folder.glob(pattern):
+                temporary = self.partial / (path.name + ".tmp")
+                shutil.copyfile(path, temporary)
+                temporary.replace(self.partial / path.name)
+
+    def complete(self) -> None:
+        """The partial folder becomes the result, in one step."""
+        sync_folder(self.partial)
+        old = self.folder.with_name(self.folder.name + ".old")
+        if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+        self.partial.rename(self.folder)
+        sync_folder(self.folder.absolute().parent)
+        shutil.rmtree(old, ignore_errors=True)
+        (self.folder / ledger.FILE).unlink()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full or read-only disk, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise QuantkitError(
+                f"the disk is full while writing {folder}",
+                "make room, then run the same command again; it will go on from here",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise QuantkitError(
+                f"{error.filename or folder} cannot be written ({error.strerror})",
+                "choose another --out",
+            ) from error
+        raise

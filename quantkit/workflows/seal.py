@@ -1,0 +1,95 @@
+"""The end of a quantization: what goes beside the weights, and the step that makes it whole."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.core import provenance
+from quantkit.core.checkpoint import ShardWriter, write_json, write_text
+from quantkit.formats import gptq
+from quantkit.workflows import card
+from quantkit.workflows.output import Output
+from quantkit.workflows.plan import Plan, stored_dtype
+
+if TYPE_CHECKING:
+    from quantkit.workflows.quantize import Report
+
+
+def seal(
+    report: "Report",
+    output: Output,
+    writer: ShardWriter,
+    sources: list[str],
+    hashes: dict[str, str],
+) -> None:
+    """Write everything beside the tensors, the index last, and rename the folder."""
+    plan, folder = report.plan, output.partial
+    output.copy_companions(plan.source)
+    quantization = gptq.quantization_config(
+        plan.settings.scheme,
+        plan.convention,
+        act_order=plan.settings.options.act_order,
+        damp=plan.settings.options.damp,
+        dense=plan.layout.kept,
+        quantizer=f"quantkit:{provenance.versions()['quantkit']}",
+    )
+    config = plan.source.read_json("config.json") or {}
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(stored_dtype(plan)).removeprefix("torch.")
+    config["quantization_config"] = quantization
+    write_json(folder / "config.json", config)
+    write_json(folder / gptq.CONFIG_FILE, gptq.legacy_config(quantization, plan.source.name))
+    content = _provenance(report, sources, hashes)
+    write_json(folder / provenance.FILE, content)
+    write_text(folder / "README.md", card.model_card(content))
+    writer.close()
+    _tidy(folder)
+    output.complete()
+
+
+def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) -> dict[str, Any]:
+    plan, rows = report.plan, report.calibration
+    jobs = plan.layout.all_jobs()
+    return {
+        "method": "gptq",
+        "source": {
+            "name": plan.source.name,
+            "revision": plan.source.revision,
+            "files": hashes,
+            "bytes": plan.skeleton.checkpoint.nbytes,
+        },
+        "settings": plan.resolved(),
+        "size": {
+            "bytes": plan.output_bytes,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "quantized_weights": sum(job.out * job.width for job in jobs),
+            "linears": len(jobs),
+        },
+        "calibration": {
+            "sources": [_public(source) for source in sources],
+            "rows": len(rows.rows),
+            "tokens": sum(len(row) for row in rows.rows),
+            "tokens_by_label": dict(rows.tokens),
+            "documents_used": rows.used,
+            "documents_left": rows.left,
+            "sha256": rows.digest,
+            "notes": rows.notes,
+        },
+        "measured": None if report.measured is None else report.measured.described(),
+        "layers": report.layers,
+        "fallbacks": report.fallbacks,
+        "dropped_tensors": plan.layout.dropped,
+        "versions": provenance.versions(),
+        "machine": provenance.machine(plan.skeleton.device),
+        "seconds": {phase: round(spent, 2) for phase, spent in report.seconds.items()},
+    }
+
+
+def _public(source: str) -> str:
+    """A calibration source without the folders of this machine."""
+    return source if source.startswith("hf:") else Path(source).name
+
+
+def _tidy(folder: Path) -> None:
+    """Files that an interrupted run left and this result does not have."""
+    for path in folder.glob("*.tmp"):
+        path.unlink()

@@ -10,7 +10,8 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -94,6 +95,12 @@ class Checkpoint:
         """The tensor, on the CPU, backed by the file."""
         tensor: Tensor = self._handles[self._where[name]].get_tensor(name)
         return tensor
+
+    def without(self, names: Collection[str]) -> "Checkpoint":
+        """A view that does not show the tensors ``names``."""
+        view = copy(self)
+        view._where = {n: file for n, file in self._where.items() if n not in names}
+        return view
 
     def file_of(self, name: str) -> str:
         return self._where[name]

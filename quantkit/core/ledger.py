@@ -16,8 +16,8 @@ FILE = "ledger.json"
 
 
 class Ledger:
-    """Opens the ledger of ``folder`` or starts one. Raises UsageError, naming what differs, when the
-    folder was begun with another fingerprint."""
+    """Opens the ledger of ``folder`` or starts one. Raises UsageError, naming what differs, when
+    the folder was begun with another fingerprint."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self._path = folder / FILE

@@ -106,10 +106,18 @@ class QWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] that the codes mean. This is THE definition; all else is tested
         against it. Computed in float32, then cast."""
-        index = self.group_index()
-        scale = self.scale.float()[:, index]
-        zero = self.scheme.midpoint if self.zero is None else self.zero.float()[:, index]
-        return ((self.codes.float() - zero) * scale).to(dtype)
+        if self.group_of is not None:
+            index = self.group_of.long()
+            levels, scale = self.codes.float(), self.scale.float()[:, index]
+            zero = self.scheme.midpoint if self.zero is None else self.zero.float()[:, index]
+        else:
+            out, groups = self.scale.shape
+            levels, scale = (
+                self.codes.reshape(out, groups, -1).float(),
+                self.scale.float()[..., None],
+            )
+            zero = self.scheme.midpoint if self.zero is None else self.zero.float()[..., None]
+        return levels.sub_(zero).mul_(scale).to(dtype).reshape(self.codes.shape)
 
     def rows(self, start: int, stop: int) -> "QWeight":
         """The outputs start..stop alone (a view)."""

@@ -90,8 +90,10 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 
     On a CPU a bf16 product comes back rounded to bf16: a relative error of 2^-9 an entry and call,
     independent between calls, so that it averages out well below the damping. (Measured: the same
-    KL as float32 products, at twice the speed.)
+    KL as float32 products, at twice the speed.) A fp16 product would overflow there.
     """
+    if a.dtype == torch.float16 and not a.is_cuda:
+        a, b = a.float(), b.float()
     if a.dtype == torch.float32:
         into.addmm_(a.T, b)
     elif a.is_cuda:

@@ -17,14 +17,15 @@ v1 stores ``zero - 1`` (a symmetric 4-bit word of zeros is 0x77777777), v2 store
 (0x88888888). A v1 zero point of 0 wraps around, and readers disagree about it: it is never written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from quantkit.core import packbits
-from quantkit.core.checkpoint import TensorSpec
+from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import BITS, QWeight, Scheme
 from quantkit.errors import QuantkitError
 
@@ -171,6 +172,67 @@ def scheme_of(tensors: Mapping[str, TensorSpec], symmetric: bool, width: int | N
             f"a packed weight with {rows} rows for {width} inputs is not 2, 3, 4 or 8 bits"
         )
     return Scheme(bits, -1 if groups == 1 else width // groups, symmetric)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the configuration files of a checkpoint say (the tensors may know better)."""
+
+    bits: int
+    symmetric: bool
+    convention: Convention
+
+
+def declared(read_json: Callable[[str], dict[str, Any] | None]) -> Declared | None:
+    """The declaration of a GPTQ checkpoint, from ``config.json`` or from older files beside it, or
+    None when there is none. ``read_json`` gives a file's content. Raises QuantkitError when the
+    files speak of another method."""
+    config = (read_json("config.json") or {}).get("quantization_config")
+    for file in (CONFIG_FILE, "quant_config.json"):
+        config = config or read_json(file)
+    if not config:
+        return None
+    method = config.get("quant_method", "gptq")
+    if method != "gptq":
+        raise QuantkitError(f"checkpoints quantized with '{method}' are not read yet")
+    bits = config.get("bits", config.get("w_bit", config.get("wbits")))
+    form = config.get("checkpoint_format", config.get("format", "gptq"))
+    if bits not in BITS or form not in _FORMATS.values():
+        raise QuantkitError(f"GPTQ with {bits} bits in the format '{form}' is not read yet")
+    symmetric = config.get("sym", not config.get("zero_point", False))
+    return Declared(bits, bool(symmetric), "v2" if form == _FORMATS["v2"] else "v1")
+
+
+def linears(names: Iterable[str]) -> list[str]:
+    """The prefixes of the packed linears among a checkpoint's tensor names."""
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+
+
+def packed_names(names: Iterable[str]) -> set[str]:
+    """The tensors among ``names`` that belong to packed linears (biases do not)."""
+    known = set(names)
+    return {f"{p}.{s}" for p in linears(known) for s in _SUFFIXES if f"{p}.{s}" in known}
+
+
+def read(checkpoint: Checkpoint, prefix: str, said: Declared) -> tuple[QWeight, Convention]:
+    """One linear, and the zero-point convention that it was found to use.
+
+    A symmetric weight shows its convention in the data; then the data is believed.
+    """
+    tensors = {
+        suffix: checkpoint.get(f"{prefix}.{suffix}")
+        for suffix in _SUFFIXES
+        if f"{prefix}.{suffix}" in checkpoint
+    }
+    for suffix in _REQUIRED:
+        if suffix not in tensors:
+            raise QuantkitError(f"{prefix} has no tensor {suffix}")
+    found = convention_of(tensors["qzeros"], said.bits) if said.symmetric else None
+    convention = found or said.convention
+    width = tensors["qweight"].shape[0] * packbits.WORD // said.bits
+    shapes = {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()}
+    scheme = scheme_of(shapes, symmetric=found is not None, width=width)
+    return unpack(tensors, scheme, convention, prefix), convention
 
 
 def quantization_config(

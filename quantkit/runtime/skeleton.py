@@ -116,6 +116,10 @@ class Skeleton:
                 pairs[live] = name
         return pairs
 
+    def live_name(self, disk: str) -> str:
+        """Name in the model of a tensor called ``disk`` in files, whether it is there or not."""
+        return self._live(disk)[0]
+
     def _live(self, name: str) -> tuple[str, str | None]:
         return rename_source_key(
             name,
@@ -131,8 +135,8 @@ class Skeleton:
 
     @cached_property
     def _tied(self) -> dict[str, str]:
-        """Parameter that the checkpoint does not hold -> the one that takes its place too (an output
-        head -> the embedding, or the other way round)."""
+        """Parameter that the checkpoint does not hold -> the one that is in its place too (head ->
+        embedding, or the other way round)."""
         held = set(self.live_names.values())
         pairs = self.model.all_tied_weights_keys.items()
         forth = {head: body for head, body in pairs if head not in held and body in held}
@@ -158,11 +162,25 @@ class Skeleton:
         for place, source in tied.items():
             parent, _, leaf = place.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, self.model.get_parameter(source))
-        missing = [
+        self._refuse_missing(
             name
             for name, parameter in self.model.named_parameters()
             if below(name) and parameter.device.type == "meta"
-        ]
+        )
+
+    def check(self) -> None:
+        """Raise now what ``fill`` would raise later, as far as names and shapes tell it."""
+        for live, disk in self.disk_names.items():
+            found = self.checkpoint.spec(disk).shape
+            if live in self._expected and found != tuple(self._expected[live].shape):
+                raise _misfit(disk, found, self._expected[live].shape)
+        if len(self.disk_names) == len(self.live_names):  # else conversions make up some names
+            held = self.disk_names.keys() | self._tied.keys()
+            parameters = self.model.named_parameters(remove_duplicate=False)
+            self._refuse_missing(name for name, _ in parameters if name not in held)
+
+    def _refuse_missing(self, names: Iterable[str]) -> None:
+        missing = list(names)
         if missing:
             raise QuantkitError(
                 f"{self.source.name} lacks the tensor {missing[0]}"
@@ -198,14 +216,17 @@ def load(
             None,
         )
     if info.mismatched_keys:
-        name, found, wanted = sorted(info.mismatched_keys)[0]
-        raise QuantkitError(
-            f"tensor {name} has the shape {tuple(found)}, the model needs {tuple(wanted)}",
-            "config.json and the weights do not belong together",
-        )
+        raise _misfit(*min(info.mismatched_keys))
     if info.conversion_errors or info.error_msgs:
         detail = [*info.conversion_errors.values(), *info.error_msgs][0]
         raise QuantkitError(f"the weights do not fit the model ({detail})")
+
+
+def _misfit(name: str, found: Iterable[int], wanted: Iterable[int]) -> QuantkitError:
+    return QuantkitError(
+        f"tensor {name} has the shape {tuple(found)}, the model needs {tuple(wanted)}",
+        "config.json and the weights do not belong together",
+    )
 
 
 @contextmanager

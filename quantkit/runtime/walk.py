@@ -188,7 +188,11 @@ class Walk:
         Also records what every block is called with."""
         with self._surroundings():
             self._tuples = self._returns_tuple(batches[0][:1, :4])
-            self._record(batches[0][:1, :_PROBE_TOKENS])
+            self._refuse_text_arguments()
+            # what Block.trace runs, whichever batch it is given a piece of
+            pieces = {piece.shape: piece for piece in (b[:1, :_PROBE_TOKENS] for b in batches)}
+            for piece in pieces.values():
+                self._record(piece)
             return [self._record(batch) for batch in batches]
 
     @torch.no_grad()
@@ -243,6 +247,20 @@ class Walk:
                 handle.remove()
         return isinstance(result[0], tuple)
 
+    def _refuse_text_arguments(self) -> None:
+        """Blocks are called with what was recorded for a shape, whatever the tokens are. So refuse
+        models whose blocks also get something made from the tokens (per-layer embeddings)."""
+        calls = []
+        for token in (0, 1):
+            self._record(torch.full((1, 4), token))
+            calls.append(self._calls[0][1, 4])
+        if not all(torch.equal(a, b) for a, b in zip(*(_tensors(vars(call)) for call in calls))):
+            raise QuantkitError(
+                f"the blocks of {type(self.skeleton.model).__name__} take more of the text than "
+                "their hidden states, which quantkit does not support yet",
+                "please report the architecture",
+            )
+
     def _record(self, batch: Tensor) -> Tensor:
         """Run the model on ``batch`` with recorders for blocks -> hidden states for block 0. Once
         the calls for this shape are known, only the first block is reached."""
@@ -286,6 +304,15 @@ def _hidden(output: Any) -> Tensor:
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, Tensor)
     return result
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors inside of nested tuples, lists and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

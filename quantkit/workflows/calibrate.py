@@ -13,20 +13,6 @@ from quantkit.errors import QuantkitError, UsageError
 _SAMPLED_AT_ONCE = 16
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer. Raises QuantkitError when it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise QuantkitError(
-            f"{source.name} has no tokenizer that transformers can load "
-            f"({str(error).splitlines()[0]})",
-            "put tokenizer.json (or tokenizer.model) and tokenizer_config.json beside config.json",
-        ) from error
-
-
 def calibrate(
     source: Source,
     tokenizer: Any,

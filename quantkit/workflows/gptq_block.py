@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
@@ -126,11 +126,11 @@ def _round_unreached(
     for name in names:
         if name in reached:
             continue
-        original, bias = weights(name), block.linear(name).bias
+        original, bias = weights(name), _stored(block.linear(name).bias)
         qweight = rtn.quantize(original, settings.scheme, settings.options.zero_min)
         error = (original - qweight.dequantize()).square().sum() / original.square().sum()
-        put(block, name, qweight, None)
-        solved[name] = Solved(qweight, _stored(bias), float(error), 0.0, 0, "rtn")
+        put(block, name, qweight, bias)
+        solved[name] = Solved(qweight, bias, float(error), 0.0, 0, "rtn")
 
 
 def _stored(bias: Tensor | None) -> Tensor | None:
@@ -169,9 +169,14 @@ def _solve_group(
 
 
 def put(block: Block, name: str, qweight: QWeight, bias: Tensor | None) -> None:
-    """Give a linear of the running block the weight that its file will hold."""
+    """Give a linear of the running block the weight that its file will hold. The old tensors stay
+    as they are: they may be the checkpoint's own memory map."""
     linear = block.linear(name)
-    weight = qweight.dequantize(linear.weight.dtype)  # type: ignore[arg-type]
-    linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)  # type: ignore[operator]
+    weight = qweight.dequantize().to(linear.weight)  # type: ignore[arg-type]
+    linear.weight = _parameter(weight.T if isinstance(linear, Conv1D) else weight)
     if bias is not None:
-        linear.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        linear.bias = _parameter(bias.to(linear.bias))  # type: ignore[arg-type]
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)

@@ -59,12 +59,14 @@ class Layout:
 
 
 def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
-    """Plan the output. Raises QuantkitError for a checkpoint that is already quantized or keeps its
-    experts fused, UsageError when the group does not divide some linear's width."""
+    """Plan the output. Raises QuantkitError for a checkpoint that is already quantized, keeps its
+    experts fused, lacks tensors or holds some of another shape; UsageError when the group does not
+    divide some linear's width."""
     _refuse_quantized(skeleton)
     model, disk_names = skeleton.model, skeleton.disk_names
     prefix, blocks = find_blocks(model)
     _refuse_fused(prefix, blocks.named_parameters())
+    skeleton.check()
     jobs: list[list[Job]] = []
     kept: list[str] = []
     taken: set[str] = set()

@@ -1,4 +1,4 @@
-"""Everything that is decided, and everything that can be refused, before the first byte is written."""
+"""What is decided, and what can be refused, before the first byte is written."""
 
 import re
 from dataclasses import dataclass

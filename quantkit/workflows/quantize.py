@@ -29,10 +29,11 @@ from quantkit.formats import gptq as gptq_format
 from quantkit.runtime import gather
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.skeleton import Skeleton
+from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import plan as planning
 from quantkit.workflows import seal
-from quantkit.workflows.calibrate import batches, calibrate, load_tokenizer
+from quantkit.workflows.calibrate import batches, calibrate
 from quantkit.workflows.check import RideAlong, held_out
 from quantkit.workflows.gptq_block import Solved, put, solve_block
 from quantkit.workflows.layout import Job, lay_out

@@ -8,7 +8,7 @@ from quantkit.core.checkpoint import ShardWriter, write_json, write_text
 from quantkit.formats import gptq
 from quantkit.workflows import card
 from quantkit.workflows.output import Output
-from quantkit.workflows.plan import Plan, stored_dtype
+from quantkit.workflows.plan import stored_dtype
 
 if TYPE_CHECKING:
     from quantkit.workflows.quantize import Report

@@ -1,0 +1,117 @@
+"""``quantkit gptq MODEL``"""
+
+from typing import Any
+
+import click
+
+from quantkit.cli import options
+
+
+@click.command("gptq")
+@click.argument("model")
+@click.option(
+    "--out", "-o", metavar="FOLDER", help="Where to write; default: NAME-gptq-4bit-128g here."
+)
+@click.option("--bits", "-b", type=int, default=4, show_default=True, help="2, 3, 4 or 8.")
+@click.option(
+    "--group",
+    "-g",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Inputs that share one scale: 16 to 1024, or -1 for the whole row.",
+)
+@click.option("--sym/--asym", default=True, show_default=True, help="Symmetric codes or not.")
+@click.option(
+    "--act-order",
+    type=click.Choice(["static", "none", "group"]),
+    default="static",
+    show_default=True,
+    help="Order of rounding. static: by activation, groups stay contiguous (every reader); "
+    "group: groups too follow the activation (needs g_idx).",
+)
+@click.option(
+    "--damp",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Added to the Hessian's diagonal, as a fraction of its mean.",
+)
+@click.option("--fast", is_flag=True, help="One pass: no alignment, no refinement.")
+@click.option(
+    "--align",
+    type=float,
+    help="How far to correct for earlier errors, 0 to 1.  [default: 0.5, with --fast 0]",
+)
+@click.option(
+    "--refine", type=int, help="Rounds of scale refit and polish.  [default: 2, with --fast 0]"
+)
+@click.option(
+    "--scale-search/--no-scale-search",
+    default=True,
+    show_default=True,
+    help="Search scales under the Hessian, or take the range.",
+)
+@click.option(
+    "--bias-correction/--no-bias-correction",
+    default=True,
+    show_default=True,
+    help="Let biases take up the mean error.",
+)
+@click.option(
+    "--calib",
+    "-c",
+    multiple=True,
+    default=("bundled",),
+    show_default=True,
+    help="Calibration text, repeatable: bundled, bundled:ja=64,en=64, FILE "
+    "(.txt .jsonl .csv .parquet), FILE:column, hf:DATASET:CONFIG:SPLIT:COLUMN, wikitext2, c4, "
+    "c4-ja, wikipedia-ja, self; =N for N rows of it.",
+)
+@click.option("--calib-rows", type=int, default=128, show_default=True, help="Rows at most.")
+@click.option("--calib-seqlen", type=int, default=2048, show_default=True, help="Tokens in a row.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For shuffling the text.")
+@options.running
+@click.option(
+    "--checkpoint-format",
+    type=click.Choice(["auto", "gptq", "gptq_v2"]),
+    default="auto",
+    show_default=True,
+    help="How zero points are stored. auto: gptq when symmetric, else gptq_v2.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Measure the result on held-out text along the way.",
+)
+@click.option("--strict", is_flag=True, help="Fail where a fallback would be taken.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@options.quiet
+def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
+    """Quantize MODEL to GPTQ.
+
+    Blocks are solved one at a time, so memory holds one of them, whatever the model's size. A
+    stopped run goes on when the same command is repeated.
+    """
+    from quantkit.cli.console import Drawn, stdout
+    from quantkit.cli.tables import comparison_table
+    from quantkit.workflows.quantize import quantize
+
+    progress = Drawn(quiet)
+    try:
+        report = quantize(calib=list(calib), progress=progress, **options)
+    finally:
+        progress.end()
+    if not report.written or quiet:
+        return
+    console = stdout()
+    if report.measured is not None:
+        console.print(comparison_table(report.measured.described(), "on held-out text"))
+    for text in report.fallbacks:
+        console.print(f"[yellow]fallback:[/] {text}")
+    name = report.folder
+    console.print(f"wrote [bold]{name}[/] in {sum(report.seconds.values()):.0f} s")
+    console.print(f"next: [bold]quantkit verify {name}[/], [bold]quantkit generate {name} ...[/]")

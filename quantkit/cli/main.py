@@ -1,0 +1,88 @@
+"""``quantkit``: finds the command, and turns errors into a sentence, a hint and an exit code."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+# one file per command; the help is here so that showing it imports nothing
+_COMMANDS = {
+    "gptq": "Quantize a model to GPTQ.",
+    "inspect": "Show what a model's folder holds.",
+    "verify": "Measure a quantized model against its original.",
+    "generate": "Continue or answer a prompt.",
+}
+
+
+class _Lazy(click.Group):
+    """Imports a command's file when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"quantkit.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="quantkit")
+def cli() -> None:
+    """Quantize a language model, prove that it is still good, and run it.
+
+    MODEL is a folder, a Hub repository (owner/name or owner/name@revision), or 'demo', a small
+    model that comes with quantkit.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of the ``quantkit`` command."""
+    _calm_libraries()
+    try:
+        sys.exit(cli.main(arguments, standalone_mode=False) or 0)
+    except click.Abort:
+        _say("stopped", None)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        _say("stopped", "run the same command again to go on where it stopped")
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except QuantkitError as error:
+        _say(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # whoever read our output has gone, and the interpreter's last flush would fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _say(message: str, hint: str | None) -> None:
+    click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    click.echo(message, err=True)
+    if hint:
+        click.secho(" hint: ", fg="cyan", err=True, nl=False)
+        click.echo(hint, err=True)
+
+
+def _calm_libraries() -> None:
+    """Settings that libraries read when they are imported."""
+    defaults: dict[str, Any] = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

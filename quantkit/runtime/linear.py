@@ -1,0 +1,114 @@
+"""Linear layers that compute with a quantized weight.
+
+``QuantLinear`` holds codes in few bits and dequantizes them for every call: right for every scheme
+and device, and the reference for everything faster. ``CpuInt4Linear`` uses torch's int4 kernel
+where few rows come at once.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantkit.core import packbits
+from quantkit.core.qweight import QWeight
+from quantkit.runtime.kernels import cpu_int4
+
+# From this many rows on, dequantizing once and multiplying is faster than the int4 kernel
+# (measured on two AVX512 cores with 512 to 4096 inputs: they meet between 100 and 250 rows).
+DENSE_ROWS = 128
+_ROWS = 128  # dequantized at a time on a CPU, to stay in its caches; a multiple of kernel blocks
+
+
+def quantized_linear(
+    q: QWeight, bias: bool, device: torch.device, dtype: torch.dtype
+) -> "QuantLinear":
+    """The fastest layer there is for this weight on this device. Its bias, if it has one, is still
+    empty."""
+    out, width = q.shape
+    small = q.scheme.bits == 4 and cpu_int4.fits(out, width, q.scheme.width(width))
+    kind = CpuInt4Linear if small and device.type == "cpu" else QuantLinear
+    return kind(q, bias, device, dtype)
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + bias, W dequantized from packed codes at every call."""
+
+    def __init__(self, q: QWeight, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.scheme, self.dtype = q.scheme, dtype
+        self.bias = None
+        if bias:
+            empty = torch.empty(self.out_features, dtype=dtype, device="meta")
+            self.bias = nn.Parameter(empty, requires_grad=False)
+        if q.group_of is not None:
+            # with its groups side by side the weight is an ordinary one; inputs follow
+            order = torch.argsort(q.group_of, stable=True)
+            self.register_buffer("order", order.to(device))
+            q = QWeight(q.scheme, q.codes[:, order], q.scale, q.zero)
+        else:
+            self.order = None
+        self.register_buffer("scale", q.scale.to(device))
+        self.register_buffer("zero", None if q.zero is None else q.zero.to(device))
+        self.register_buffer("packed", self.pack(q.codes).to(device))
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """How this layer keeps its codes (uint8 [out, in])."""
+        return packbits.pack(codes.T.contiguous(), self.scheme.bits)
+
+    def unpack(self, start: int, stop: int) -> Tensor:
+        """The codes of some rows, uint8 [stop - start, in], in the order of the layer's inputs."""
+        return packbits.unpack(self.packed[:, start:stop], self.scheme.bits).T
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], columns in the order of ``self.order``."""
+        device = self.scale.device
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+        step = self.out_features if device.type == "cuda" else _ROWS
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            zero = None if self.zero is None else self.zero[start:stop]
+            q = QWeight(self.scheme, self.unpack(start, stop), self.scale[start:stop], zero)
+            weight[start:stop] = q.dequantize(dtype)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x[..., self.order]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output for inputs in its own order."""
+        return functional.linear(x, self.weight_as(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        scheme = self.scheme
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={scheme.bits}, group_size={scheme.group_size}, bias={self.bias is not None}"
+        )
+
+
+class CpuInt4Linear(QuantLinear):
+    """4 bits on a CPU: torch's int4 kernel for few rows, a dequantized weight for many."""
+
+    def __init__(self, q: QWeight, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(q, bias, device, dtype)
+        self.group = q.scheme.width(self.in_features)
+        scales = cpu_int4.scales_and_offsets(q.scale, q.zero, dtype)
+        self.register_buffer("kernel_scales", scales)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return cpu_int4.pack(codes)
+
+    def unpack(self, start: int, stop: int) -> Tensor:
+        return cpu_int4.unpack(self.packed[start:stop])
+
+    def product(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) >= DENSE_ROWS or x.dtype != self.kernel_scales.dtype:
+            return super().product(x)
+        result = cpu_int4.matmul(rows.contiguous(), self.packed, self.group, self.kernel_scales)
+        if self.bias is not None:
+            result += self.bias
+        return result.reshape(*x.shape[:-1], self.out_features)

@@ -1,0 +1,90 @@
+"""The one loader: whatever the checkpoint's format, a real transformers model and its tokenizer."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from quantkit.core.checkpoint import Checkpoint
+from quantkit.core.source import Source, resolve
+from quantkit.errors import QuantkitError
+from quantkit.formats import gptq
+from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.linear import quantized_linear
+from quantkit.runtime.skeleton import Skeleton
+from quantkit.runtime.tokenizer import load_tokenizer
+from quantkit.runtime.walk import features
+
+
+def load(
+    model: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """``demo``, a folder or a Hub repository -> (model, tokenizer), ready for ``generate``.
+
+    Opens full-precision safetensors and GPTQ checkpoints. Quantized linears stay quantized in
+    memory. Raises QuantkitError when the model cannot be loaded, with the reason.
+    """
+    on = pick_device(device)
+    source = resolve(model, revision)
+    tokenizer = load_tokenizer(source)
+    return load_model(source, on, pick_dtype(dtype, on)), tokenizer
+
+
+def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of ``source`` on ``device``; everything that is not quantized is in ``dtype``."""
+    checkpoint = Checkpoint(source.folder)
+    prefixes = gptq.linears(checkpoint)
+    skeleton = Skeleton(source, checkpoint.without(gptq.packed_names(checkpoint)), device, dtype)
+    model = skeleton.model
+    if prefixes:
+        said = gptq.declared(source.read_json)
+        if said is None:
+            raise QuantkitError(
+                f"{source.name} holds packed weights, but no file says how many bits they have",
+                "a GPTQ model needs quantize_config.json or a quantization_config in config.json",
+            )
+        for prefix in prefixes:
+            _put_linear(skeleton, checkpoint, prefix, said)
+        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+    skeleton.fill([name for name, _ in model.named_children()])
+    model.tie_weights()
+    if (source.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # what follows is for us to know, not transformers
+    return model
+
+
+def _put_linear(
+    skeleton: Skeleton, checkpoint: Checkpoint, prefix: str, said: gptq.Declared
+) -> None:
+    """Replace one linear of the model by a quantized one."""
+    name = skeleton.live_name(f"{prefix}.weight").removesuffix(".weight")
+    parent, _, leaf = name.rpartition(".")
+    try:
+        old = skeleton.model.get_submodule(name)
+    except AttributeError as error:
+        raise QuantkitError(
+            f"{skeleton.source.name} has a packed weight {prefix}, and the model no such layer"
+        ) from error
+    q, _ = gptq.read(checkpoint, prefix, said)
+    new = quantized_linear(q, old.bias is not None, skeleton.device, skeleton.dtype)
+    _check_shape(old, new, prefix)
+    setattr(skeleton.model.get_submodule(parent), leaf, new)
+
+
+def _check_shape(old: nn.Module, new: nn.Module, prefix: str) -> None:
+    found = (new.out_features, new.in_features)
+    if features(old) != found:
+        raise QuantkitError(
+            f"{prefix} is a weight of {found}, the model needs {features(old)}",
+            "config.json and the weights do not belong together",
+        )
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise QuantkitError(
+        "a loaded quantized model is in its running form and cannot be saved from there",
+        "copy the folder that it was loaded from",
+    )

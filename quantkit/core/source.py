@@ -12,7 +12,8 @@ from quantkit.errors import QuantkitError
 DEMO = "demo"
 _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 # everything that is needed to run or quantize a model, and no pickles
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+_WANTED += ["LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,28 @@ def resolve(model: str, revision: str | None = None) -> Source:
     ``owner/name@revision``. Raises QuantkitError when there is no such model."""
     if model == DEMO:
         return Source(DEMO, data.demo())
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return Source(path.resolve().name, path)
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return Source(path.resolve().name, path)
+        is_file = path.exists()
+    except (OSError, RuntimeError):  # a name too long for this system, a user that it does not know
+        is_file = False
+    if is_file:
         raise QuantkitError(
             f"{model} is a file, not a model's folder", "give the folder that holds config.json"
         )
     if not _REPOSITORY.fullmatch(model):
-        raise QuantkitError(
-            f"there is no folder {model}",
-            "give a folder, a Hub repository such as owner/name, or 'demo'",
-        )
+        raise _no_folder(model)
     repository, _, tag = model.partition("@")
     return _from_hub(repository, revision or tag or None)
+
+
+def _no_folder(model: str) -> QuantkitError:
+    return QuantkitError(
+        f"there is no folder {model}",
+        "give a folder, a Hub repository such as owner/name, or 'demo'",
+    )
 
 
 def _from_hub(repository: str, revision: str | None) -> Source:
@@ -72,6 +81,8 @@ def _from_hub(repository: str, revision: str | None) -> Source:
         folder = Path(
             huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED)
         )
+    except errors.HFValidationError as error:
+        raise _no_folder(repository) from error  # no repository can have such a name
     except errors.GatedRepoError as error:
         raise QuantkitError(
             f"{repository} is gated, and you have no access to it with the current token",
@@ -91,7 +102,7 @@ def _from_hub(repository: str, revision: str | None) -> Source:
             f"there is no folder {repository} here, and the Hub cannot be reached",
             "check the path or the network (and HF_HUB_OFFLINE)",
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # the former: a connection that broke, too
         raise QuantkitError(
             f"downloading {repository} failed ({error})", "run the same command again to continue"
         ) from error

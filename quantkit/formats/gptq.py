@@ -18,7 +18,7 @@ v1 stores ``zero - 1`` (a symmetric 4-bit word of zeros is 0x77777777), v2 store
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -227,12 +227,15 @@ def read(checkpoint: Checkpoint, prefix: str, said: Declared) -> tuple[QWeight, 
     for suffix in _REQUIRED:
         if suffix not in tensors:
             raise QuantkitError(f"{prefix} has no tensor {suffix}")
-    found = convention_of(tensors["qzeros"], said.bits) if said.symmetric else None
-    convention = found or said.convention
     width = tensors["qweight"].shape[0] * packbits.WORD // said.bits
     shapes = {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()}
-    scheme = scheme_of(shapes, symmetric=found is not None, width=width)
-    return unpack(tensors, scheme, convention, prefix), convention
+    scheme = scheme_of(shapes, said.symmetric, width)  # some linears may have other bits than most
+    _check(tensors, scheme, prefix)
+    found = convention_of(tensors["qzeros"], scheme.bits) if said.symmetric else None
+    convention = found or said.convention
+    return unpack(
+        tensors, replace(scheme, symmetric=found is not None), convention, prefix
+    ), convention
 
 
 def quantization_config(

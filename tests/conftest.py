@@ -1,0 +1,18 @@
+"""What all tests share: one thread, no time limits inside hypothesis, the demo's tokenizer."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("quantkit", deadline=None)
+settings.load_profile("quantkit")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from quantkit import data
+
+    return AutoTokenizer.from_pretrained(data.demo())

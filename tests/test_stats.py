@@ -1,0 +1,125 @@
+"""Moments gathered batch by batch equal those of all tokens at once in float64."""
+
+import pytest
+import torch
+
+from quantkit.core.stats import InputStats
+
+OUT = 10
+
+
+def batches(width, dtype=torch.float32, seed=0):
+    """Inputs with a mean and energies of their own, [rows, tokens, width]."""
+    g = torch.Generator().manual_seed(seed)
+    energy = torch.exp(torch.randn(width, generator=g))
+    return [
+        ((torch.randn(*shape, width, generator=g) + 0.5) * energy).to(dtype)
+        for shape in ((2, 17), (3, 40), (1, 5))
+    ]
+
+
+def deltas(seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, OUT, generator=g) + 0.2 for shape in ((2, 17), (3, 40), (1, 5))]
+
+
+def together(parts):
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).double()
+
+
+def gathered(xs, ds=None):
+    stats = InputStats(xs[0].shape[-1], out_features=None if ds is None else OUT)
+    for i, x in enumerate(xs):
+        stats.add(x)
+        if ds is not None:
+            stats.add_drift(x, ds[i])
+    return stats.moments()
+
+
+def near(found, expected, tolerance=1e-5):
+    assert found.dtype == torch.float32
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).norm()) < tolerance * float(expected.norm())
+
+
+# one strip, two, three, four unequal ones
+@pytest.mark.parametrize("width", [16, 128, 129, 300, 515, 640])
+def test_gram_and_mean(width):
+    xs = batches(width)
+    found, x = gathered(xs), together(xs)
+    near(found.gram, x.T @ x / len(x))
+    near(found.mean, x.mean(0))
+    assert torch.equal(found.gram, found.gram.T)
+    assert found.count == len(x)
+    assert found.cross is None
+    assert found.drift is None
+
+
+@pytest.mark.parametrize("width", [16, 300])
+def test_cross_and_drift(width):
+    xs, ds = batches(width), deltas()
+    found, x, d = gathered(xs, ds), together(xs), together(ds)
+    near(found.cross, d.T @ x / len(x))
+    near(found.drift, d.mean(0))
+
+
+def test_centred_moments_are_those_about_the_mean():
+    xs, ds = batches(64), deltas()
+    found, x, d = gathered(xs, ds).centred(), together(xs), together(ds)
+    x0, d0 = x - x.mean(0), d - d.mean(0)
+    near(found.gram, x0.T @ x0 / len(x))
+    near(found.cross, d0.T @ x0 / len(x), 1e-4)
+    near(found.mean, x.mean(0))
+    near(found.drift, d.mean(0))
+
+
+def test_centring_makes_new_tensors():
+    moments = gathered(batches(64), deltas())
+    before = moments.gram.clone(), moments.cross.clone()
+    moments.centred()
+    assert torch.equal(moments.gram, before[0])
+    assert torch.equal(moments.cross, before[1])
+
+
+def test_centring_without_drift():
+    found = gathered(batches(64)).centred()
+    x = together(batches(64))
+    near(found.gram, (x - x.mean(0)).T @ (x - x.mean(0)) / len(x))
+    assert found.cross is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_close(dtype):
+    """On a CPU a batch's product is rounded to the inputs' dtype before it is added."""
+    xs = batches(300, dtype)
+    ds = [d.to(dtype) for d in deltas()]
+    found, x, d = gathered(xs, ds), together(xs), together(ds)
+    near(found.gram, x.T @ x / len(x), 5e-3)
+    near(found.cross, d.T @ x / len(x), 5e-3)
+    near(found.mean, x.mean(0))
+    near(found.drift, d.mean(0))
+
+
+def test_half_precision_sums_do_not_stop_growing():
+    """Many equal batches: a bfloat16 sum would stick at 256 times the first."""
+    x = torch.ones(1, 4).bfloat16()
+    stats = InputStats(4, out_features=1)
+    for _ in range(600):
+        stats.add(x)
+        stats.add_drift(x, torch.ones(1, 1).bfloat16())
+    found = stats.moments()
+    assert found.count == 600
+    for tensor in (found.gram, found.mean, found.cross, found.drift):
+        assert torch.equal(tensor, torch.ones_like(tensor))
+
+
+def test_how_tokens_are_cut_into_batches_does_not_matter():
+    xs = batches(200)
+    near(gathered(xs).gram, gathered([together(xs).float()[None]]).gram.double())
+
+
+def test_batches_are_left_as_they_are():
+    xs, ds = batches(64), deltas()
+    before = [x.clone() for x in xs], [d.clone() for d in ds]
+    gathered(xs, ds)
+    assert all(torch.equal(a, b) for a, b in zip(xs + ds, before[0] + before[1]))

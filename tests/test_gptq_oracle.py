@@ -73,8 +73,9 @@ def published(target, hessian, scheme, options):
         if j % group == 0:
             grid = choose_grid(weight, hessian, j, j + group, scheme, options)
         column = weight[:, j].clone()
-        code = (column / grid.scale + grid.zero).round().clamp(0, 2**scheme.bits - 1)
-        rounded[:, j] = grid.scale * (code - grid.zero)
+        zero = -grid.low
+        code = (column / grid.scale + zero).round().clamp(0, 2**scheme.bits - 1)
+        rounded[:, j] = grid.scale * (code - zero)
         error = (column - rounded[:, j]) / factor[j, j]
         weight[:, j:] -= torch.outer(error, factor[j, j:])
     result = torch.empty_like(rounded)

@@ -25,32 +25,24 @@ def problem(out=OUT, width=WIDTH):
 
 
 def start(scheme):
-    """Rounded to nearest, in the conventions of refine: columns, hessian, codes, scale, zero."""
+    """Rounded to nearest, in the conventions of refine: columns, hessian, levels, grid."""
     weight, hessian = problem()
     columns = weight.T.contiguous()
-    width = scheme.width(WIDTH)
-    grids = [scales.from_range(part, scheme) for part in columns.split(width)]
-    codes = [
-        scales.encode(part, grid, scheme.max_code)
-        for part, grid in zip(columns.split(width), grids)
-    ]
-    zero = float(scheme.midpoint) if scheme.symmetric else torch.stack([g.zero for g in grids])
-    return columns, hessian, torch.cat(codes), torch.stack([g.scale for g in grids]), zero
+    parts = columns.split(scheme.width(WIDTH))
+    grids = [scales.from_range(part, scheme) for part in parts]
+    levels = torch.cat([scales.nearest(part, grid) for part, grid in zip(parts, grids)])
+    return columns, hessian, levels, scales.together(grids, torch.stack)
 
 
-def spread(per_group, codes):
+def spread(per_group):
     """[groups, out] -> [in, out]; a number stays one."""
     if isinstance(per_group, float):
         return per_group
-    return per_group.repeat_interleave(len(codes) // len(per_group), 0)
+    return per_group.repeat_interleave(WIDTH // len(per_group), 0)
 
 
-def decoded(codes, scale, zero):
-    return (codes - spread(zero, codes)) * spread(scale, codes)
-
-
-def row_objectives(columns, hessian, codes, scale, zero):
-    error = columns - decoded(codes, scale, zero)
+def row_objectives(columns, hessian, levels, grid):
+    error = columns - levels * spread(grid.scale)
     return (error * (hessian @ error)).sum(0)
 
 
@@ -89,19 +81,19 @@ def test_every_round_lowers_the_objective(bits, group, symmetric, act_order):
 
 @every_scheme
 def test_refit_makes_no_row_worse(scheme):
-    columns, hessian, codes, scale, zero = start(scheme)
-    before = row_objectives(columns, hessian, codes, scale, zero)
-    fitted = refine.refit(columns, hessian, codes, scale, zero, scheme)
-    assert_not_worse(row_objectives(columns, hessian, codes, fitted, zero), before)
+    columns, hessian, levels, grid = start(scheme)
+    before = row_objectives(columns, hessian, levels, grid)
+    fitted = refine.refit(columns, hessian, levels, grid)
+    assert_not_worse(row_objectives(columns, hessian, levels, fitted), before)
 
 
 @every_scheme
 def test_refit_finds_the_least_squares_scales(scheme):
     """Against an explicit least-squares problem a row, rounded to float16 afterwards."""
-    columns, hessian, codes, scale, zero = start(scheme)
-    fitted = refine.refit(columns, hessian, codes, scale, zero, scheme)
+    columns, hessian, levels, grid = start(scheme)
+    scale = grid.scale
+    fitted = refine.refit(columns, hessian, levels, grid).scale
     root = torch.linalg.cholesky(hessian, upper=True)
-    levels = codes - spread(zero, codes)
     groups = len(scale)
     changed = 0
     for row in range(OUT):
@@ -119,71 +111,73 @@ def test_refit_finds_the_least_squares_scales(scheme):
 def test_refit_keeps_old_scales_that_float16_makes_better():
     """Rounding each of the best scales by itself is not the best choice of float16 numbers."""
     scheme = Scheme(4, 16)
-    columns, hessian, codes, scale, zero = start(scheme)
-    rounded = refine.refit(columns, hessian, codes, scale, zero, scheme)
+    columns, hessian, levels, grid = start(scheme)
+    rounded = refine.refit(columns, hessian, levels, grid).scale
     better = rounded.clone()
-    for g in range(len(scale)):
+    for g in range(len(better)):
         for step in (-1, 1):  # one unit in the last place
             other = better.clone()
             other[g] = (better[g].half().view(torch.int16) + step).view(torch.float16).double()
-            gain = row_objectives(columns, hessian, codes, other, zero)
-            gain = gain < row_objectives(columns, hessian, codes, better, zero) * (1 - 1e-9)
+            gain = row_objectives(columns, hessian, levels, grid._replace(scale=other))
+            now = row_objectives(columns, hessian, levels, grid._replace(scale=better))
+            gain = gain < now * (1 - 1e-9)
             better = torch.where(gain, other, better)
     improved = (better != rounded).any(0)
     assert int(improved.sum()) > OUT // 2
-    again = refine.refit(columns, hessian, codes, better, zero, scheme)
+    again = refine.refit(columns, hessian, levels, grid._replace(scale=better)).scale
     assert torch.equal(again[:, improved], better[:, improved])
 
 
 def test_refit_is_the_same_in_pieces(monkeypatch):
     scheme = Scheme(4, 16, False)
     parts = start(scheme)
-    whole = refine.refit(*parts, scheme)
+    whole = refine.refit(*parts)
     monkeypatch.setattr(refine, "_SYSTEM_BYTES", 4 * 12 * 12 * 3)  # three rows at a time
-    torch.testing.assert_close(refine.refit(*parts, scheme), whole)
+    torch.testing.assert_close(refine.refit(*parts).scale, whole.scale)
 
 
 @every_scheme
 def test_polish_makes_no_row_worse(scheme):
-    columns, hessian, codes, scale, zero = start(scheme)
-    before = row_objectives(columns, hessian, codes, scale, zero)
-    refine.polish(columns, hessian, codes, scale, zero, scheme)
-    assert_not_worse(row_objectives(columns, hessian, codes, scale, zero), before)
-    assert float(codes.min()) >= 0
-    assert float(codes.max()) <= scheme.max_code
+    columns, hessian, levels, grid = start(scheme)
+    before = row_objectives(columns, hessian, levels, grid)
+    refine.polish(columns, hessian, levels, grid)
+    assert_not_worse(row_objectives(columns, hessian, levels, grid), before)
+    assert bool((levels >= spread(grid.low)).all())
+    assert bool((levels <= spread(grid.high)).all())
 
 
 @every_scheme
 def test_polish_is_coordinate_descent(scheme):
     """Against a loop that works out the best code of every column from scratch."""
-    columns, hessian, codes, scale, zero = start(scheme)
-    expected = codes.clone()
+    columns, hessian, levels, grid = start(scheme)
+    expected = levels.clone()
+    scale, low = spread(grid.scale), torch.as_tensor(spread(grid.low)).expand_as(levels)
     for i in range(WIDTH):
-        error = columns - decoded(expected, scale, zero)
+        error = columns - expected * scale
         error[i] = 0
         wanted = columns[i] + (hessian[i] @ error) / hessian[i, i]
-        s = spread(scale, codes)[i]
-        z = zero if scheme.symmetric else spread(zero, codes)[i]
-        expected[i] = (wanted / s + z).round().clamp(0, scheme.max_code)
-    refine.polish(columns, hessian, codes, scale, zero, scheme)
-    assert torch.equal(codes, expected)
+        code = (wanted / scale[i] - low[i]).round().clamp(0, scheme.max_code)
+        expected[i] = code + low[i]
+    refine.polish(columns, hessian, levels, grid)
+    assert torch.equal(levels, expected)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_after_enough_polish_no_single_code_can_improve(symmetric):
     scheme = Scheme(3, 32, symmetric)
-    columns, hessian, codes, scale, zero = start(scheme)
+    columns, hessian, levels, grid = start(scheme)
     for _ in range(50):
-        before = codes.clone()
-        refine.polish(columns, hessian, codes, scale, zero, scheme)
-        if torch.equal(codes, before):
+        before = levels.clone()
+        refine.polish(columns, hessian, levels, grid)
+        if torch.equal(levels, before):
             break
     else:
         pytest.fail("polish does not come to rest")
-    best = row_objectives(columns, hessian, codes, scale, zero)
+    best = row_objectives(columns, hessian, levels, grid)
+    low, high = (torch.as_tensor(spread(x)).expand_as(levels) for x in (grid.low, grid.high))
     for i in range(WIDTH):
         for step in (-1, 1):
-            other = codes.clone()
-            other[i] = (other[i] + step).clamp(0, scheme.max_code)
-            changed = row_objectives(columns, hessian, other, scale, zero)
+            other = levels.clone()
+            other[i] = torch.clamp(other[i] + step, low[i], high[i])
+            changed = row_objectives(columns, hessian, other, grid)
             assert bool((changed >= best * (1 - 1e-9)).all())

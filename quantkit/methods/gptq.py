@@ -25,7 +25,7 @@ is contiguous, whatever ``act_order`` says, so that there is a single code path:
              then needs to say which group each input belongs to (desc_act with a real g_idx)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -93,12 +93,12 @@ def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> 
     unit, weight, damp = factor(hessian, options.damp)
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
     rounding = _Rounding(columns, unit, weight, scheme, options)
-    codes, scale, zero = rounding.run()
+    levels, grid = rounding.run()
     del unit, rounding
     for _ in range(options.rounds):
-        scale = refine.refit(columns, hessian, codes, scale, zero, scheme)
-        refine.polish(columns, hessian, codes, scale, zero, scheme)
-    return Solution(_assemble(codes, scale, zero, order, scheme, options), damp, dead)
+        grid = refine.refit(columns, hessian, levels, grid)
+        refine.polish(columns, hessian, levels, grid)
+    return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
 
 
 def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> float:
@@ -166,11 +166,11 @@ class _Rounding:
     ) -> None:
         self.columns, self.unit, self.weight = columns, unit, weight
         self.scheme, self.options = scheme, options
-        self.errors = torch.empty_like(columns)  # columns - decoded codes, for the columns done
-        self.codes = torch.empty_like(columns)
+        self.errors = torch.empty_like(columns)  # columns - what they became, for the columns done
+        self.levels = torch.empty_like(columns)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Codes [in, out] (float32), scale [groups, out], zero [groups, out] or the midpoint."""
+    def run(self) -> tuple[Tensor, Grid]:
+        """Levels [in, out] and the grid of every group, [groups, out]."""
         width = self.columns.shape[0]
         group = self.scheme.width(width)
         tile = min(group, TILE)
@@ -184,14 +184,10 @@ class _Rounding:
                     self.columns[first:last],
                     self.unit[first:last, first:last].T.contiguous(),
                     grids[-1],
-                    self.scheme.max_code,
-                    self.codes[first:last],
+                    self.levels[first:last],
                     self.errors[first:last],
                 )
-        scale = torch.stack([grid.scale for grid in grids])
-        if self.scheme.symmetric:
-            return self.codes, scale, float(self.scheme.midpoint)
-        return self.codes, scale, torch.stack([torch.as_tensor(grid.zero) for grid in grids])
+        return self.levels, scales.together(grids, torch.stack)
 
     def _compensated(self, first: int, last: int, done: int) -> Tensor:
         """What columns first..last should become, given the errors of the ``done`` before them."""
@@ -218,15 +214,9 @@ class _Rounding:
 
 
 def _round_tile(
-    running: Tensor,
-    columns: Tensor,
-    lower: Tensor,
-    grid: Grid,
-    max_code: int,
-    codes: Tensor,
-    errors: Tensor,
+    running: Tensor, columns: Tensor, lower: Tensor, grid: Grid, levels: Tensor, errors: Tensor
 ) -> None:
-    """Round the columns of one tile in order, into ``codes`` and ``errors`` (all [tile, out]).
+    """Round the columns of one tile in order, into ``levels`` and ``errors`` (all [tile, out]).
 
     ``running`` already makes up for the tiles before; ``lower`` [tile, tile] is the tile's own part
     of U, transposed. A fused kernel takes this function's place on a GPU.
@@ -236,36 +226,22 @@ def _round_tile(
         wanted = running[j]
         if j:
             wanted = torch.addmv(wanted, errors[:j].T, lower[j, :j])
-        code = torch.mul(wanted, inverse, out=codes[j])
-        code.add_(grid.zero).round_().clamp_(0, max_code)
-        torch.sub(code, grid.zero, out=errors[j])
-        errors[j].mul_(grid.scale).sub_(columns[j]).neg_()
+        level = torch.mul(wanted, inverse, out=levels[j])
+        grid.clamp(level.round_())
+        torch.addcmul(columns[j], level, grid.scale, value=-1, out=errors[j])
 
 
 def _assemble(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | float,
-    order: Tensor,
-    scheme: Scheme,
-    options: Options,
+    levels: Tensor, grid: Grid, order: Tensor, scheme: Scheme, act_order: ActOrder
 ) -> QWeight:
     """Back into the model's own order of columns, and of groups."""
-    width = len(order)
-    group = scheme.width(width)
+    group = scheme.width(len(order))
     back = torch.empty_like(order)
-    back[order] = torch.arange(width, device=order.device)
-    group_of = None
-    if options.act_order == "group":
+    back[order] = torch.arange(len(order), device=order.device)
+    if act_order == "group":
         group_of = (back // group).to(torch.int32)
-    else:
-        visited = order[::group] // group
-        scale = scale[torch.argsort(visited)]
-        zero = zero if isinstance(zero, float) else zero[torch.argsort(visited)]
-    return QWeight(
-        scheme,
-        codes[back].T.contiguous().to(torch.uint8),
-        scale.T.contiguous().to(scales.SCALE_DTYPE),
-        None if isinstance(zero, float) else zero.T.contiguous().to(torch.uint8),
-        group_of,
-    )
+        return scales.quantized(levels, grid, scheme, back, group_of=group_of)
+    q = scales.quantized(levels, grid, scheme, back)
+    groups = torch.argsort(order[::group] // group)
+    zero = None if q.zero is None else q.zero[:, groups]
+    return replace(q, scale=q.scale[:, groups], zero=zero)

@@ -1,49 +1,32 @@
 """Two steps that lower the GPTQ objective after rounding, each of which can only improve it.
 
 Same conventions as gptq.py: everything transposed and in visiting order, ``columns`` [in, out] what
-the weight should be, ``hessian`` [in, in] with its damping, ``codes`` [in, out] float32, ``scale``
-[groups, out], ``zero`` [groups, out] or one number.
+the weight should be, ``hessian`` [in, in] with its damping, ``levels`` [in, out], ``grid`` of
+[groups, out].
 """
 
 import torch
 from torch import Tensor
 
-from quantkit.core.qweight import Scheme
-from quantkit.methods.scales import stored
+from quantkit.methods.scales import Grid, stored
 
 _TILE = 128
 _SYSTEM_BYTES = 256 << 20  # how large the batch of normal equations may grow
 _RIDGE = 1e-6
 
 
-def refit(
-    columns: Tensor,
-    hessian: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | float,
-    scheme: Scheme,
-) -> Tensor:
-    """The best scales for the codes as they are: per row, the least-squares solution over all
+def refit(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> Grid:
+    """The best scales for the levels as they are: per row, the least-squares solution over all
     groups at once (a groups x groups system). A row keeps its old scales where rounding the new
     ones to their stored form would make it worse."""
-    groups = scale.shape[0]
+    groups = grid.scale.shape[0]
     rows = max(1, _SYSTEM_BYTES // (4 * groups * groups))
-    parts = []
-    for start in range(0, codes.shape[1], rows):
-        part = slice(start, start + rows)
-        offset = zero if isinstance(zero, float) else zero[:, part]
-        levels = _levels(codes[:, part], offset, groups)
-        parts.append(_refit_rows(columns[:, part], hessian, levels, scale[:, part]))
-    return torch.cat(parts, 1)
-
-
-def _levels(codes: Tensor, zero: Tensor | float, groups: int) -> Tensor:
-    """codes - zero, [in, out]."""
-    if isinstance(zero, float):
-        return codes - zero
-    grouped = codes.reshape(groups, -1, codes.shape[1])
-    return (grouped - zero[:, None]).reshape(codes.shape)
+    parts = [
+        _refit_rows(columns[:, part], hessian, levels[:, part], grid.scale[:, part])
+        for start in range(0, levels.shape[1], rows)
+        for part in [slice(start, start + rows)]
+    ]
+    return grid._replace(scale=torch.cat(parts, 1))
 
 
 def _refit_rows(columns: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
@@ -72,38 +55,30 @@ def _refit_rows(columns: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor)
     return torch.where(cost(fitted) < cost(scale), fitted, scale)
 
 
-def polish(
-    columns: Tensor,
-    hessian: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | float,
-    scheme: Scheme,
-) -> None:
-    """One sweep of coordinate descent: each code in turn becomes the best one given all others.
-    Changes ``codes`` in place."""
-    width, groups = codes.shape[0], scale.shape[0]
-    group = width // groups
-    symmetric = isinstance(zero, float)
-    spread = scale.repeat_interleave(group, 0)
-    offset = zero if symmetric else zero.repeat_interleave(group, 0)  # type: ignore[union-attr]
-    errors = torch.addcmul(columns, codes - offset, spread, value=-1)
+def polish(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> None:
+    """One sweep of coordinate descent: each level in turn becomes the best one given all others.
+    Changes ``levels`` in place."""
+    width, out = levels.shape
+    groups = grid.scale.shape[0]
+    inverse = 1 / grid.scale
+    rounded = levels.reshape(groups, -1, out) * grid.scale[:, None]
+    errors = columns - rounded.reshape(width, out)
     gradient = hessian @ errors
-    inverse = 1 / spread
     for first in range(0, width, _TILE):
         last = min(first + _TILE, width)
         own = hessian[first:last, first:last]
-        changes = torch.zeros_like(codes[first:last])
+        changes = torch.zeros_like(levels[first:last])
         for j in range(last - first):
             i = first + j
+            group = i * groups // width
+            here = grid.of_group(group)
             pull = gradient[i]
             if j:
                 pull = torch.addmv(pull, changes[:j].T, own[j, :j])
-            shift = offset if symmetric else offset[i]  # type: ignore[index]
             # without this column's own error, the others ask it to be:
-            wanted = columns[i] - errors[i] + pull / own[j, j]
-            code = wanted.mul_(inverse[i]).add_(shift).round_().clamp_(0, scheme.max_code)
-            error = columns[i] - (code - shift) * spread[i]
+            wanted = torch.addcdiv(columns[i] - errors[i], pull, own[j, j])
+            level = here.clamp(wanted.mul_(inverse[group]).round_())
+            error = torch.addcmul(columns[i], level, here.scale, value=-1)
             torch.sub(error, errors[i], out=changes[j])
-            errors[i], codes[i] = error, code
+            errors[i], levels[i] = error, level
         gradient.addmm_(hessian[:, first:last], changes)

@@ -14,11 +14,5 @@ def quantize(weight: Tensor, scheme: Scheme, zero_min: int = 0) -> QWeight:
     group = scheme.width(width)
     columns = weight.float().T.reshape(scheme.groups(width), group, out)
     grids = [scales.from_range(part, scheme, zero_min) for part in columns]
-    codes = torch.cat(
-        [scales.encode(part, grid, scheme.max_code) for part, grid in zip(columns, grids)]
-    )
-    zero = None
-    if not scheme.symmetric:
-        zero = torch.stack([torch.as_tensor(g.zero) for g in grids], 1).to(torch.uint8)
-    scale = torch.stack([grid.scale for grid in grids], 1).to(scales.SCALE_DTYPE)
-    return QWeight(scheme, codes.T.contiguous().to(torch.uint8), scale, zero)
+    levels = torch.cat([scales.nearest(part, grid) for part, grid in zip(columns, grids)])
+    return scales.quantized(levels, scales.together(grids, torch.stack), scheme)

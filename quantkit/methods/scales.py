@@ -1,28 +1,46 @@
 """Scales and zero points of groups: from the range of the weights, or searched under a Hessian.
 
-Everything here works on one group of columns at a time, transposed: ``target`` is float32
+Everything here works on one group of columns at a time, transposed: ``target`` is float
 [group, out], one column of it per row of the weight, so that a step over all rows is one
-contiguous operation. A grid is ``scale`` [out] float32 (already rounded to what the file will hold)
-and ``zero`` [out] float32 in code units, or the scheme's midpoint.
+contiguous operation.
+
+Inside the solvers a code is held as its *level*, code - zero, a whole number in the target's dtype:
+``w = scale * level``. Zero points only appear as the range of levels.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quantkit.core.qweight import Scheme
+from quantkit.core.qweight import QWeight, Scheme
 
 SCALE_DTYPE = torch.float16
 # Shrinking the range below 0.6 of the largest weight, or stretching it past 1.1, never won.
 _SHRINK = (0.6, 1.1)
 _COARSE = 9
 _FINE = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
+_AT_ONCE = 1024  # rows of the weight searched at once on a CPU, to stay in its caches
 
 
 class Grid(NamedTuple):
+    """``scale`` [..., out], already rounded to what the file will hold; levels run from ``low`` to
+    ``high``: numbers when symmetric, else [..., out]. The zero point is ``-low``."""
+
     scale: Tensor
-    zero: Tensor | float
+    low: Tensor | float
+    high: Tensor | float
+
+    def clamp(self, levels: Tensor) -> Tensor:
+        """Bring ``levels`` into the range, in place."""
+        return levels.clamp_(self.low, self.high)  # type: ignore[arg-type]
+
+    def of_group(self, index: int) -> "Grid":
+        """One group's grid out of a grid of [groups, out]."""
+        if isinstance(self.low, float) or isinstance(self.high, float):
+            return Grid(self.scale[index], self.low, self.high)
+        return Grid(self.scale[index], self.low[index], self.high[index])
 
 
 def stored(scale: Tensor) -> Tensor:
@@ -32,13 +50,9 @@ def stored(scale: Tensor) -> Tensor:
     return torch.where(rounded == 0, torch.full_like(rounded, limit.tiny), rounded)
 
 
-def encode(target: Tensor, grid: Grid, max_code: int) -> Tensor:
-    """The nearest codes, as float32 (they stay floats until a QWeight is made)."""
-    return (target / grid.scale).add_(grid.zero).round_().clamp_(0, max_code)
-
-
-def decode(codes: Tensor, grid: Grid) -> Tensor:
-    return (codes - grid.zero).mul_(grid.scale)
+def nearest(target: Tensor, grid: Grid) -> Tensor:
+    """The nearest levels."""
+    return grid.clamp((target / grid.scale).round_())
 
 
 def from_range(target: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
@@ -59,38 +73,77 @@ class _Range:
 
     @property
     def signs(self) -> tuple[int, ...]:
-        # codes of a symmetric weight run from -8 to 7: the sign of the scale chooses the end that
-        # gets the extra level
+        # levels of a symmetric weight run from -8 to 7: the sign of the scale chooses the end that
+        # gets the extra one
         return (1, -1) if self.scheme.symmetric else (1,)
 
     def grid(self, shrink: float | Tensor, sign: float | Tensor) -> Grid:
+        middle, top = float(self.scheme.midpoint), self.scheme.max_code
         if self.scheme.symmetric:
-            return Grid(
-                stored(self.high * shrink * sign / (self.scheme.midpoint - 0.5)),
-                float(self.scheme.midpoint),
-            )
-        scale = stored((self.high - self.low) * shrink / self.scheme.max_code)
-        zero = (-self.low * shrink / scale).round_().clamp_(self.zero_min, self.scheme.max_code)
-        return Grid(scale, zero)
+            scale = stored(self.high * shrink * sign / (middle - 0.5))
+            return Grid(scale, -middle, middle - 1)
+        scale = stored((self.high - self.low) * shrink / top)
+        low = (self.low * shrink / scale).round_().clamp_(-top, -self.zero_min)
+        return Grid(scale, low, low + top)
 
 
 def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
     """The grid with the least ``e^T K e`` per row, e = target - rounded target.
 
-    ``curvature`` K is float32 [group, group], positive definite. For GPTQ it is the group's
-    Hessian given that the columns still to come will make up for the error as well as they can.
-    A coarse pass over range factors (and, when symmetric, both signs of the scale), then a finer
-    one around each row's best.
+    ``curvature`` K is [group, group], positive definite. For GPTQ it is the group's Hessian given
+    that the columns still to come will make up for the error as well as they can. A coarse pass
+    over range factors (and, when symmetric, both signs of the scale), then a finer one around each
+    row's best.
     """
+    if target.is_cuda or target.shape[1] <= _AT_ONCE:
+        return _search(target, curvature, scheme, zero_min)
+    parts = [
+        _search(part.contiguous(), curvature, scheme, zero_min)
+        for part in target.split(_AT_ONCE, 1)
+    ]
+    return together(parts, torch.cat)
+
+
+def together(grids: list[Grid], how: Callable[[list[Tensor]], Tensor]) -> Grid:
+    """Several grids as one; ``how`` is torch.stack for groups, torch.cat for rows."""
+    scales, lows, highs = zip(*grids)
+    if isinstance(lows[0], Tensor):
+        return Grid(how(list(scales)), how(list(lows)), how(list(highs)))
+    return Grid(how(list(scales)), lows[0], highs[0])
+
+
+def quantized(
+    levels: Tensor, grid: Grid, scheme: Scheme, back: Tensor | None = None, **fields: Tensor
+) -> QWeight:
+    """A QWeight of levels [in, out] and a grid of [groups, out]. ``back`` is where each input of
+    the model is found among the levels' inputs."""
+    zero = None
+    if isinstance(grid.low, Tensor):
+        grouped = levels.reshape(len(grid.low), -1, levels.shape[1])
+        levels = (grouped - grid.low[:, None]).reshape(levels.shape)
+        zero = (-grid.low).T.contiguous().to(torch.uint8)
+    else:
+        levels = levels - grid.low
+    if back is not None:
+        levels = levels[back]
+    codes = levels.T.contiguous().to(torch.uint8)
+    return QWeight(scheme, codes, grid.scale.T.contiguous().to(SCALE_DTYPE), zero, **fields)
+
+
+def _search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> Grid:
     span = _Range(target, scheme, zero_min)
     step = (_SHRINK[1] - _SHRINK[0]) / (_COARSE - 1)
     best = torch.full_like(target[0], float("inf"))
     shrink, sign = torch.ones_like(best), torch.ones_like(best)
+    opposite = -target
+    level, error, pull = (torch.empty_like(target) for _ in range(3))
 
     def consider(factor: float | Tensor, direction: float | Tensor) -> None:
         grid = span.grid(factor, direction)
-        error = decode(encode(target, grid, scheme.max_code), grid).sub_(target)
-        cost = (curvature @ error).mul_(error).sum(0)
+        torch.mul(target, 1 / grid.scale, out=level)
+        grid.clamp(level.round_())
+        torch.addcmul(opposite, level, grid.scale, out=error)
+        cost = torch.mm(curvature, error, out=pull).mul_(error).sum(0)
         better = cost < best
         torch.where(better, cost, best, out=best)
         torch.where(better, torch.as_tensor(factor, dtype=best.dtype), shrink, out=shrink)

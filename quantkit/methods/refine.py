@@ -30,21 +30,9 @@ def refit(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> Grid:
 
 
 def _refit_rows(columns: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    groups, out = scale.shape
-    width = levels.shape[0] // groups
-
-    def by_group(x: Tensor) -> Tensor:
-        return (x * levels).reshape(groups, width, out).sum(1)
-
-    system = torch.stack(
-        [
-            by_group(hessian[:, g * width : (g + 1) * width] @ levels[g * width : (g + 1) * width])
-            for g in range(groups)
-        ]
-    ).permute(2, 0, 1)
-    wanted = by_group(hessian @ columns).T
+    system, wanted = _normal_equations(columns, hessian, levels, scale.shape[0])
     ridge = system.diagonal(dim1=1, dim2=2).mean(1) * _RIDGE + torch.finfo(torch.float32).tiny
-    damped = system + torch.diag_embed(ridge[:, None].expand(out, groups))
+    damped = system + torch.diag_embed(ridge[:, None].expand(wanted.shape))
     solution, _ = torch.linalg.solve_ex(damped, wanted)
     fitted = stored(torch.nan_to_num(solution).T)
 
@@ -55,30 +43,62 @@ def _refit_rows(columns: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor)
     return torch.where(cost(fitted) < cost(scale), fitted, scale)
 
 
+def _normal_equations(
+    columns: Tensor, hessian: Tensor, levels: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Per row, with L_g the levels of group g and w the row: L_g^T H L_h [out, groups, groups] and
+    L_g^T H w [out, groups]."""
+    out = levels.shape[1]
+    width = levels.shape[0] // groups
+    system = levels.new_empty(groups, groups, out)
+    wanted = levels.new_empty(groups, out)
+    for g in range(groups):
+        own = slice(g * width, (g + 1) * width)
+        stop = own.stop
+        # symmetric: only the groups up to this one
+        pull = (hessian[:stop, own] @ levels[own]).mul_(levels[:stop])
+        system[g, : g + 1] = system[: g + 1, g] = pull.reshape(g + 1, width, out).sum(1)
+        wanted[g] = (hessian[own] @ columns).mul_(levels[own]).sum(0)
+    return system.permute(2, 0, 1), wanted.T
+
+
 def polish(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> None:
     """One sweep of coordinate descent: each level in turn becomes the best one given all others.
     Changes ``levels`` in place."""
     width, out = levels.shape
     groups = grid.scale.shape[0]
-    inverse = 1 / grid.scale
     rounded = levels.reshape(groups, -1, out) * grid.scale[:, None]
     errors = columns - rounded.reshape(width, out)
-    gradient = hessian @ errors
+    inverse = 1 / grid.scale
     for first in range(0, width, _TILE):
-        last = min(first + _TILE, width)
-        own = hessian[first:last, first:last]
-        changes = torch.zeros_like(levels[first:last])
-        for j in range(last - first):
-            i = first + j
-            group = i * groups // width
-            here = grid.of_group(group)
-            pull = gradient[i]
-            if j:
-                pull = torch.addmv(pull, changes[:j].T, own[j, :j])
-            # without this column's own error, the others ask it to be:
-            wanted = torch.addcdiv(columns[i] - errors[i], pull, own[j, j])
-            level = here.clamp(wanted.mul_(inverse[group]).round_())
-            error = torch.addcmul(columns[i], level, here.scale, value=-1)
-            torch.sub(error, errors[i], out=changes[j])
-            errors[i], levels[i] = error, level
-        gradient.addmm_(hessian[:, first:last], changes)
+        part = slice(first, min(first + _TILE, width))
+        group_of = [i * groups // width for i in range(part.start, part.stop)]
+        errors[part] += _polish_tile(
+            hessian[part] @ errors,
+            hessian[part, part],
+            levels[part],
+            [grid.of_group(g) for g in group_of],
+            [inverse[g] for g in group_of],
+        )
+
+
+def _polish_tile(
+    pulls: Tensor, own: Tensor, levels: Tensor, grids: list[Grid], inverses: list[Tensor]
+) -> Tensor:
+    """One tile of columns: changes ``levels`` [tile, out], returns the change of the errors.
+
+    ``pulls``: the Hessian's rows times all errors, before any change in the tile; ``own``: the
+    tile's own part of the Hessian. Given all others, column j is best at a distance of
+    pull_j / own_jj from where it is.
+    """
+    changes = torch.empty_like(pulls)
+    stiffness = own.diagonal().tolist()
+    for j, (grid, inverse) in enumerate(zip(grids, inverses)):
+        pull = pulls[j]
+        if j:
+            pull = torch.addmv(pull, changes[:j].T, own[j, :j])
+        level = torch.addcmul(levels[j], pull, inverse, value=1 / stiffness[j])
+        grid.clamp(level.round_())
+        torch.sub(levels[j], level, out=changes[j]).mul_(grid.scale)
+        levels[j] = level
+    return changes

@@ -17,10 +17,11 @@ from torch import Tensor
 from quantkit.core.qweight import QWeight, Scheme
 
 SCALE_DTYPE = torch.float16
-# Shrinking the range below 0.6 of the largest weight, or stretching it past 1.1, never won.
-_SHRINK = (0.6, 1.1)
-_COARSE = 9
-_FINE = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
+# Factors on the range, and steps between them around the best. Three times as many factors over a
+# wider span lower the objective by 0.1 %.
+_SHRINK = (0.65, 1.05)
+_COARSE = 7
+_FINE = (-0.67, -0.33, 0.33, 0.67)
 _AT_ONCE = 1024  # rows of the weight searched at once on a CPU, to stay in its caches
 
 
@@ -99,7 +100,7 @@ def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int = 0)
         return _search(target, curvature, scheme, zero_min)
     parts = [
         _search(part.contiguous(), curvature, scheme, zero_min)
-        for part in target.split(_AT_ONCE, 1)
+        for part in torch.split(target, _AT_ONCE, 1)
     ]
     return together(parts, torch.cat)
 

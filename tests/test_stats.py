@@ -123,3 +123,16 @@ def test_batches_are_left_as_they_are():
     before = [x.clone() for x in xs], [d.clone() for d in ds]
     gathered(xs, ds)
     assert all(torch.equal(a, b) for a, b in zip(xs + ds, before[0] + before[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_centred_moments_of_a_wide_input_with_a_mean_stay_positive(dtype):
+    """A mean that is a little off makes the centred Gram indefinite, more so the wider it is."""
+    generator = torch.Generator().manual_seed(0)
+    stats = InputStats(1024)
+    for _ in range(8):
+        x = 0.35 + 0.5 * torch.randn(1024, 1024, generator=generator)
+        stats.add(x.to(dtype))
+    gram = stats.moments().centred().gram
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    assert float(torch.linalg.eigvalsh(gram).min()) > 0

@@ -4,6 +4,7 @@ import time
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -46,10 +47,10 @@ class Drawn(Progress):
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text)
+            self._console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        self._console.print(f"[yellow]warning:[/] {text}")
+        self._console.print(f"[yellow]warning:[/] {escape(text)}")
 
     def begin(self, title: str, total: int) -> None:
         self._started, self._worked = time.perf_counter(), []

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from quantkit.cli import options
+from quantkit.errors import UsageError
 
 
 @click.command("generate")
@@ -33,7 +34,10 @@ def command(quiet: bool, **options: Any) -> None:
     from quantkit.workflows.generate import generate
 
     if options["prompt"] == "-":
-        options["prompt"] = sys.stdin.read()
+        try:
+            options["prompt"] = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UsageError("the prompt on standard input is not UTF-8 text") from error
 
     def write(text: str) -> None:
         click.echo(text, nl=False)

@@ -96,6 +96,8 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
     Blocks are solved one at a time, so memory holds one of them, whatever the model's size. A
     stopped run goes on when the same command is repeated.
     """
+    from rich.markup import escape
+
     from quantkit.cli.console import Drawn, stdout
     from quantkit.cli.tables import comparison_table
     from quantkit.workflows.quantize import quantize
@@ -111,7 +113,7 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
     if report.measured is not None:
         console.print(comparison_table(report.measured.described(), "on held-out text"))
     for text in report.fallbacks:
-        console.print(f"[yellow]fallback:[/] {text}")
-    name = report.folder
+        console.print(f"[yellow]fallback:[/] {escape(text)}")
+    name = escape(str(report.folder))
     console.print(f"wrote [bold]{name}[/] in {sum(report.seconds.values()):.0f} s")
     console.print(f"next: [bold]quantkit verify {name}[/], [bold]quantkit generate {name} ...[/]")

@@ -13,7 +13,9 @@ from quantkit.cli import options
 @options.as_json
 def command(model: str, revision: str | None, as_json: bool) -> None:
     """Show what MODEL holds: method, bits, groups, zero points, sizes, where it came from."""
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from quantkit.cli.console import stdout
     from quantkit.workflows.inspect import inspect
@@ -22,7 +24,7 @@ def command(model: str, revision: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found.described(), indent=2, ensure_ascii=False))
         return
-    table = Table(title=found.name, title_justify="left", show_header=False)
+    table = Table(title=Text(found.name), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     kind = "full precision" if found.kind == "dense" else found.kind.upper()
@@ -45,7 +47,7 @@ def command(model: str, revision: str | None, as_json: bool) -> None:
     if found.provenance:
         source = found.provenance["source"]
         revision = f" @ {source['revision'][:12]}" if source["revision"] else ""
-        table.add_row("made from", f"{source['name']}{revision}")
+        table.add_row("made from", escape(f"{source['name']}{revision}"))
         table.add_row("made by", f"quantkit {found.provenance['versions']['quantkit']}")
         measured = found.provenance["measured"]
         if measured:
@@ -53,4 +55,4 @@ def command(model: str, revision: str | None, as_json: bool) -> None:
     console = stdout()
     console.print(table)
     for text in found.warnings:
-        console.print(f"[yellow]warning:[/] {text}")
+        console.print(f"[yellow]warning:[/] {escape(text)}")

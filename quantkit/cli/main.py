@@ -51,11 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     _calm_libraries()
     try:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
-    except click.Abort:
-        _say("stopped", None)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        _say("stopped", "run the same command again to go on where it stopped")
+    except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
+        resumes = (sys.argv[1:] if arguments is None else arguments)[:1] == ["gptq"]
+        _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -63,10 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
     except QuantkitError as error:
         _say(error.message, error.hint)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # whoever read our output has gone, and the interpreter's last flush would fail too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _say(message: str, hint: str | None) -> None:

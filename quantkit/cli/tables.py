@@ -3,19 +3,20 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 _NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 
 
 def comparison_table(measured: dict[str, Any], title: str) -> Table:
     """A model against its original, by text set (see metrics.Comparison.described)."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("text")
     for heading in ("ppl original", "ppl quantized", "KL (nats)", "top-1 agreement"):
         table.add_column(heading, justify="right")
     for label, one in measured["sets"].items():
         table.add_row(
-            _NAMES.get(label, label),
+            Text(_NAMES.get(label, label)),
             f"{one['reference_perplexity']:.2f}",
             f"{one['perplexity']:.2f}",
             f"{one['kl']:.4f} ± {one['kl_error']:.4f}",
@@ -43,10 +44,10 @@ def layer_table(layers: dict[str, float], count: int) -> Table:
 
 
 def sample_table(samples: list[dict[str, str]]) -> Table:
-    """Continuations side by side."""
+    """Continuations side by side. What a model writes is no markup, whatever brackets it has."""
     table = Table(title="greedy continuations", title_justify="left", show_lines=True)
     for heading in ("prompt", "original", "quantized"):
         table.add_column(heading, overflow="fold")
     for sample in samples:
-        table.add_row(sample["prompt"], sample["original"], sample["quantized"])
+        table.add_row(*(Text(sample[part]) for part in ("prompt", "original", "quantized")))
     return table

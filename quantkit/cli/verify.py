@@ -33,6 +33,8 @@ def command(as_json: bool, quiet: bool, max_kl: float | None, **options: Any) ->
     Perplexity of both, KL divergence, how often they predict the same token, the error of every
     layer, and what both make of a few prompts.
     """
+    from rich.markup import escape
+
     from quantkit.cli.console import Drawn, stdout
     from quantkit.cli.tables import comparison_table, layer_table, sample_table
     from quantkit.workflows.verify import verify
@@ -52,6 +54,7 @@ def command(as_json: bool, quiet: bool, max_kl: float | None, **options: Any) ->
         if found["samples"]:
             console.print(sample_table(found["samples"]))
         for text in found["notes"]:
-            console.print(f"[yellow]note:[/] {text}")
-    if max_kl is not None and found["kl"] > max_kl:
+            console.print(f"[yellow]note:[/] {escape(text)}")
+    # a KL that is not a number is not below any limit
+    if max_kl is not None and not found["kl"] <= max_kl:
         raise GateFailed(f"mean KL {found['kl']:.4f} is above --max-kl {max_kl:g}")

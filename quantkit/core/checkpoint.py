@@ -169,7 +169,8 @@ class ShardWriter:
     """Writes a planned set of tensors into shards, in any order, each to its final offset.
 
     ``specs`` fixes names, dtypes and shapes; the order of names decides which shard a tensor is in.
-    Opening it over the files of an interrupted run with the same plan keeps what they hold.
+    Opening it over the files of an interrupted run with the same plan keeps what they hold;
+    ``complete`` says whether all of them were there.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> None:
@@ -184,10 +185,13 @@ class ShardWriter:
         self._place: dict[str, tuple[int, int]] = {}
         self._handles: list[BinaryIO] = []
         self._dirty: set[int] = set()
+        self.complete = True
         for number, names in enumerate(shards):
             header, offsets = _header({name: self._specs[name] for name in names})
             end = len(header) + sum(self._specs[name].nbytes for name in names)
-            self._handles.append(_prepare(folder / self._files[number], header, end))
+            handle, kept = _prepare(folder / self._files[number], header, end)
+            self._handles.append(handle)
+            self.complete &= kept
             for name, offset in offsets.items():
                 self._place[name] = (number, len(header) + offset)
 
@@ -279,17 +283,19 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, offsets
 
 
-def _prepare(path: Path, header: bytes, size: int) -> BinaryIO:
-    """Open the shard for reading and writing; start it anew unless it is this plan's already."""
+def _prepare(path: Path, header: bytes, size: int) -> tuple[BinaryIO, bool]:
+    """Open the shard for reading and writing; start it anew unless it is this plan's already.
+    Returns whether it was."""
     path.touch()
     handle = open(path, "r+b")
-    if handle.read(len(header)) != header or path.stat().st_size != size:
+    kept = handle.read(len(header)) == header and path.stat().st_size == size
+    if not kept:
         handle.truncate(0)
         handle.seek(0)
         handle.write(header)
         handle.truncate(size)
         handle.flush()
-    return handle
+    return handle, kept
 
 
 def write_json(path: Path, content: object) -> None:

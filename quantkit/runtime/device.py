@@ -22,6 +22,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"'{name}' is not a device", "use auto, cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"quantkit does not run on '{name}' yet", "use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "this PyTorch sees no CUDA GPU", "use --device cpu, or install PyTorch with CUDA"

@@ -33,11 +33,11 @@ class Detokenizer:
         return now[len(before) :]
 
     def rest(self) -> str:
-        """Whatever is left at the end, complete or not."""
+        """What is left at the end; a character that was cut off is not shown."""
         before = self._decode(self._ids[self._start : self._given])
         now = self._decode(self._ids[self._start :])
         self._start = self._given = len(self._ids)
-        return now[len(before) :]
+        return now[len(before) :].rstrip(_BROKEN)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(

@@ -9,8 +9,17 @@ from quantkit.core import calibration
 from quantkit.core.calibration import Calibration, Document
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.skeleton import Skeleton
 
 _SAMPLED_AT_ONCE = 16
+
+
+def longest_row(skeleton: Skeleton) -> int | None:
+    """Tokens that the model can take at once, if its configuration says."""
+    longest: int | None = getattr(
+        skeleton.config.get_text_config(), "max_position_embeddings", None
+    )
+    return longest
 
 
 def calibrate(

@@ -54,18 +54,24 @@ def generate(
         torch.manual_seed(seed)
     if stop:
         settings |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+    pieces: list[str] = []
+
+    def passed_on(text: str) -> None:
+        pieces.append(text)
+        if write is not None:
+            write(text)
+
     started = perf_counter()
     output = loaded.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        streamer=Streamer(tokenizer, write or (lambda text: None)),
+        streamer=Streamer(tokenizer, passed_on),
         pad_token_id=_pad(tokenizer),
         **settings,
     )[0, ids.shape[1] :]
     seconds = perf_counter() - started
-    text = tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generated(text, ids.shape[1], len(output), seconds)
+    return Generated("".join(pieces), ids.shape[1], len(output), seconds)
 
 
 def sampling(

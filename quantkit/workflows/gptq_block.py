@@ -64,6 +64,8 @@ class Solved:
 
 # full-precision weight of a linear by its name inside the block: float32 [out, in]
 Weights = Callable[[str], Tensor]
+# its bias, if it has one
+Biases = Callable[[str], Tensor | None]
 
 
 def solve_block(
@@ -73,32 +75,38 @@ def solve_block(
     full: list[Tensor],
     quantized: list[Tensor] | None,
     settings: Settings,
+    biases: Biases | None = None,
 ) -> dict[str, Solved]:
-    """Quantize the linears ``names`` of the block. ``full`` advances to the block's outputs;
-    ``quantized`` too, or is None when there is no alignment. The block is left quantized."""
+    """Quantize the linears ``names`` of the block. ``full`` advances to the original
+    block's outputs; ``quantized``, None when there is no alignment, stays where it is. The block is
+    left quantized.
+
+    ``biases`` are the running block's own where they are not given; those have its dtype.
+    """
+    biases = biases or (lambda name: block.linear(name).bias)  # type: ignore[return-value]
     groups = [g for group in block.trace(full[0]) if (g := group.only(names))]
     solved: dict[str, Solved] = {}
-    _round_unreached(block, names, groups, weights, settings, solved)
+    _round_unreached(block, names, groups, weights, biases, settings, solved)
     if quantized is None:
         stats, _ = gather.observe(block, full, groups, keep=[])
-        _solve_groups(block, weights, stats, settings, solved)
+        _solve_groups(block, weights, biases, stats, settings, solved)
         return solved
     readers = [group for group in groups if not group.writes]
     writers = [group for group in groups if group.writes]
     closing = writers[-1] if writers and writers[-1].closes else None
     stats, wanted = gather.observe(block, full, readers, [w for w in writers if w is not closing])
-    _solve_groups(block, weights, stats, settings, solved)
+    _solve_groups(block, weights, biases, stats, settings, solved)
     if closing:
         wanted[closing] = []
     stats = gather.observe_drift(block, quantized, wanted, full)
-    _solve_groups(block, weights, stats, settings, solved)
-    gather.advance(block, quantized)
+    _solve_groups(block, weights, biases, stats, settings, solved)
     return solved
 
 
 def _solve_groups(
     block: Block,
     weights: Weights,
+    biases: Biases,
     stats: gather.Stats,
     settings: Settings,
     solved: dict[str, Solved],
@@ -107,8 +115,8 @@ def _solve_groups(
     while stats:
         group, moments = stats.popitem()
         originals = [weights(name) for name in group.names]
-        biases = [block.linear(name).bias for name in group.names]
-        for name, result in zip(group.names, _solve_group(originals, biases, moments, settings)):
+        added = [biases(name) for name in group.names]
+        for name, result in zip(group.names, _solve_group(originals, added, moments, settings)):
             put(block, name, result.qweight, result.bias)
             solved[name] = result
 
@@ -118,6 +126,7 @@ def _round_unreached(
     names: Collection[str],
     groups: list[InputGroup],
     weights: Weights,
+    biases: Biases,
     settings: Settings,
     solved: dict[str, Solved],
 ) -> None:
@@ -126,7 +135,7 @@ def _round_unreached(
     for name in names:
         if name in reached:
             continue
-        original, bias = weights(name), _stored(block.linear(name).bias)
+        original, bias = weights(name), _stored(biases(name))
         qweight = rtn.quantize(original, settings.scheme, settings.options.zero_min)
         error = (original - qweight.dequantize()).square().sum() / original.square().sum()
         put(block, name, qweight, bias)

@@ -29,6 +29,9 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
+_UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _SLACK = 64 << 20  # for the small files, and so that the disk is not filled to the last byte
 
 
@@ -40,16 +43,21 @@ class Output:
     """
 
     def __init__(self, folder: Path, overwrite: bool) -> None:
+        if folder.name in ("", ".."):
+            raise UsageError(f"{folder} is not a name for a new folder", "choose another --out")
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         self.overwrite = overwrite
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return
-        # a run that was killed in its very last step left this behind
-        (folder / ledger.FILE).unlink(missing_ok=True)
+        with disk_errors(folder):
+            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+                return
+            ours = folder.is_dir() and (folder / provenance.FILE).exists()
+            if ours:
+                # a run that was killed in its very last step left this behind
+                (folder / ledger.FILE).unlink(missing_ok=True)
         if not overwrite:
             raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
-        if not (folder / provenance.FILE).exists():
+        if not ours:
             raise UsageError(
                 f"{folder} was not written by quantkit, so it will not be overwritten",
                 "choose another --out",
@@ -104,12 +112,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _FULL:
             raise QuantkitError(
                 f"the disk is full while writing {folder}",
                 "make room, then run the same command again; it will go on from here",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _UNWRITABLE:
             raise QuantkitError(
                 f"{error.filename or folder} cannot be written ({error.strerror})",
                 "choose another --out",

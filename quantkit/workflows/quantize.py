@@ -33,8 +33,8 @@ from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import plan as planning
 from quantkit.workflows import seal
-from quantkit.workflows.calibrate import batches, calibrate
-from quantkit.workflows.check import RideAlong, held_out
+from quantkit.workflows.calibrate import batches, calibrate, longest_row
+from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.gptq_block import Solved, put, solve_block
 from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.output import Output, disk_errors
@@ -148,13 +148,14 @@ def quantize(
     output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
+    longest = longest_row(skeleton)
     rows = calibrate(
         source,
         tokenizer,
         [calib] if isinstance(calib, str) else list(calib),
         rows=calib_rows,
         seqlen=calib_seqlen,
-        longest=getattr(skeleton.config.get_text_config(), "max_position_embeddings", None),
+        longest=longest,
         seed=seed,
         device=on,
     )
@@ -173,7 +174,7 @@ def quantize(
         writer, ledger = _begin(plan, rows, output)
         try:
             _copy_dense(plan, writer, ledger, report)
-            rides = held_out(tokenizer) if check else {}
+            rides = held_out(tokenizer, tokens=min(TOKENS, longest or TOKENS)) if check else {}
             _quantize_blocks(plan, writer, ledger, report, rides, strict, progress)
             with report.timing("seal"):
                 seal.seal(report, output, writer, [*_names(calib)], hashes.result())
@@ -199,7 +200,11 @@ def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, 
         output.discard()
         output.begin()
         ledger = Ledger(output.partial, fingerprint)
-    return ShardWriter(output.partial, plan.specs, plan.shard), ledger
+    writer = ShardWriter(output.partial, plan.specs, plan.shard)
+    if len(ledger) and not writer.complete:  # somebody removed files that it calls finished
+        ledger.remove()
+        ledger = Ledger(output.partial, fingerprint)
+    return writer, ledger
 
 
 def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report) -> None:
@@ -246,13 +251,17 @@ def _quantize_blocks(
             ride.before(block)
             if part in ledger:
                 with report.timing("replay"):
-                    _replay(plan, jobs, block, writer, full, quantized)
+                    gather.advance(block, full)
+                    _put_finished(plan, jobs, block, writer)
             else:
                 with report.timing("solve"):
                     solved = _solve(plan, jobs, block, full, quantized)
                 with report.timing("write"):
                     _write(plan, jobs, solved, writer)
                 ledger.finish(part, _described(jobs, solved))
+            if quantized is not None and index + 1 < len(walk):
+                with report.timing("propagate"):
+                    gather.advance(block, quantized)
             ride.after(block)
         report.layers |= ledger.report(part)
         _count_fallbacks(jobs, ledger.report(part), plan, report, strict, progress)
@@ -277,7 +286,13 @@ def _solve(
         tensor = tensor.to(skeleton.device, torch.float32)
         return tensor.T.contiguous() if isinstance(block.linear(name), Conv1D) else tensor
 
-    return solve_block(block, names, weight, full, quantized, plan.settings)
+    def bias(name: str) -> Tensor | None:
+        if not names[name].bias:
+            return None
+        tensor = skeleton.checkpoint.get(f"{names[name].disk}.bias")
+        return tensor.to(skeleton.device, torch.float32)
+
+    return solve_block(block, names, weight, full, quantized, plan.settings, bias)
 
 
 def _write(plan: Plan, jobs: list[Job], solved: dict[str, Solved], writer: ShardWriter) -> None:
@@ -303,21 +318,11 @@ def _read(plan: Plan, job: Job, writer: ShardWriter) -> QWeight:
     return gptq_format.unpack(tensors, plan.settings.scheme, plan.convention, job.disk)
 
 
-def _replay(
-    plan: Plan,
-    jobs: list[Job],
-    block: Block,
-    writer: ShardWriter,
-    full: list[Tensor],
-    quantized: list[Tensor] | None,
-) -> None:
-    """Bring the hidden states to where they were when this finished block had been solved."""
-    gather.advance(block, full)
+def _put_finished(plan: Plan, jobs: list[Job], block: Block, writer: ShardWriter) -> None:
+    """Give the block the quantized weights of an earlier, interrupted run."""
     for job in jobs:
         bias = writer.read(f"{job.disk}.bias") if job.bias else None
         put(block, job.inner, _read(plan, job, writer), bias)
-    if quantized is not None:
-        gather.advance(block, quantized)
 
 
 def _described(jobs: list[Job], solved: dict[str, Solved]) -> dict[str, dict[str, Any]]:
@@ -344,7 +349,10 @@ def _count_fallbacks(
     for job in jobs:
         layer = described[job.disk]
         if layer["damp"] > plan.settings.options.damp:
-            found.append(f"{job.disk} needed a damping of {layer['damp']:g}")
+            found.append(
+                f"{job.disk} needed a damping of {layer['damp']:g} (statistics are exact with "
+                "--dtype float32)"
+            )
         if layer["method"] != "gptq":
             found.append(f"{job.disk} was only rounded: no calibration token reached it")
         if not isfinite(layer["error"]):

@@ -34,6 +34,7 @@ def seal(
     )
     config = plan.source.read_json("config.json") or {}
     config.pop("torch_dtype", None)
+    config.pop("_name_or_path", None)  # often a path of whoever saved the original
     config["dtype"] = str(stored_dtype(plan)).removeprefix("torch.")
     config["quantization_config"] = quantization
     write_json(folder / "config.json", config)
@@ -86,7 +87,8 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
 
 def _public(source: str) -> str:
     """A calibration source without the folders of this machine."""
-    return source if source.startswith("hf:") else Path(source).name
+    hub = source.startswith("hf:") and source[3:4] not in ("/", ".", "~")
+    return source if hub else Path(source).name
 
 
 def _tidy(folder: Path) -> None:

@@ -23,7 +23,8 @@ from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.load import load_model
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.tokenizer import load_tokenizer
-from quantkit.runtime.walk import Block, Walk, is_linear
+from quantkit.runtime.walk import Block, Walk, features, is_linear
+from quantkit.workflows.calibrate import longest_row
 from quantkit.workflows.check import held_out
 
 PROMPTS = (
@@ -31,6 +32,7 @@ PROMPTS = (
     "日本で一番高い山は",
     "def read_lines(path):\n",
 )
+_GIVE_IT = "give the model that was quantized with --against"
 _CONTINUE = 32
 _TRACED = 4  # rows whose inputs the layers' errors are measured on
 
@@ -100,15 +102,18 @@ def verify(
     source = resolve(model, revision)
     original = resolve(against) if against else _recorded_original(source)
     tokenizer = load_tokenizer(original)
+    walk = Walk(Skeleton(original, Checkpoint(original.folder), on, kind))
+    result = Verification(source.name, original.name)
+    longest = longest_row(walk.skeleton)
+    if longest is not None and longest < seqlen:
+        result.notes.append(f"rows are {longest} tokens, the longest that the model can take")
+        seqlen = longest
     sets = _texts(list(text), tokenizer, rows, seqlen)
     quantized = load_model(source, on, kind)
-    walk = Walk(Skeleton(original, Checkpoint(original.folder), on, kind))
     if quantized.config.vocab_size != walk.skeleton.model.config.vocab_size:
         raise QuantkitError(
-            f"{source.name} and {original.name} have different vocabularies",
-            "give the model that was quantized with --against",
+            f"{source.name} and {original.name} have different vocabularies", _GIVE_IT
         )
-    result = Verification(source.name, original.name)
     _compare(walk, quantized, sets, result, progress)
     if samples:
         result.samples = _samples(walk.skeleton, quantized, tokenizer, result.notes)
@@ -118,8 +123,14 @@ def verify(
 def _recorded_original(source: Source) -> Source:
     recorded = (source.read_json(provenance.FILE) or {}).get("source", {})
     name, revision = recorded.get("name"), recorded.get("revision")
-    if name == DEMO or (name and "/" in name):
+    if name and "/" in name:
         return resolve(name, revision)
+    if name == DEMO:  # or somebody's folder of that name
+        demo = resolve(DEMO)
+        files = [demo.folder / file for file in recorded["files"]]
+        here = all(file.exists() for file in files)
+        if here and provenance.hash_files(files).result() == recorded["files"]:
+            return demo
     raise UsageError(
         f"{source.name} does not say where its original can be found",
         "give the folder or repository of the original with --against",
@@ -133,7 +144,11 @@ def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str,
     for name in text:
         documents = calibration.read(name, seed=0)
         label = name if name.startswith("hf:") else Path(name).stem
+        if label in sets:
+            raise UsageError(f"two texts are called '{label}'", "rename one of the files")
         sets[label] = calibration.pack(documents, tokenizer, None, seqlen, rows).rows
+        if max(len(row) for row in sets[label]) < 2:
+            raise QuantkitError(f"text '{label}' has no two tokens in a row to measure on")
     return sets
 
 
@@ -152,7 +167,7 @@ def _compare(
     progress.begin("verifying", len(walk) + len(batches))
     for index in range(len(walk)):
         with walk.block(index) as block:
-            errors = _LayerErrors(block, quantized)
+            errors = _LayerErrors(block, quantized, result)
             for i, x in enumerate(hidden):
                 if i in traced:
                     with errors.measuring():
@@ -173,17 +188,31 @@ def _compare(
 
 
 class _LayerErrors:
-    """Output errors of the quantized linears, given the original's inputs."""
+    """Output errors of the quantized linears, given the original's inputs. Raises QuantkitError
+    when the quantized model does not have the block's linears."""
 
-    def __init__(self, block: Block, quantized: nn.Module) -> None:
+    def __init__(self, block: Block, quantized: nn.Module, result: Verification) -> None:
         self._block = block
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._others = {}
+        theirs = dict(quantized.named_modules())
         for name, module in block.module.named_modules():
-            if is_linear(module):
-                other = quantized.get_submodule(f"{block.name}.{name}")
-                if not is_linear(other):
-                    self._others[name] = other
+            if not is_linear(module):
+                continue
+            other = theirs.get(f"{block.name}.{name}")
+            dense = is_linear(other)
+            if features(module) != (
+                features(other)
+                if dense
+                else (getattr(other, "out_features", None), getattr(other, "in_features", None))
+            ):
+                raise QuantkitError(
+                    f"{result.name} was not made from {result.against}: they differ in "
+                    f"{block.name}.{name}",
+                    _GIVE_IT,
+                )
+            if not dense:
+                self._others[name] = other
 
     def measuring(self) -> Any:
         """While open, every linear's output is compared."""

@@ -1,0 +1,282 @@
+"""Verifying: a copy is the same, a quantized model is not, and the numbers are the right ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tools import QUICK, command, model, quantized, read_json, sentence
+from transformers import AutoModelForCausalLM
+
+from quantkit import data
+from quantkit.core.checkpoint import Checkpoint
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.formats import gptq
+from quantkit.runtime.walk import Walk
+from quantkit.workflows import verify as workflow
+from quantkit.workflows.check import held_out
+from quantkit.workflows.quantize import quantize
+from quantkit.workflows.verify import verify
+
+FEW = {"rows": 2, "seqlen": 64}
+SETS = ["en", "ja", "code", "chat"]
+
+
+def dequantized(folder: Path) -> torch.nn.Module:
+    """The demo as ``folder`` has it, as an ordinary model of transformers."""
+    dense = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
+    checkpoint = Checkpoint(folder)
+    said = gptq.declared(lambda file: read_json(folder / file))
+    with torch.no_grad():
+        for name in gptq.linears(checkpoint):
+            q, _ = gptq.read(checkpoint, name, said)
+            dense.get_submodule(name).weight.copy_(q.dequantize())
+    return dense
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The quantized demo, verified, with continuations."""
+    return verify(str(quantized()), dtype="float32", **FEW)
+
+
+def test_a_copy_of_the_original_is_no_different(tmp_path):
+    shutil.copytree(data.demo(), tmp_path / "copy")
+    result = verify(str(tmp_path / "copy"), against="demo", dtype="float32", **FEW)
+    measured = result.comparison.described()
+    assert abs(measured["kl"]) < 1e-6
+    assert measured["top1"] == 1.0
+    assert list(measured["sets"]) == SETS
+    for one in measured["sets"].values():
+        assert one["perplexity"] == pytest.approx(one["reference_perplexity"], rel=1e-5)
+    assert result.layers == {}  # no linear of it is quantized
+    assert all(sample.original == sample.quantized for sample in result.samples)
+    assert (result.name, result.against) == ("copy", "demo")
+
+
+def test_a_quantized_model_is_measured_on_every_set(found, tokenizer):
+    """Against logits that transformers computes from the same weights, multiplied out."""
+    measured = found.comparison.described()
+    assert list(measured["sets"]) == SETS
+    original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
+    other = dequantized(quantized())
+    means = []
+    for label, rows in held_out(tokenizer, 2, 64).items():
+        kl, agree, loss = [], [], []
+        for row in rows:
+            ids = torch.tensor([row])
+            with torch.no_grad():
+                p, q = (m(input_ids=ids).logits[0].log_softmax(-1) for m in (original, other))
+            kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+            agree.append(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+            loss.append(float(-q[:-1].gather(1, ids[0, 1:, None]).mean()))
+        one = measured["sets"][label]
+        assert one["rows"] == 2
+        assert one["kl"] == pytest.approx(sum(kl) / 2, rel=1e-3)
+        assert one["top1"] == pytest.approx(sum(agree) / 2, abs=0.02)
+        assert one["perplexity"] == pytest.approx(
+            float(torch.tensor(sum(loss) / 2).exp()), rel=1e-3
+        )
+        means.append(sum(kl) / 2)
+    assert measured["kl"] == pytest.approx(sum(means) / 4, rel=1e-3)
+    assert 0.01 < measured["kl"] < 1
+    assert measured["kl_error"] > 0
+
+
+def test_layer_errors_are_those_of_their_outputs_on_the_original_s_inputs(found, tokenizer):
+    """One layer, recomputed with hooks on transformers' own model."""
+    assert len(found.layers) == 28
+    assert all(0 < error < 0.2 for error in found.layers.values())
+    name = "model.layers.2.mlp.down_proj"
+    folder = quantized()
+    original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
+    q, _ = gptq.read(Checkpoint(folder), name, gptq.declared(lambda file: read_json(folder / file)))
+    linear = original.get_submodule(name)
+    difference = q.dequantize() - linear.weight.detach()
+    sums = [0.0, 0.0]
+
+    def see(module, arguments, output):
+        sums[0] += float((arguments[0] @ difference.T).square().sum())
+        sums[1] += float(output.square().sum())
+
+    linear.register_forward_hook(see)
+    # of 8 rows every second is traced
+    rows = [row for some in held_out(tokenizer, 2, 64).values() for row in some][::2]
+    with torch.no_grad():
+        for row in rows:
+            original(input_ids=torch.tensor([row]))
+    assert found.layers[name] == pytest.approx(sums[0] / sums[1], rel=1e-3)
+
+
+def test_both_continue_the_same_prompts(found, tokenizer):
+    assert [sample.prompt for sample in found.samples] == list(workflow.PROMPTS)
+    assert any(sample.original != sample.quantized for sample in found.samples)
+    original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode(workflow.PROMPTS[1])])
+    written = original.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+    assert found.samples[1].original == tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_without_samples_there_are_none():
+    assert verify(str(quantized()), samples=False, **FEW).samples == []
+
+
+def test_continuations_are_left_out_where_the_original_does_not_fit(monkeypatch):
+    class Little:
+        available = 1 << 20
+
+    monkeypatch.setattr(workflow.psutil, "virtual_memory", Little)
+    result = verify(str(quantized()), rows=1, seqlen=16)
+    assert result.samples == []
+    assert len(result.notes) == 1 and "no continuations" in result.notes[0]
+
+
+def test_the_original_is_never_in_memory_as_a_whole(monkeypatch):
+    """Of its blocks one at a time has weights."""
+    seen = []
+    enter = Walk.block
+
+    def watching(self, index):
+        blocks = self.skeleton.model.model.layers
+        seen.append([all(p.is_meta for p in block.parameters()) for block in blocks])
+        return enter(self, index)
+
+    monkeypatch.setattr(Walk, "block", watching)
+    verify(str(quantized()), samples=False, rows=1, seqlen=16)
+    assert len(seen) >= 4
+    assert all(all(row) for row in seen)
+
+
+# the command
+
+
+def test_json_and_the_gate(capsys):
+    options = ["--rows", 1, "--seqlen", 32, "--no-samples", "-q", "--json"]
+    assert command("verify", quantized(), *options, "--max-kl", 5) == 0
+    one = capsys.readouterr()
+    assert one.err == ""
+    measured = json.loads(one.out)
+    assert measured["model"] == "quantized"
+    assert measured["against"] == "demo"
+    assert list(measured["sets"]) == SETS
+    assert len(measured["layers"]) == 28
+    limit = measured["kl"] * 0.99
+    assert command("verify", quantized(), *options, "--max-kl", limit) == 3
+    two = capsys.readouterr()
+    assert json.loads(two.out) == measured  # what was found is shown all the same
+    message, _ = sentence(two.err)
+    assert message == f"mean KL {measured['kl']:.4f} is above --max-kl {limit:g}"
+
+
+def test_a_kl_that_is_not_a_number_does_not_pass_the_gate(tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(quantized(), broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.scales"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    options = ["--rows", 1, "--seqlen", 16, "--no-samples", "-q"]
+    assert command("verify", broken, *options, "--max-kl", 5) == 3
+    assert "mean KL nan is above" in sentence(capsys.readouterr().err)[0]
+
+
+def test_the_table_shows_what_models_write_as_it_is(monkeypatch, capsys):
+    """Brackets are no markup."""
+    texts = ("[i]", "x[i] = [bold]y[/INST]", "[/] [red]")
+    monkeypatch.setattr(workflow, "_samples", lambda *_: [workflow.Sample(*texts)])
+    assert command("verify", quantized(), "--rows", 1, "--seqlen", 16) == 0
+    out = capsys.readouterr().out
+    for text in texts:
+        assert text in out
+    for heading in ("English", "Japanese", "code", "chat", "mean", "largest of 28 layer errors"):
+        assert heading in out
+
+
+def test_texts_of_one_s_own(tmp_path):
+    (tmp_path / "story.txt").write_text("昔々、ある村に古い灯台がありました。" * 30, "utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}\n{"input_ids": [9, 10]}\n')
+    texts = [str(tmp_path / name) for name in ("story.txt", "rows.jsonl")]
+    measured = verify(str(quantized()), text=texts, samples=False, **FEW).comparison.described()
+    assert list(measured["sets"]) == ["story", "rows"]
+    assert [one["rows"] for one in measured["sets"].values()] == [2, 2]
+    assert all(one["kl"] > 0 for one in measured["sets"].values())
+
+
+def test_two_texts_of_one_name_are_refused_instead_of_one_being_dropped(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.txt").write_text("some text " * 30)
+    texts = [str(tmp_path / folder / "test.txt") for folder in ("a", "b")]
+    with pytest.raises(UsageError, match="two texts are called 'test'"):
+        verify(str(quantized()), text=texts, samples=False, **FEW)
+
+
+def test_rows_are_not_longer_than_the_model_can_take():
+    """GPT-2's positions end at 64 here, and the default rows have 512 tokens."""
+    folder = quantized(model("gpt2"), group=32)
+    result = verify(str(folder), against=str(model("gpt2")), rows=1, samples=False)
+    assert result.comparison.described()["kl"] > 0
+    assert result.notes == ["rows are 64 tokens, the longest that the model can take"]
+
+
+# what does not belong together
+
+
+def test_a_model_without_a_recorded_original_needs_one():
+    folder = quantized(model("llama"), group=32)
+    with pytest.raises(UsageError) as caught:
+        verify(str(folder), **FEW)
+    assert "does not say where its original can be found" in caught.value.message
+    assert "--against" in caught.value.hint
+    result = verify(str(folder), against=str(model("llama")), samples=False, **FEW)
+    assert result.against == "llama"
+
+
+def test_a_folder_that_is_called_demo_is_not_the_demo(tmp_path):
+    """Only the folder's name is recorded; the hashes tell the two apart."""
+    source = tmp_path / "demo"
+    shutil.copytree(data.demo(), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    quantize(str(source), tmp_path / "out", **QUICK)
+    assert read_json(tmp_path / "out" / "quantkit.json")["source"]["name"] == "demo"
+    with pytest.raises(UsageError, match="does not say where its original"):
+        verify(str(tmp_path / "out"), **FEW)
+
+
+def test_a_different_vocabulary_is_refused(tmp_path):
+    small = tiny.build("llama", tmp_path / "small", vocab_size=4096)
+    with pytest.raises(QuantkitError, match="small and demo have different vocabularies") as caught:
+        verify(str(small), against="demo", **FEW)
+    assert "--against" in caught.value.hint
+
+
+@pytest.mark.parametrize("other", ["gpt_neox", "deeper", "wider"])
+def test_a_different_model_with_the_same_vocabulary_is_refused(other):
+    changes = {"deeper": {"num_hidden_layers": 4}, "wider": {"intermediate_size": 256}}
+    name = other if other == "gpt_neox" else "llama"
+    original = model(name, **changes.get(other, {}))
+    with pytest.raises(QuantkitError, match="quantized was not made from") as caught:
+        verify(str(quantized(model("llama"), group=32)), against=str(original), **FEW)
+    assert "--against" in caught.value.hint
+
+
+@pytest.mark.parametrize("options", [{"rows": 0}, {"seqlen": 1}])
+def test_nothing_to_measure_on_is_refused(options):
+    with pytest.raises(UsageError, match="at least one row of two tokens"):
+        verify(str(quantized()), **options)
+
+
+def test_a_text_of_single_tokens_is_refused(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"input_ids": [5]}\n{"input_ids": [6]}\n')
+    with pytest.raises(QuantkitError, match="'one' has no two tokens in a row"):
+        verify(str(quantized()), text=[str(tmp_path / "one.jsonl")], **FEW)
+
+
+def test_an_empty_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("  \n")
+    with pytest.raises(QuantkitError, match="holds no text"):
+        verify(str(quantized()), text=[str(tmp_path / "empty.txt")], **FEW)

@@ -4,8 +4,8 @@
         --calib calib_512x128.jsonl --heldout heldout_512.jsonl --out results.json
 
 --calib holds rows of {"input_ids"}, --heldout rows of {"set", "input_ids"}; the first --rows of
-each set are used. Every checkpoint is written to disk, loaded again and run in float32. --also NAME=PATH
-measures a checkpoint that another tool made of the model called MODEL (NAME is MODEL/whatever).
+each set are used. Every checkpoint is written to disk, loaded again and run in float32.
+--also MODEL/LABEL=PATH measures a checkpoint that another tool made of the model called MODEL.
 """
 
 import argparse

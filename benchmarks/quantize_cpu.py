@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-_CLI = "from quantkit.cli.main import main; main()"
+_CLI = "from quantkit.cli.main import run; run()"
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """``quantkit``: finds the command, and turns errors into a sentence, a hint and an exit code."""
 
 import importlib
-import os
 import sys
-from typing import Any
+from typing import NoReturn
 
 import click
 
 from quantkit import __version__
+from quantkit.cli import process
 from quantkit.errors import QuantkitError
 
 # one file per command; the help is here so that showing it imports nothing
@@ -46,9 +46,18 @@ def cli() -> None:
     """
 
 
+def run() -> NoReturn:
+    """The ``quantkit`` command: the command line in a process of its own."""
+    process.prepare()
+    try:
+        main()
+    except SystemExit as end:
+        process.leave(int(end.code or 0))
+    process.leave(0)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point of the ``quantkit`` command."""
-    _calm_libraries()
+    """Run the command line; always ends in SystemExit."""
     try:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
@@ -69,14 +78,3 @@ def _say(message: str, hint: str | None) -> None:
     if hint:
         click.secho(" hint: ", fg="cyan", err=True, nl=False)
         click.echo(hint, err=True)
-
-
-def _calm_libraries() -> None:
-    """Settings that libraries read when they are imported."""
-    defaults: dict[str, Any] = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)

@@ -16,6 +16,7 @@ from torch import Tensor
 # Only blocks of columns on or above the diagonal are multiplied; 8 strips do 36/64 of the work.
 _STRIPS = 8
 _MIN_STRIP = 128
+_SUM_ROWS = 256
 
 
 class InputStats:
@@ -43,8 +44,7 @@ class InputStats:
         for start in range(0, self.width, strip):
             stop = min(self.width, start + strip)
             _add_product(self._upper[start:stop, start:], x[:, start:stop], x[:, start:])
-        # never rounded: an error here grows with the width once the mean is taken out of the gram
-        self._total += x.sum(0, dtype=torch.float32)
+        self._total += _column_sums(x)
         self.count += x.shape[0]
 
     def add_drift(self, x: Tensor, delta: Tensor) -> None:
@@ -53,7 +53,7 @@ class InputStats:
         x = x.reshape(-1, self.width)
         delta = delta.reshape(x.shape[0], -1)
         _add_product(self._cross, delta, x)
-        self._drift += delta.sum(0, dtype=torch.float32)
+        self._drift += _column_sums(delta)
 
     def moments(self) -> "Moments":
         """The sums as means over tokens. Uses the accumulator up (no second copy is made)."""
@@ -84,6 +84,15 @@ class Moments:
         if cross is not None and self.drift is not None:
             cross = cross - torch.outer(self.drift, self.mean)
         return Moments(gram, self.mean, cross, self.drift, self.count)
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """Sums over tokens [width], in float32 throughout: an error here grows with the width once the
+    mean is taken out of the gram. On a CPU the float32 copies that torch makes stay in its caches.
+    """
+    if x.is_cuda:
+        return x.sum(0, dtype=torch.float32)
+    return sum(part.sum(0, dtype=torch.float32) for part in torch.split(x, _SUM_ROWS))  # type: ignore[return-value]
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,6 +1,8 @@
 """Statistics of a block's linears, gathered while calibration rows run through it.
 
-Hidden states are lists of tensors [rows, tokens, width], one a micro-batch.
+Hidden states are lists of tensors [rows, tokens, width], one a micro-batch. A block's outputs take
+the place of its inputs in the same memory: new tensors in between all the short-lived ones would
+leave the heap in pieces.
 """
 
 from collections.abc import Callable
@@ -27,8 +29,7 @@ def observe(
             {g.names[0]: lambda x, y, g=g: kept[g].append(y) for g in keep}, outputs=True
         ),
     ):
-        for i, x in enumerate(hidden):
-            hidden[i] = block.forward(x)
+        advance(block, hidden)
     return {group: _finish(block, group, stats[group]) for group in groups}, kept
 
 
@@ -66,9 +67,9 @@ def observe_drift(
 
 
 def advance(block: Block, hidden: list[Tensor]) -> None:
-    """Replace hidden states by the block's outputs."""
-    for i, x in enumerate(hidden):
-        hidden[i] = block.forward(x)
+    """Overwrite hidden states with the block's outputs."""
+    for x in hidden:
+        x.copy_(block.forward(x))
 
 
 def _finish(block: Block, group: InputGroup, stats: InputStats) -> Moments:

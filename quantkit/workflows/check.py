@@ -41,7 +41,7 @@ class RideAlong:
 
     def start(self, hidden: list[Tensor]) -> None:
         """``hidden``: the walk's hidden states of ``batches`` in front of the first block."""
-        self._original, self._quantized = list(hidden), list(hidden)
+        self._original, self._quantized = hidden, [x.clone() for x in hidden]
 
     def before(self, block: Block) -> None:
         """While the block still has its original weights."""

@@ -242,7 +242,7 @@ def _quantize_blocks(
     full = hidden[: len(rows)]
     ride.start(hidden[len(rows) :])
     del hidden
-    quantized = list(full) if plan.aligned else None
+    quantized = [x.clone() for x in full] if plan.aligned else None
     progress.begin("quantizing", len(walk))
     for index, jobs in enumerate(plan.layout.jobs):
         started = time.perf_counter()

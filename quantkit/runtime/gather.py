@@ -1,12 +1,13 @@
 """Statistics of a block's linears, gathered while calibration rows run through it.
 
 Hidden states are lists of tensors [rows, tokens, width], one a micro-batch. A block's outputs take
-the place of its inputs in the same memory: new tensors in between all the short-lived ones would
-leave the heap in pieces.
+the place of its inputs in the same memory, and what is kept for long is one large piece of memory:
+small lasting tensors among all the short-lived ones would leave the heap in pieces.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from quantkit.core.stats import InputStats, Moments
@@ -22,11 +23,12 @@ def observe(
     """Run all rows once. Returns the moments of the inputs of ``groups``, and every output of the
     linears ``keep``; ``hidden`` then holds the block's outputs."""
     stats = {group: InputStats(group.width, hidden[0].device) for group in groups}
-    kept: dict[InputGroup, list[Tensor]] = {group: [] for group in keep}
+    kept = {group: copied(hidden) for group in keep}
+    free = {group: iter(kept[group]) for group in keep}
     with (
         block.watching({group.names[0]: stats[group].add for group in groups}),
         block.watching(
-            {g.names[0]: lambda x, y, g=g: kept[g].append(y) for g in keep}, outputs=True
+            {g.names[0]: lambda x, y, g=g: _fill(next(free[g]), y) for g in keep}, outputs=True
         ),
     ):
         advance(block, hidden)
@@ -64,6 +66,17 @@ def observe_drift(
         for group in list(held):
             stats[group].add_drift(held.pop(group), difference)
     return {group: _finish(block, group, stats[group]) for group in wanted}
+
+
+def copied(hidden: list[Tensor]) -> list[Tensor]:
+    """The same hidden states once more, in one piece of memory."""
+    together = torch.cat([x.reshape(-1, x.shape[-1]) for x in hidden])
+    parts = together.split([x.shape[0] * x.shape[1] for x in hidden])
+    return [part.reshape(x.shape) for part, x in zip(parts, hidden)]
+
+
+def _fill(place: Tensor, y: Tensor) -> None:
+    place.copy_(y.reshape(place.shape))
 
 
 def advance(block: Block, hidden: list[Tensor]) -> None:

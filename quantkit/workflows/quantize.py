@@ -239,10 +239,10 @@ def _quantize_blocks(
     rows = batches(report.calibration.rows, plan.tokens_at_once)
     with report.timing("embed"):
         hidden = walk.embed(rows + ride.batches)
-    full = hidden[: len(rows)]
+    full = gather.copied(hidden[: len(rows)])
     ride.start(hidden[len(rows) :])
     del hidden
-    quantized = [x.clone() for x in full] if plan.aligned else None
+    quantized = gather.copied(full) if plan.aligned else None
     progress.begin("quantizing", len(walk))
     for index, jobs in enumerate(plan.layout.jobs):
         started = time.perf_counter()

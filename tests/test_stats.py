@@ -27,13 +27,13 @@ def together(parts):
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).double()
 
 
-def gathered(xs, ds=None):
+def gathered(xs, ds=None, centred=False):
     stats = InputStats(xs[0].shape[-1], out_features=None if ds is None else OUT)
     for i, x in enumerate(xs):
         stats.add(x)
         if ds is not None:
             stats.add_drift(x, ds[i])
-    return stats.moments()
+    return stats.moments(centred)
 
 
 def near(found, expected, tolerance=1e-5):
@@ -50,7 +50,6 @@ def test_gram_and_mean(width):
     near(found.gram, x.T @ x / len(x))
     near(found.mean, x.mean(0))
     assert torch.equal(found.gram, found.gram.T)
-    assert found.count == len(x)
     assert found.cross is None
     assert found.drift is None
 
@@ -65,7 +64,7 @@ def test_cross_and_drift(width):
 
 def test_centred_moments_are_those_about_the_mean():
     xs, ds = batches(64), deltas()
-    found, x, d = gathered(xs, ds).centred(), together(xs), together(ds)
+    found, x, d = gathered(xs, ds, centred=True), together(xs), together(ds)
     x0, d0 = x - x.mean(0), d - d.mean(0)
     near(found.gram, x0.T @ x0 / len(x))
     near(found.cross, d0.T @ x0 / len(x), 1e-4)
@@ -73,16 +72,8 @@ def test_centred_moments_are_those_about_the_mean():
     near(found.drift, d.mean(0))
 
 
-def test_centring_makes_new_tensors():
-    moments = gathered(batches(64), deltas())
-    before = moments.gram.clone(), moments.cross.clone()
-    moments.centred()
-    assert torch.equal(moments.gram, before[0])
-    assert torch.equal(moments.cross, before[1])
-
-
 def test_centring_without_drift():
-    found = gathered(batches(64)).centred()
+    found = gathered(batches(64), centred=True)
     x = together(batches(64))
     near(found.gram, (x - x.mean(0)).T @ (x - x.mean(0)) / len(x))
     assert found.cross is None
@@ -96,7 +87,7 @@ def test_half_precision_inputs_are_close(dtype):
     found, x, d = gathered(xs, ds), together(xs), together(ds)
     near(found.gram, x.T @ x / len(x), 5e-3)
     near(found.cross, d.T @ x / len(x), 5e-3)
-    near(found.mean, x.mean(0))
+    near(found.mean, x.mean(0), 2e-3)
     near(found.drift, d.mean(0))
 
 
@@ -107,8 +98,8 @@ def test_half_precision_sums_do_not_stop_growing():
     for _ in range(600):
         stats.add(x)
         stats.add_drift(x, torch.ones(1, 1).bfloat16())
-    found = stats.moments()
-    assert found.count == 600
+    assert stats.count == 600
+    found = stats.moments(centred=False)
     for tensor in (found.gram, found.mean, found.cross, found.drift):
         assert torch.equal(tensor, torch.ones_like(tensor))
 
@@ -126,13 +117,17 @@ def test_batches_are_left_as_they_are():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_centred_moments_of_a_wide_input_with_a_mean_stay_positive(dtype):
-    """A mean that is a little off makes the centred Gram indefinite, more so the wider it is."""
-    generator = torch.Generator().manual_seed(0)
-    stats = InputStats(1024)
-    for _ in range(8):
-        x = 0.35 + 0.5 * torch.randn(1024, 1024, generator=generator)
-        stats.add(x.to(dtype))
-    gram = stats.moments().centred().gram
-    gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    assert float(torch.linalg.eigvalsh(gram).min()) > 0
+def test_a_large_mean_does_not_drown_the_spread(dtype):
+    """The mean adds 10 000 times the spread's energy to the gram: subtracting it at the end would
+    leave nothing but rounding errors, and an indefinite matrix."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(96, 512, generator=g)
+    xs = [
+        (100 + torch.randn(512, 96, generator=g) @ base / 10).to(dtype).reshape(2, 256, 512)
+        for _ in range(6)
+    ]
+    found, x = gathered(xs, centred=True), together(xs)
+    x0 = x - x.mean(0)
+    near(found.gram, x0.T @ x0 / len(x), 1e-3 if dtype == torch.float32 else 5e-3)
+    damped = found.gram + 0.01 * found.gram.diagonal().mean() * torch.eye(512)
+    assert float(torch.linalg.eigvalsh(damped).min()) > 0

@@ -10,6 +10,8 @@ For the inputs x [tokens, in] that a group of linears shares:
 Sums are float32 whatever the activations' dtype.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class InputStats:
         self.count = 0
         self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
         self._total = torch.zeros(width, dtype=torch.float32, device=device)
+        self._shift: Tensor | None = None
         self._cross = self._drift = None
         if out_features is not None:
             self._cross = torch.zeros(out_features, width, dtype=torch.float32, device=device)
@@ -39,7 +42,7 @@ class InputStats:
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., width]."""
-        x = x.reshape(-1, self.width)
+        x = self._shifted(x)
         strip = max(_MIN_STRIP, -(-self.width // _STRIPS))
         for start in range(0, self.width, strip):
             stop = min(self.width, start + strip)
@@ -50,40 +53,71 @@ class InputStats:
     def add_drift(self, x: Tensor, delta: Tensor) -> None:
         """Add the output differences ``delta`` [..., out] that went with the inputs ``x``."""
         assert self._cross is not None and self._drift is not None
-        x = x.reshape(-1, self.width)
+        x = self._shifted(x)
         delta = delta.reshape(x.shape[0], -1)
         _add_product(self._cross, delta, x)
         self._drift += _column_sums(delta)
 
-    def moments(self) -> "Moments":
-        """The sums as means over tokens. Uses the accumulator up (no second copy is made)."""
+    def _shifted(self, x: Tensor) -> Tensor:
+        """Inputs [tokens, width] about the mean of the first batch. What a mean adds to the gram is
+        thousands of times larger than what the spread does; subtracted only at the end, it would
+        leave its own rounding errors (tensor cores': 1e-5) in their place."""
+        x = x.reshape(-1, self.width)
+        if self._shift is None:
+            self._shift = (_column_sums(x) / x.shape[0]).to(x.dtype)
+        return x - self._shift
+
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs were."""
+        return bool(self._upper.diagonal().isfinite().all())
+
+    def moments(self, centred: bool) -> "Moments":
+        """Means over tokens, about zero or about the mean. Uses the accumulator up (no second copy
+        of the gram is made)."""
+        assert self._shift is not None
         gram = self._upper.div_(self.count)
-        strip = max(_MIN_STRIP, -(-self.width // _STRIPS))
-        for start in range(0, self.width, strip):
-            stop = min(self.width, start + strip)
-            gram[stop:, start:stop] = gram[start:stop, stop:].T
-        cross = None if self._cross is None else self._cross.div_(self.count)
-        drift = None if self._drift is None else self._drift.div_(self.count)
-        return Moments(gram, self._total / self.count, cross, drift, self.count)
+        shift, rest = self._shift.float(), self._total / self.count
+        mean = shift + rest
+        gram.addr_(rest, rest, alpha=-1)
+        if not centred:
+            gram.addr_(mean, mean)
+        _mirror(gram)
+        if self._cross is None or self._drift is None:
+            return Moments(gram, mean, None, None)
+        drift = self._drift / self.count
+        cross = self._cross.div_(self.count)
+        if centred:
+            cross.addr_(drift, rest, alpha=-1)
+        else:
+            cross.addr_(drift, shift)
+        return Moments(gram, mean, cross, drift)
 
 
+@dataclass(frozen=True)
 class Moments:
     """Means over tokens: ``gram`` [in, in], ``mean`` [in], and, if asked for, ``cross`` [out, in]
-    and ``drift`` [out] (see the module's text). All float32."""
+    and ``drift`` [out] (see the module's text). All float32.
 
-    def __init__(
-        self, gram: Tensor, mean: Tensor, cross: Tensor | None, drift: Tensor | None, count: int
-    ) -> None:
-        self.gram, self.mean, self.cross, self.drift, self.count = gram, mean, cross, drift, count
+    Centred, ``gram`` and ``cross`` are about the means: what is left to minimise when a bias takes
+    up the mean error.
+    """
 
-    def centred(self) -> "Moments":
-        """The moments about the mean: what is left to minimise when a bias takes up the mean
-        error. New tensors."""
-        gram = self.gram - torch.outer(self.mean, self.mean)
-        cross = self.cross
-        if cross is not None and self.drift is not None:
-            cross = cross - torch.outer(self.drift, self.mean)
-        return Moments(gram, self.mean, cross, self.drift, self.count)
+    gram: Tensor
+    mean: Tensor
+    cross: Tensor | None = None
+    drift: Tensor | None = None
+
+
+def _mirror(upper: Tensor) -> None:
+    """Copy what is above the diagonal to below it."""
+    width = len(upper)
+    strip = max(_MIN_STRIP, -(-width // _STRIPS))
+    for start in range(0, width, strip):
+        stop = min(width, start + strip)
+        own = upper[start:stop, start:stop]
+        own.copy_(own.triu() + own.triu(1).T)
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
 
 
 def _column_sums(x: Tensor) -> Tensor:

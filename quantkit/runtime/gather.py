@@ -10,18 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantkit.core.stats import InputStats, Moments
+from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.runtime.walk import Block, InputGroup
 
-Stats = dict[InputGroup, Moments]
+Stats = dict[InputGroup, InputStats]
 
 
 def observe(
     block: Block, hidden: list[Tensor], groups: list[InputGroup], keep: list[InputGroup]
 ) -> tuple[Stats, dict[InputGroup, list[Tensor]]]:
-    """Run all rows once. Returns the moments of the inputs of ``groups``, and every output of the
-    linears ``keep``; ``hidden`` then holds the block's outputs."""
+    """Run all rows once. Returns the statistics of the inputs of ``groups``, and every output of
+    the linears ``keep``; ``hidden`` then holds the block's outputs."""
     stats = {group: InputStats(group.width, hidden[0].device) for group in groups}
     kept = {group: copied(hidden) for group in keep}
     free = {group: iter(kept[group]) for group in keep}
@@ -32,7 +32,7 @@ def observe(
         ),
     ):
         advance(block, hidden)
-    return {group: _finish(block, group, stats[group]) for group in groups}, kept
+    return _checked(block, stats), kept
 
 
 def observe_drift(
@@ -42,7 +42,7 @@ def observe_drift(
     closing: list[Tensor],
 ) -> Stats:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
-    moments of its inputs together with those of the difference between the outputs that it should
+    statistics of its inputs and of the difference between the outputs that it should
     have had and those it has. For a linear that closes the block, that is the difference between
     the block's wanted outputs, ``closing``, and its actual ones."""
     stats = {
@@ -65,7 +65,7 @@ def observe_drift(
             difference = closing[i] - block.forward(x)
         for group in list(held):
             stats[group].add_drift(held.pop(group), difference)
-    return {group: _finish(block, group, stats[group]) for group in wanted}
+    return _checked(block, stats)
 
 
 def copied(hidden: list[Tensor]) -> list[Tensor]:
@@ -85,11 +85,11 @@ def advance(block: Block, hidden: list[Tensor]) -> None:
         x.copy_(block.forward(x))
 
 
-def _finish(block: Block, group: InputGroup, stats: InputStats) -> Moments:
-    moments = stats.moments()
-    if not bool(moments.gram.diagonal().isfinite().all()):
-        raise QuantkitError(
-            f"the inputs of {block.name}.{group.names[0]} are not finite during calibration",
-            "run with --dtype float32, and check that the model itself generates sensible text",
-        )
-    return moments
+def _checked(block: Block, stats: Stats) -> Stats:
+    for group, found in stats.items():
+        if not found.finite:
+            raise QuantkitError(
+                f"the inputs of {block.name}.{group.names[0]} are not finite during calibration",
+                "run with --dtype float32, and check that the model itself generates sensible text",
+            )
+    return stats

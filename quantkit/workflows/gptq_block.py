@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
-from quantkit.core.stats import Moments
+from quantkit.core.stats import InputStats
 from quantkit.methods import align, gptq, rtn
 from quantkit.runtime import gather
 from quantkit.runtime.walk import Block, InputGroup
@@ -113,10 +113,10 @@ def _solve_groups(
 ) -> None:
     """Solve each group and fill the block in. Uses ``stats`` up, to free memory as it goes."""
     while stats:
-        group, moments = stats.popitem()
+        group, found = stats.popitem()
         originals = [weights(name) for name in group.names]
         added = [biases(name) for name in group.names]
-        for name, result in zip(group.names, _solve_group(originals, added, moments, settings)):
+        for name, result in zip(group.names, _solve_group(originals, added, found, settings)):
             put(block, name, result.qweight, result.bias)
             solved[name] = result
 
@@ -147,12 +147,11 @@ def _stored(bias: Tensor | None) -> Tensor | None:
 
 
 def _solve_group(
-    originals: list[Tensor], biases: list[Tensor | None], moments: Moments, settings: Settings
+    originals: list[Tensor], biases: list[Tensor | None], stats: InputStats, settings: Settings
 ) -> list[Solved]:
     """Linears that share an input are one problem: their weights stacked, one Hessian."""
     correct = settings.bias_correction and all(bias is not None for bias in biases)
-    if correct:
-        moments = moments.centred()
+    moments = stats.moments(centred=correct)
     target = weight = torch.cat(originals)
     if moments.cross is not None:
         target = align.aligned_target(weight, moments, settings.align, settings.options.damp)

@@ -62,6 +62,7 @@ def referee_logits(python: str, script: str, folder: Path, tmp_path: Path) -> to
         capture_output=True,
         text=True,
         timeout=600,
+        cwd=tmp_path,  # GPTQModel leaves a folder of logs
         env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -16,6 +16,8 @@ from rich.progress import Progress as Bar
 
 from quantkit.core.progress import Progress, Step
 
+_PLAIN_SECONDS = 5.0  # between lines about small steps where there is no bar
+
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
@@ -42,8 +44,7 @@ class Drawn(Progress):
         self._console = stderr()
         self._quiet = quiet
         self._bar: Bar | None = None
-        self._started = 0.0
-        self._worked: list[float] = []
+        self._started = self._printed = 0.0
 
     def note(self, text: str) -> None:
         if not self._quiet:
@@ -53,7 +54,7 @@ class Drawn(Progress):
         self._console.print(f"[yellow]warning:[/] {escape(text)}")
 
     def begin(self, title: str, total: int) -> None:
-        self._started, self._worked = time.perf_counter(), []
+        self._started = self._printed = time.perf_counter()
         if self._quiet or not self._console.is_terminal:
             return
         self._bar = Bar(
@@ -79,7 +80,12 @@ class Drawn(Progress):
                 detail=f"{step.name}  {loss}{memory()}",
             )
             return
-        elapsed = time.perf_counter() - self._started
+        now = time.perf_counter()
+        small = step.loss is None and step.index < step.total
+        if small and now - self._printed < _PLAIN_SECONDS:
+            return
+        self._printed = now
+        elapsed = now - self._started
         left = elapsed / step.index * (step.total - step.index)
         self._console.print(
             f"[dim]{step.index}/{step.total}[/] {step.name}  {loss}{step.seconds:.1f} s, "

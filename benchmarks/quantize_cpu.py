@@ -25,12 +25,14 @@ _CLI = "from quantkit.cli.main import run; run()"
 
 def main() -> None:
     args = _arguments()
+    args.model = args.model if args.model == "demo" else str(Path(args.model).resolve())
+    args.rows = str(Path(args.rows).resolve())
     tools = _commands(args)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
     for number in range(args.rounds):
         for name, command in tools.items():
             with tempfile.TemporaryDirectory() as folder:
-                measured = _run([*command, "--out", f"{folder}/out"])
+                measured = _run([*command, "--out", f"{folder}/out"], folder)
             runs[name].append(measured)
             print(
                 f"round {number + 1}  {name:26} {measured['seconds']:7.1f} s  "
@@ -40,6 +42,7 @@ def main() -> None:
     result = {
         "command": " ".join(Path(a).name if "/" in a else a for a in sys.argv),
         "machine": _machine(),
+        "versions": _versions(args),
         "runs": runs,
         "median": {name: _median(some) for name, some in runs.items()},
     }
@@ -84,9 +87,12 @@ def _commands(args: argparse.Namespace) -> dict[str, list[str]]:
     return tools
 
 
-def _run(command: list[str]) -> dict[str, float]:
+def _run(command: list[str], folder: str) -> dict[str, float]:
+    """Run to the end, inside ``folder``, where a tool may leave what it likes."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -98,6 +104,22 @@ def _run(command: list[str]) -> dict[str, float]:
 
 def _median(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak_mb")}
+
+
+def _versions(args: argparse.Namespace) -> dict[str, str]:
+    """Of every tool and of the torch that it runs on."""
+    pythons = {
+        "quantkit": sys.executable,
+        "gptqmodel": args.gptqmodel,
+        "llmcompressor": args.llmcompressor,
+    }
+    code = "import sys, importlib.metadata as m; print(*(m.version(n) for n in sys.argv[1:]))"
+    found = {}
+    for name, python in pythons.items():
+        if python:
+            output = subprocess.check_output([python, "-c", code, name, "torch"], text=True)
+            found[name] = "{}, torch {}".format(*output.split())
+    return found
 
 
 def _machine() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``quantkit gptq MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -116,4 +117,9 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         console.print(f"[yellow]fallback:[/] {escape(text)}")
     name = escape(str(report.folder))
     console.print(f"wrote [bold]{name}[/] in {sum(report.seconds.values()):.0f} s")
-    console.print(f"next: [bold]quantkit verify {name}[/], [bold]quantkit generate {name} ...[/]")
+    original = Path(options["model"]).expanduser()
+    # the path of a folder is not recorded in what may be published
+    against = f" --against {escape(str(original))}" if original.is_dir() else ""
+    console.print(
+        f"next: [bold]quantkit verify {name}{against}[/], [bold]quantkit generate {name} ...[/]"
+    )

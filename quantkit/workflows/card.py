@@ -89,5 +89,5 @@ def _use() -> str:
         'model, tokenizer = quantkit.load("this-folder-or-repository")\n'
         "```\n\n"
         "It also loads with `transformers.AutoModelForCausalLM.from_pretrained` (with GPTQModel "
-        "installed) and with vLLM. Per-layer errors, hashes and versions are in `quantkit.json`."
+        "installed). Per-layer errors, hashes and versions are in `quantkit.json`."
     )

@@ -27,8 +27,9 @@ def together(parts):
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).double()
 
 
-def gathered(xs, ds=None, centred=False):
-    stats = InputStats(xs[0].shape[-1], out_features=None if ds is None else OUT)
+def gathered(xs, ds=None, centred=False, calls=1000):
+    """As if there were many batches, unless told otherwise."""
+    stats = InputStats(xs[0].shape[-1], "cpu", None if ds is None else OUT, calls)
     for i, x in enumerate(xs):
         stats.add(x)
         if ds is not None:
@@ -94,7 +95,7 @@ def test_half_precision_inputs_are_close(dtype):
 def test_half_precision_sums_do_not_stop_growing():
     """Many equal batches: a bfloat16 sum would stick at 256 times the first."""
     x = torch.ones(1, 4).bfloat16()
-    stats = InputStats(4, out_features=1)
+    stats = InputStats(4, out_features=1, calls=600)
     for _ in range(600):
         stats.add(x)
         stats.add_drift(x, torch.ones(1, 1).bfloat16())
@@ -131,3 +132,17 @@ def test_a_large_mean_does_not_drown_the_spread(dtype):
     near(found.gram, x0.T @ x0 / len(x), 1e-3 if dtype == torch.float32 else 5e-3)
     damped = found.gram + 0.01 * found.gram.diagonal().mean() * torch.eye(512)
     assert float(torch.linalg.eigvalsh(damped).min()) > 0
+
+
+def test_few_batches_are_multiplied_exactly():
+    """Rounded to bfloat16 and not averaged, the gram of one short batch would be indefinite."""
+    g = torch.Generator().manual_seed(0)
+    xs = [torch.randn(1, 64, 512, generator=g).bfloat16()]
+    x0 = together(xs) - together(xs).mean(0)
+
+    def least(calls):
+        gram = gathered(xs, centred=True, calls=calls).gram
+        return float(torch.linalg.eigvalsh(gram).min() / gram.diagonal().mean())
+
+    assert least(1) > -1e-3 > least(1000)
+    near(gathered(xs, centred=True, calls=1).gram, x0.T @ x0 / len(x0), 5e-3)

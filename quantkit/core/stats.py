@@ -19,18 +19,25 @@ from torch import Tensor
 _STRIPS = 8
 _MIN_STRIP = 128
 _SUM_ROWS = 256
+_AVERAGED = 16  # calls from which on rounding errors average out
 
 
 class InputStats:
     """Accumulates the moments of one shared input, ``width`` features wide.
 
-    ``out_features`` asks for ``cross`` and ``drift`` too.
+    ``out_features`` asks for ``cross`` and ``drift`` too; ``calls`` is how often ``add`` will be
+    called.
     """
 
     def __init__(
-        self, width: int, device: torch.device | str = "cpu", out_features: int | None = None
+        self,
+        width: int,
+        device: torch.device | str = "cpu",
+        out_features: int | None = None,
+        calls: int = 1,
     ) -> None:
         self.width = width
+        self._exact = calls < _AVERAGED
         self.count = 0
         self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
         self._total = torch.zeros(width, dtype=torch.float32, device=device)
@@ -46,7 +53,8 @@ class InputStats:
         strip = max(_MIN_STRIP, -(-self.width // _STRIPS))
         for start in range(0, self.width, strip):
             stop = min(self.width, start + strip)
-            _add_product(self._upper[start:stop, start:], x[:, start:stop], x[:, start:])
+            into = self._upper[start:stop, start:]
+            _add_product(into, x[:, start:stop], x[:, start:], self._exact)
         self._total += _column_sums(x)
         self.count += x.shape[0]
 
@@ -55,7 +63,7 @@ class InputStats:
         assert self._cross is not None and self._drift is not None
         x = self._shifted(x)
         delta = delta.reshape(x.shape[0], -1)
-        _add_product(self._cross, delta, x)
+        _add_product(self._cross, delta, x, self._exact)
         self._drift += _column_sums(delta)
 
     def _shifted(self, x: Tensor) -> Tensor:
@@ -129,14 +137,15 @@ def _column_sums(x: Tensor) -> Tensor:
     return sum(part.sum(0, dtype=torch.float32) for part in torch.split(x, _SUM_ROWS))  # type: ignore[return-value]
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(into: Tensor, a: Tensor, b: Tensor, exact: bool) -> None:
     """into += a^T b, with float32 sums over the tokens of this call where the hardware offers it.
 
     On a CPU a bf16 product comes back rounded to bf16: a relative error of 2^-9 an entry and call,
-    independent between calls, so that it averages out well below the damping. (Measured: the same
-    KL as float32 products, at twice the speed.) A fp16 product would overflow there.
+    independent between calls, so that over many calls it averages out well below the damping.
+    (Measured: the same KL as float32 products, at twice the speed.) ``exact`` is for few calls,
+    which are quick in float32. A fp16 product would overflow there.
     """
-    if a.dtype == torch.float16 and not a.is_cuda:
+    if not a.is_cuda and (exact or a.dtype == torch.float16):
         a, b = a.float(), b.float()
     if a.dtype == torch.float32:
         into.addmm_(a.T, b)

@@ -22,7 +22,8 @@ def observe(
 ) -> tuple[Stats, dict[InputGroup, list[Tensor]]]:
     """Run all rows once. Returns the statistics of the inputs of ``groups``, and every output of
     the linears ``keep``; ``hidden`` then holds the block's outputs."""
-    stats = {group: InputStats(group.width, hidden[0].device) for group in groups}
+    device, calls = hidden[0].device, len(hidden)
+    stats = {group: InputStats(group.width, device, calls=calls) for group in groups}
     kept = {group: copied(hidden) for group in keep}
     free = {group: iter(kept[group]) for group in keep}
     with (
@@ -46,7 +47,8 @@ def observe_drift(
     have had and those it has. For a linear that closes the block, that is the difference between
     the block's wanted outputs, ``closing``, and its actual ones."""
     stats = {
-        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1]) for group in wanted
+        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1], len(hidden))
+        for group in wanted
     }
     held: dict[InputGroup, Tensor] = {}
 

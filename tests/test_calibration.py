@@ -387,7 +387,7 @@ def test_packing_stops_when_there_is_enough(tokenizer, rows, cap):
 def test_too_little_text_is_said(tokenizer):
     found = calibration.pack([Document("ids", ids=(1, 2))] * 2, tokenizer, 64, 8, 1)
     assert len(found.rows) == 2
-    assert found.notes == ["64 rows were asked for, the text gives 2"]
+    assert found.short == ["64 rows were asked for, the text gives 2"]
 
 
 def test_no_text_at_all_is_refused(tokenizer):

@@ -23,7 +23,6 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import gptq
 from quantkit.methods import rtn
 from quantkit.workflows import quantize as workflow
-from quantkit.workflows import seal
 from quantkit.workflows.check import held_out
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.verify import verify
@@ -279,7 +278,7 @@ def test_no_local_path_and_no_calibration_text_is_published(tmp_path):
     ],
 )
 def test_calibration_sources_are_published_without_folders(source, published):
-    assert seal._public(source) == published
+    assert calibration.public_name(source) == published
 
 
 def test_the_card_tells_settings_sizes_and_measured_quality(measured):
@@ -520,6 +519,18 @@ def test_strict_refuses_to_round(tmp_path, never_called):
     with pytest.raises(QuantkitError, match=r"--strict: .*gate_proj was only rounded"):
         quantize(str(model("llama")), tmp_path / "out", group=32, strict=True, **QUICK)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_the_text_cannot_give_are_told(tmp_path):
+    greedy = {**QUICK, "calib": ["bundled:en=2,code=5000"]}
+    heard = Heard()
+    report = quantize("demo", dry_run=True, progress=heard, **greedy)
+    (told,) = report.fallbacks
+    assert told.startswith("calibration bundled:code: 5000 rows were asked for, the text gives ")
+    assert heard.warnings == [told]
+    with pytest.raises(QuantkitError, match=r"--strict: calibration bundled:code: 5000 rows"):
+        quantize("demo", tmp_path / "out", strict=True, **greedy)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damping_that_had_to_grow_is_told(tmp_path):

@@ -68,6 +68,7 @@ class Calibration:
     used    documents that went in, wholly or (the last one) in part
     left    documents of local sources that were not needed
     notes   what the user should know, one sentence each
+    short   what was asked for and could not be had, one sentence each
     """
 
     rows: list[list[int]] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Calibration:
     used: int = 0
     left: int = 0
     notes: list[str] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -90,6 +92,7 @@ class Calibration:
         self.used += other.used
         self.left += other.left
         self.notes += other.notes
+        self.short += other.short
 
 
 def parse(specification: str) -> list[Part]:
@@ -114,6 +117,12 @@ def _rows_of(item: str) -> Part:
     if not rows.isdecimal() or int(rows) == 0:
         raise UsageError(f"'{rows}' in '{item}' is not a number of rows", "write name=64")
     return Part(name, int(rows))
+
+
+def public_name(source: str) -> str:
+    """A source as it may be published: without the folders of this machine."""
+    hub = source.startswith("hf:") and source[3:4] not in ("/", ".", "~")
+    return source if hub else Path(source).name
 
 
 def read(source: str, seed: int) -> Sequence[Document] | Iterator[Document]:
@@ -165,7 +174,7 @@ def pack(
     if not result.rows:
         raise QuantkitError("the calibration text is empty", "give text with --calib")
     if rows is not None and len(result.rows) < rows:
-        result.notes.append(f"{rows} rows were asked for, the text gives {len(result.rows)}")
+        result.short.append(f"{rows} rows were asked for, the text gives {len(result.rows)}")
     return result
 
 

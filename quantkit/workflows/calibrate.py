@@ -51,7 +51,10 @@ def calibrate(
             documents: Any = _sampled(source, tokenizer, wanted, seqlen, seed, device)
         else:
             documents = calibration.read(part.source, seed)
-        result.extend(calibration.pack(documents, tokenizer, part.rows, seqlen, cap))
+        packed = calibration.pack(documents, tokenizer, part.rows, seqlen, cap)
+        name = calibration.public_name(part.source)
+        packed.short = [f"calibration {name}: {text}" for text in packed.short]
+        result.extend(packed)
     too_long = max(len(row) for row in result.rows)
     if longest is not None and too_long > longest:
         raise QuantkitError(

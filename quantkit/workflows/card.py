@@ -14,7 +14,7 @@ def model_card(content: dict[str, Any]) -> str:
         f"# {title}",
         f"`{source['name']}`{_at(source)} quantized with quantkit "
         f"{content['versions']['quantkit']}. {size['linears']} linear layers hold "
-        f"{settings['bits']}-bit codes; everything else is as it was.",
+        f"{settings['bits']}-bit codes; all other tensors are kept in 16 bits.",
         _size_table(source, size),
         _quality(content["measured"]),
         _settings_table(settings, content["calibration"]),

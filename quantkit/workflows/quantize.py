@@ -161,11 +161,14 @@ def quantize(
     )
     report = Report(output.folder, plan, rows)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
+    report.fallbacks += rows.short
     if strict and report.fallbacks:
         raise QuantkitError(f"--strict: {report.fallbacks[0]}", "leave out --strict to allow it")
     report.seconds["prepare"] = time.perf_counter() - started
     for line in planning.describe(plan, rows):
         progress.note(line)
+    for text in report.fallbacks:
+        progress.warn(text)
     if dry_run:
         return report
 
@@ -243,6 +246,9 @@ def _quantize_blocks(
     ride.start(hidden[len(rows) :])
     del hidden
     quantized = gather.copied(full) if plan.aligned else None
+    solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
+    if solved_before:
+        progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
     progress.begin("quantizing", len(walk))
     for index, jobs in enumerate(plan.layout.jobs):
         started = time.perf_counter()

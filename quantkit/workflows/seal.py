@@ -1,9 +1,8 @@
 """The end of a quantization: what goes beside the weights, and the step that makes it whole."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.core import provenance
+from quantkit.core import calibration, provenance
 from quantkit.core.checkpoint import ShardWriter, write_json, write_text
 from quantkit.formats import gptq
 from quantkit.workflows import card
@@ -43,7 +42,6 @@ def seal(
     write_json(folder / provenance.FILE, content)
     write_text(folder / "README.md", card.model_card(content))
     writer.close()
-    _tidy(folder)
     output.complete()
 
 
@@ -66,7 +64,7 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
             "linears": len(jobs),
         },
         "calibration": {
-            "sources": [_public(source) for source in sources],
+            "sources": [calibration.public_name(source) for source in sources],
             "rows": len(rows.rows),
             "tokens": sum(len(row) for row in rows.rows),
             "tokens_by_label": dict(rows.tokens),
@@ -83,15 +81,3 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
         "machine": provenance.machine(plan.skeleton.device),
         "seconds": {phase: round(spent, 2) for phase, spent in report.seconds.items()},
     }
-
-
-def _public(source: str) -> str:
-    """A calibration source without the folders of this machine."""
-    hub = source.startswith("hf:") and source[3:4] not in ("/", ".", "~")
-    return source if hub else Path(source).name
-
-
-def _tidy(folder: Path) -> None:
-    """Files that an interrupted run left and this result does not have."""
-    for path in folder.glob("*.tmp"):
-        path.unlink()

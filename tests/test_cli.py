@@ -111,6 +111,7 @@ def test_options_arrive(monkeypatch, tmp_path):
     options = (
         "gptq owner/name --out x -b 3 -g 64 --asym --act-order none --damp 0.05 --fast "
         "--align 0.3 --refine 1 --no-scale-search --no-bias-correction -c a.txt=3 -c self "
+        "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
         "--checkpoint-format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
         "--dry-run --revision v1 -q"
@@ -130,6 +131,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "refine": 1,
         "scale_search": False,
         "bias_correction": False,
+        "tokens_per_input": 12,
         "calib": ["a.txt=3", "self"],
         "calib_rows": 7,
         "calib_seqlen": 99,
@@ -454,6 +456,7 @@ def test_calibration_that_does_not_exist(copy, capsys):
         (["--damp", -0.1], "damp"),
         (["--align", 2], "align 2.0"),
         (["--refine", -1], "refine"),
+        (["--tokens-per-input", 0], "tokens-per-input"),
         (["--max-shard-size", "huge"], "'huge'"),
         (["--calib-rows", 0], "at least one row"),
         (["--calib-seqlen", 1], "two tokens"),

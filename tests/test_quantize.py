@@ -219,7 +219,8 @@ def test_provenance_is_complete_and_right(demo, tokenizer):
         "act_order": "static",
         "damp": 0.01,
     }
-    assert (settings["align"], settings["refine"]) == (0, 0)  # as --fast resolves them
+    # as --fast resolves them
+    assert (settings["align"], settings["refine"], settings["tokens_per_input"]) == (0, 0, 10)
     weights = sum(out * width for out, width in DEMO_LINEARS.values())
     assert found["size"]["linears"] == 28
     assert found["size"]["quantized_weights"] == weights

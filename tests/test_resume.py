@@ -305,7 +305,14 @@ def quantize_begun(folder: Path, **settings) -> None:
         ({"sym": False}, ["sym was True, is now False", "zero_convention was v1, is now v2"]),
         ({"act_order": "none"}, ["act_order was static, is now none"]),
         ({"damp": 0.02}, ["damp was 0.01, is now 0.02"]),
-        ({"fast": False}, ["align was 0.0, is now 0.5", "refine was 0, is now 2"]),
+        (
+            {"fast": False},
+            [
+                "align was 0.0, is now 0.5",
+                "refine was 0, is now 2",
+                "tokens_per_input was 10, is now all",
+            ],
+        ),
         ({"scale_search": False}, ["scale_search was True, is now False"]),
         ({"bias_correction": False}, ["bias_correction was True, is now False"]),
         ({"dtype": "float32", "max_shard_size": "1MB"}, ["max_shard_size was 5000000000, is now"]),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantkit.core.stats import InputStats
+from quantkit.runtime import gather
 
 OUT = 10
 
@@ -146,3 +147,30 @@ def test_few_batches_are_multiplied_exactly():
 
     assert least(1) > -1e-3 > least(1000)
     near(gathered(xs, centred=True, calls=1).gram, x0.T @ x0 / len(x0), 5e-3)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_thinned_statistics_are_those_of_every_third_token(centred):
+    xs, ds = batches(24), deltas()
+    stats = InputStats(24, "cpu", OUT, 1000, every=3)
+    for x, d in zip(xs, ds):
+        stats.add(x)
+        stats.add_drift(x, d)
+
+    def picked(parts):  # the first token taken moves on by one from call to call
+        return [part.reshape(-1, part.shape[-1])[i::3] for i, part in enumerate(parts)]
+
+    found, expected = stats.moments(centred), gathered(picked(xs), picked(ds), centred)
+    for name in ("gram", "mean", "cross", "drift"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert stats.count == 12 + 40 + 1
+
+
+def test_spacing_leaves_enough_tokens_for_the_width():
+    hidden = [torch.empty(2, 50, 8)] * 10  # 1000 tokens
+    assert gather.spacing(hidden, 20, None) == 1
+    assert gather.spacing(hidden, 20, 10) == 5
+    assert gather.spacing(hidden, 20, 11) == 4
+    assert gather.spacing(hidden, 2000, 10) == 1  # never more than there are
+    short = [*hidden, torch.empty(1, 3, 8)]
+    assert gather.spacing(short, 20, 10) == 3  # and one of every batch

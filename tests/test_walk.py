@@ -566,12 +566,15 @@ def solve(
             weight = skeleton.checkpoint.get(skeleton.disk_names[f"{block.name}.{name}.weight"])
             return (weight.T if isinstance(block.linear(name), Conv1D) else weight).float()
 
+        def biases(name: str) -> Tensor | None:
+            return block.linear(name).bias
+
         full = [x.clone() for x in start]
         quantized = [x.clone() for x in start] if aligned else None
         settings = Settings(scheme, gptq.Options())
         if names is None:
             names = [n for n, module in block.module.named_modules() if is_linear(module)]
-        solved = solve_block(block, names, weights, full, quantized, settings)
+        solved = solve_block(block, names, weights, full, quantized, settings, biases)
         assert all(torch.equal(a, b) for a, b in zip(full, wanted, strict=True))
         after = [block.forward(x) for x in start]
         if quantized is not None:
@@ -635,7 +638,9 @@ def test_linears_that_no_token_reaches_are_rounded(
         wanted = [block.forward(x) for x in hidden]
         settings = Settings(SCHEME, gptq.Options())
         second = [x.clone() for x in hidden] if aligned else None
-        solved = solve_block(block, ["spare"], lambda _: original, hidden, second, settings)
+        solved = solve_block(
+            block, ["spare"], lambda _: original, hidden, second, settings, lambda _: spare.bias
+        )
         assert set(solved) == {"spare"}
         assert solved["spare"].method == "rtn"
         assert torch.equal(spare.weight, solved["spare"].qweight.dequantize())

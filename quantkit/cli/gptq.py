@@ -38,7 +38,7 @@ from quantkit.cli import options
     show_default=True,
     help="Added to the Hessian's diagonal, as a fraction of its mean.",
 )
-@click.option("--fast", is_flag=True, help="One pass: no alignment, no refinement.")
+@click.option("--fast", is_flag=True, help="One pass, thinned statistics, no refinement.")
 @click.option(
     "--align",
     type=float,
@@ -58,6 +58,12 @@ from quantkit.cli import options
     default=True,
     show_default=True,
     help="Let biases take up the mean error.",
+)
+@click.option(
+    "--tokens-per-input",
+    type=int,
+    help="Tokens in the statistics per feature of the widest input.  "
+    "[default: all, with --fast 10]",
 )
 @click.option(
     "--calib",

@@ -26,7 +26,7 @@ class InputStats:
     """Accumulates the moments of one shared input, ``width`` features wide.
 
     ``out_features`` asks for ``cross`` and ``drift`` too; ``calls`` is how often ``add`` will be
-    called.
+    called. ``every``: use one token in so many, evenly spaced, at other places in each call.
     """
 
     def __init__(
@@ -35,8 +35,10 @@ class InputStats:
         device: torch.device | str = "cpu",
         out_features: int | None = None,
         calls: int = 1,
+        every: int = 1,
     ) -> None:
         self.width = width
+        self._every, self._offset = every, -1
         self._exact = calls < _AVERAGED
         self.count = 0
         self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -49,6 +51,7 @@ class InputStats:
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., width]."""
+        self._offset = (self._offset + 1) % self._every
         x = self._shifted(x)
         strip = max(_MIN_STRIP, -(-self.width // _STRIPS))
         for start in range(0, self.width, strip):
@@ -59,18 +62,23 @@ class InputStats:
         self.count += x.shape[0]
 
     def add_drift(self, x: Tensor, delta: Tensor) -> None:
-        """Add the output differences ``delta`` [..., out] that went with the inputs ``x``."""
+        """Add the output differences ``delta`` [..., out] that went with the inputs ``x`` of the
+        last ``add``."""
         assert self._cross is not None and self._drift is not None
         x = self._shifted(x)
-        delta = delta.reshape(x.shape[0], -1)
+        delta = self._picked(delta)
         _add_product(self._cross, delta, x, self._exact)
         self._drift += _column_sums(delta)
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """The tokens that are used: [tokens, features]."""
+        return x.reshape(-1, x.shape[-1])[self._offset :: self._every]
 
     def _shifted(self, x: Tensor) -> Tensor:
         """Inputs [tokens, width] about the mean of the first batch. What a mean adds to the gram is
         thousands of times larger than what the spread does; subtracted only at the end, it would
         leave its own rounding errors (tensor cores': 1e-5) in their place."""
-        x = x.reshape(-1, self.width)
+        x = self._picked(x)
         if self._shift is None:
             self._shift = (_column_sums(x) / x.shape[0]).to(x.dtype)
         return x - self._shift

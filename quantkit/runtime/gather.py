@@ -18,12 +18,17 @@ Stats = dict[InputGroup, InputStats]
 
 
 def observe(
-    block: Block, hidden: list[Tensor], groups: list[InputGroup], keep: list[InputGroup]
+    block: Block,
+    hidden: list[Tensor],
+    groups: list[InputGroup],
+    keep: list[InputGroup],
+    every: int = 1,
 ) -> tuple[Stats, dict[InputGroup, list[Tensor]]]:
-    """Run all rows once. Returns the statistics of the inputs of ``groups``, and every output of
-    the linears ``keep``; ``hidden`` then holds the block's outputs."""
+    """Run all rows once. Returns the statistics of the inputs of ``groups``, from one token in
+    ``every``, and every output of the linears ``keep``; ``hidden`` then holds the block's outputs.
+    """
     device, calls = hidden[0].device, len(hidden)
-    stats = {group: InputStats(group.width, device, calls=calls) for group in groups}
+    stats = {group: InputStats(group.width, device, None, calls, every) for group in groups}
     kept = {group: copied(hidden) for group in keep}
     free = {group: iter(kept[group]) for group in keep}
     with (
@@ -41,13 +46,14 @@ def observe_drift(
     hidden: list[Tensor],
     wanted: dict[InputGroup, list[Tensor]],
     closing: list[Tensor],
+    every: int = 1,
 ) -> Stats:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
-    statistics of its inputs and of the difference between the outputs that it should
-    have had and those it has. For a linear that closes the block, that is the difference between
-    the block's wanted outputs, ``closing``, and its actual ones."""
+    statistics of its inputs (one token in ``every``) and of the difference between the outputs that
+    it should have had and those it has. For a linear that closes the block, that is the difference
+    between the block's wanted outputs, ``closing``, and its actual ones."""
     stats = {
-        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1], len(hidden))
+        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1], len(hidden), every)
         for group in wanted
     }
     held: dict[InputGroup, Tensor] = {}
@@ -68,6 +74,15 @@ def observe_drift(
         for group in list(held):
             stats[group].add_drift(held.pop(group), difference)
     return _checked(block, stats)
+
+
+def spacing(hidden: list[Tensor], width: int, tokens_per_input: int | None) -> int:
+    """One token in how many leaves at least ``tokens_per_input`` (None: all) for each of ``width``
+    features, and one of every micro-batch."""
+    if tokens_per_input is None:
+        return 1
+    tokens = [x.shape[0] * x.shape[1] for x in hidden]
+    return max(1, min(sum(tokens) // (tokens_per_input * width), *tokens))
 
 
 def copied(hidden: list[Tensor]) -> list[Tensor]:

@@ -35,12 +35,15 @@ class Settings:
 
     align            how far targets go towards undoing earlier errors (0: not at all)
     bias_correction  let biases take up the mean error, where linears have them
+    tokens_per_input statistics are made from so many tokens per feature of a block's widest input,
+                     None: from all
     """
 
     scheme: Scheme
     options: gptq.Options
     align: float = 0.5
     bias_correction: bool = True
+    tokens_per_input: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,30 +78,30 @@ def solve_block(
     full: list[Tensor],
     quantized: list[Tensor] | None,
     settings: Settings,
-    biases: Biases | None = None,
+    biases: Biases,
 ) -> dict[str, Solved]:
     """Quantize the linears ``names`` of the block. ``full`` advances to the original
     block's outputs; ``quantized``, None when there is no alignment, stays where it is. The block is
     left quantized.
-
-    ``biases`` are the running block's own where they are not given; those have its dtype.
     """
-    biases = biases or (lambda name: block.linear(name).bias)  # type: ignore[return-value]
     groups = [g for group in block.trace(full[0]) if (g := group.only(names))]
     solved: dict[str, Solved] = {}
     _round_unreached(block, names, groups, weights, biases, settings, solved)
+    widest = max((group.width for group in groups), default=1)
+    every = gather.spacing(full, widest, settings.tokens_per_input)
     if quantized is None:
-        stats, _ = gather.observe(block, full, groups, keep=[])
+        stats, _ = gather.observe(block, full, groups, [], every)
         _solve_groups(block, weights, biases, stats, settings, solved)
         return solved
     readers = [group for group in groups if not group.writes]
     writers = [group for group in groups if group.writes]
     closing = writers[-1] if writers and writers[-1].closes else None
-    stats, wanted = gather.observe(block, full, readers, [w for w in writers if w is not closing])
+    kept = [group for group in writers if group is not closing]
+    stats, wanted = gather.observe(block, full, readers, kept, every)
     _solve_groups(block, weights, biases, stats, settings, solved)
     if closing:
         wanted[closing] = []
-    stats = gather.observe_drift(block, quantized, wanted, full)
+    stats = gather.observe_drift(block, quantized, wanted, full, every)
     _solve_groups(block, weights, biases, stats, settings, solved)
     return solved
 

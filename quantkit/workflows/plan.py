@@ -23,6 +23,9 @@ from quantkit.workflows.layout import Layout
 CHECKPOINT_FORMATS = ("auto", "gptq", "gptq_v2")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _BASE = 350 << 20  # Python, torch and transformers
+# Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
+# 3 % in KL and save a fifth of the time.
+_FAST_TOKENS = 10
 _CUDA_TOKENS, _CPU_TOKENS = 16384, 2048
 
 
@@ -94,6 +97,7 @@ class Plan:
             "refine": options.rounds,
             "scale_search": options.search,
             "bias_correction": self.settings.bias_correction,
+            "tokens_per_input": self.settings.tokens_per_input or "all",
             "zero_convention": self.convention,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "device": self.skeleton.device.type,
@@ -136,9 +140,15 @@ def block_settings(
     refine: int | None,
     scale_search: bool,
     bias_correction: bool,
+    tokens_per_input: int | None,
     convention: Convention,
 ) -> Settings:
-    """Settings from options. ``fast`` leaves out alignment and refinement unless they are given."""
+    """Settings from options. ``fast`` leaves out alignment and refinement and thins the statistics
+    out, unless they are given."""
+    if tokens_per_input is None and fast:
+        tokens_per_input = _FAST_TOKENS
+    if tokens_per_input is not None and tokens_per_input < 1:
+        raise UsageError("tokens-per-input must be at least 1", "10 is few, 50 are many")
     align = (0.0 if fast else 0.5) if align is None else align
     refine = (0 if fast else 2) if refine is None else refine
     if not 0 <= align <= 1:
@@ -150,7 +160,7 @@ def block_settings(
         rounds=refine,
         zero_min=1 if convention == "v1" and not sym else 0,
     )
-    return Settings(Scheme(bits, group, sym), options, align, bias_correction)
+    return Settings(Scheme(bits, group, sym), options, align, bias_correction, tokens_per_input)
 
 
 def zero_convention(checkpoint_format: str, sym: bool) -> Convention:

@@ -86,6 +86,7 @@ def quantize(
     refine: int | None = None,
     scale_search: bool = True,
     bias_correction: bool = True,
+    tokens_per_input: int | None = None,
     calib: str | list[str] | tuple[str, ...] = "bundled",
     calib_rows: int = 128,
     calib_seqlen: int = 2048,
@@ -108,10 +109,11 @@ def quantize(
     sym              symmetric: the zero point is the middle of the codes
     act_order        static, none or group (see methods/gptq.py)
     damp             added to the Hessian's diagonal, as a fraction of its mean
-    fast             one pass of the original model; no alignment, no refinement
+    fast             one pass of the original model; no alignment, no refinement, thinned statistics
     align, refine    how far to align (0 to 1; 0.5) and how many rounds to refine (2)
     scale_search     search scales under the Hessian rather than take them from the range
     bias_correction  let biases take up the mean error
+    tokens_per_input statistics from so many tokens per feature of a block's widest input (all)
     calib            calibration sources (see core/calibration.py)
     device, dtype    where, and in which precision, the model is run
     check            measure the result on held-out text along the way
@@ -135,6 +137,7 @@ def quantize(
         refine=refine,
         scale_search=scale_search,
         bias_correction=bias_correction,
+        tokens_per_input=tokens_per_input,
         convention=convention,
     )
     shard = planning.size_in_bytes(max_shard_size)

@@ -17,20 +17,23 @@ v1 stores ``zero - 1`` (a symmetric 4-bit word of zeros is 0x77777777), v2 store
 (0x88888888). A v1 zero point of 0 wraps around, and readers disagree about it: it is never written.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from quantkit.core import packbits
-from quantkit.core.checkpoint import Checkpoint, TensorSpec
-from quantkit.core.qweight import BITS, QWeight, Scheme
+from quantkit.core.checkpoint import TensorSpec
+from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError
+from quantkit.formats import Tensors
 
 Convention = Literal["v1", "v2"]
 CONFIG_FILE = "quantize_config.json"
+SCALES = (torch.float16,)
+BITS = (2, 3, 4, 8)
 _FORMATS: dict[Convention, str] = {"v1": "gptq", "v2": "gptq_v2"}
 _REQUIRED = ("qweight", "qzeros", "scales")
 _SUFFIXES = (*_REQUIRED, "g_idx")
@@ -49,24 +52,25 @@ def packable(out: int, width: int, bits: int) -> bool:
     return out % block == 0 and width % block == 0
 
 
-def specs(out: int, width: int, scheme: Scheme, bias: bool) -> dict[str, TensorSpec]:
-    """What :func:`pack` will return for a weight [out, width], and the bias."""
+def specs(
+    out: int, width: int, scheme: Scheme, scale: torch.dtype = torch.float16
+) -> dict[str, TensorSpec]:
+    """What :func:`pack` will return for a weight [out, width]."""
     groups = scheme.groups(width)
-    found = {
+    return {
         "qweight": TensorSpec(torch.int32, (packbits.words(width, scheme.bits), out)),
         "qzeros": TensorSpec(torch.int32, (groups, packbits.words(out, scheme.bits))),
-        "scales": TensorSpec(torch.float16, (groups, out)),
+        "scales": TensorSpec(scale, (groups, out)),
         "g_idx": TensorSpec(torch.int32, (width,)),
     }
-    if bias:
-        found["bias"] = TensorSpec(torch.float16, (out,))
-    return found
 
 
-def pack(q: QWeight, convention: Convention) -> dict[str, Tensor]:
-    """The tensors of a linear, by suffix. Raises ValueError for a zero point that v1 cannot hold
-    or scales that are not float16."""
+def pack(q: QWeight, convention: Convention = "v1") -> dict[str, Tensor]:
+    """The tensors of a linear, by suffix. Raises ValueError for a zero point that v1 cannot hold,
+    scales that are not float16, and minimums in the place of zero points."""
     bits = q.scheme.bits
+    if q.minimum is not None:
+        raise ValueError("GPTQ has zero points, and this weight has minimums")
     if q.scale.dtype != torch.float16:
         raise ValueError(f"GPTQ stores float16 scales, not {q.scale.dtype}")
     zero = q.zero
@@ -92,7 +96,7 @@ def unpack(
     Raises QuantkitError, naming ``name``, when shapes, dtypes or group numbers do not fit together.
     """
     bits = scheme.bits
-    _check(tensors, scheme, name)
+    _check({suffix: TensorSpec.of(t) for suffix, t in tensors.items()}, scheme, name)
     codes = packbits.unpack(tensors["qweight"], bits).T.contiguous()
     zero = stored_zeros(tensors["qzeros"], bits)
     if convention == "v1":
@@ -114,32 +118,35 @@ def unpack(
     return QWeight(scheme, codes, scale, None if scheme.symmetric else zero, group_of)
 
 
-def _check(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> None:
+def _check(found: Mapping[str, TensorSpec], scheme: Scheme, name: str) -> None:
     for suffix in _REQUIRED:
-        if suffix not in tensors:
+        if suffix not in found:
             raise QuantkitError(f"{name} has no tensor {suffix}")
-    packed = tuple(tensors["qweight"].shape)
+    packed = found["qweight"].shape
     if len(packed) != 2 or 0 in packed:
-        raise QuantkitError(f"{name}.qweight has the shape {packed}, which is not a packed weight")
+        raise _no_weight(name, "qweight", packed)
     width = packed[0] * packbits.WORD // scheme.bits
     try:
-        expected = specs(packed[1], width, scheme, False)
+        expected = specs(packed[1], width, scheme)
     except (ValueError, QuantkitError) as error:
         raise QuantkitError(f"{name}.qweight has the shape {packed}: {error}") from error
     for suffix in _SUFFIXES:
-        if suffix not in tensors:
+        if suffix not in found:
             continue
-        if tensors[suffix].dtype not in _DTYPES[suffix]:
+        if found[suffix].dtype not in _DTYPES[suffix]:
             raise QuantkitError(
-                f"{name}.{suffix} has the dtype {tensors[suffix].dtype}, which is not one of "
+                f"{name}.{suffix} has the dtype {found[suffix].dtype}, which is not one of "
                 "quantkit's GPTQ formats",
             )
-        shape, wanted = tuple(tensors[suffix].shape), expected[suffix].shape
-        if shape != wanted:
+        if found[suffix].shape != expected[suffix].shape:
             raise QuantkitError(
-                f"{name}.{suffix} has the shape {shape}, but {scheme.bits} bits in groups of "
-                f"{scheme.group_size} need {wanted}"
+                f"{name}.{suffix} has the shape {found[suffix].shape}, but {scheme.bits} bits in "
+                f"groups of {scheme.group_size} need {expected[suffix].shape}"
             )
+
+
+def _no_weight(name: str, suffix: str, shape: tuple[int, ...]) -> QuantkitError:
+    return QuantkitError(f"{name}.{suffix} has the shape {shape}, which is not a packed weight")
 
 
 def stored_zeros(qzeros: Tensor, bits: int) -> Tensor:
@@ -174,81 +181,123 @@ def scheme_of(tensors: Mapping[str, TensorSpec], symmetric: bool, width: int | N
     return Scheme(bits, -1 if groups == 1 else width // groups, symmetric)
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What the configuration files of a checkpoint say (the tensors may know better)."""
-
-    bits: int
-    symmetric: bool
-    convention: Convention
-
-
-def declared(read_json: Callable[[str], dict[str, Any] | None]) -> Declared | None:
-    """The declaration of a GPTQ checkpoint, from ``config.json`` or from older files beside it, or
-    None when there is none. ``read_json`` gives a file's content. Raises QuantkitError when the
-    files speak of another method."""
-    config = (read_json("config.json") or {}).get("quantization_config")
-    for file in (CONFIG_FILE, "quant_config.json"):
-        config = config or read_json(file)
-    if not config:
-        return None
-    method = config.get("quant_method", "gptq")
-    if method != "gptq":
-        raise QuantkitError(f"checkpoints quantized with '{method}' are not read yet")
-    bits = config.get("bits", config.get("w_bit", config.get("wbits")))
+def declared_convention(config: Mapping[str, Any]) -> Convention:
+    """How zero points are stored, as the configuration says: v1 where it says nothing. Raises
+    QuantkitError for the formats that only look alike (Marlin, GPTQModel's planar one)."""
     form = config.get("checkpoint_format", config.get("format", "gptq"))
-    if bits not in BITS or form not in _FORMATS.values():
-        raise QuantkitError(f"GPTQ with {bits} bits in the format '{form}' is not read yet")
-    symmetric = config.get("sym", not config.get("zero_point", False))
-    return Declared(bits, bool(symmetric), "v2" if form == _FORMATS["v2"] else "v1")
+    if form not in _FORMATS.values() or config.get("is_marlin_format"):
+        raise QuantkitError(f"GPTQ in the format '{form}' is not read")
+    return "v2" if form == _FORMATS["v2"] else "v1"
 
 
-def linears(names: Iterable[str]) -> list[str]:
-    """The prefixes of the packed linears among a checkpoint's tensor names."""
-    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+def linears(tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
+    """Prefixes of packed linears: scales are as wide as qweight (in AWQ they are 8 times as wide)."""
+    return [
+        prefix
+        for prefix in (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight"))
+        if f"{prefix}.scales" not in tensors
+        or tensors.spec(f"{prefix}.scales").shape[-1:]
+        == tensors.spec(f"{prefix}.qweight").shape[-1:]
+    ]
 
 
-def packed_names(names: Iterable[str]) -> set[str]:
-    """The tensors among ``names`` that belong to packed linears (biases do not)."""
-    known = set(names)
-    return {f"{p}.{s}" for p in linears(known) for s in _SUFFIXES if f"{p}.{s}" in known}
+def names(tensors: Tensors, prefix: str) -> list[str]:
+    """The tensors of a packed linear."""
+    return [f"{prefix}.{s}" for s in _SUFFIXES if f"{prefix}.{s}" in tensors]
 
 
-def read(checkpoint: Checkpoint, prefix: str, said: Declared) -> tuple[QWeight, Convention]:
-    """One linear, and the zero-point convention that it was found to use.
-
-    A symmetric weight shows its convention in the data; then the data is believed.
-    """
-    tensors = {
-        suffix: checkpoint.get(f"{prefix}.{suffix}")
+def describe(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> tuple[int, int, Scheme]:
+    """(out, in, scheme) from shapes alone; see Format."""
+    specs = {
+        suffix: tensors.spec(f"{prefix}.{suffix}")
         for suffix in _SUFFIXES
-        if f"{prefix}.{suffix}" in checkpoint
+        if f"{prefix}.{suffix}" in tensors
     }
     for suffix in _REQUIRED:
-        if suffix not in tensors:
+        if suffix not in specs:
             raise QuantkitError(f"{prefix} has no tensor {suffix}")
-    width = tensors["qweight"].shape[0] * packbits.WORD // said.bits
-    shapes = {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()}
-    scheme = scheme_of(shapes, said.symmetric, width)  # some linears may have other bits than most
-    _check(tensors, scheme, prefix)
-    found = convention_of(tensors["qzeros"], scheme.bits) if said.symmetric else None
-    convention = found or said.convention
-    return unpack(
-        tensors, replace(scheme, symmetric=found is not None), convention, prefix
-    ), convention
+        if len(specs[suffix].shape) != 2 or 0 in specs[suffix].shape:
+            raise _no_weight(prefix, suffix, specs[suffix].shape)
+    bits = config.get("bits", config.get("w_bit", config.get("wbits")))
+    symmetric = config.get("sym", not config.get("zero_point", False))
+    scheme = scheme_of(specs, bool(symmetric), bits, prefix)
+    width = specs["qweight"].shape[0] * packbits.WORD // scheme.bits
+    _check(specs, scheme, prefix)
+    return specs["qweight"].shape[1], width, scheme
+
+
+def scheme_of(
+    specs: Mapping[str, TensorSpec], symmetric: bool, bits: int | None, name: str
+) -> Scheme:
+    """Bits and group size from the shapes of a linear's tensors. Bits are told by qzeros, which are
+    packed along the outputs; ``bits`` is what the configuration says. Raises QuantkitError when
+    they make no sense."""
+    rows, out = specs["qweight"].shape
+    groups, columns = specs["qzeros"].shape
+    found = columns * packbits.WORD // out
+    if found not in BITS or columns * packbits.WORD != found * out:
+        raise QuantkitError(
+            f"{name} has {columns} words of zero points for {out} outputs, which is not "
+            "2, 3, 4 or 8 bits"
+        )
+    if "g_idx" in specs and specs["g_idx"].shape[:1] != (rows * packbits.WORD // found,):
+        raise QuantkitError(
+            f"{name}.g_idx has the shape {specs['g_idx'].shape}, and {rows} words of {found} bits "
+            f"hold {rows * packbits.WORD // found} inputs"
+        )
+    width = rows * packbits.WORD // found
+    if not width or width % groups or (groups > 1 and not 16 <= width // groups <= 1024):
+        raise QuantkitError(f"{name} has {groups} groups for {width} inputs")
+    return Scheme(found, -1 if groups == 1 else width // groups, symmetric)
+
+
+def read(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> QWeight:
+    """One linear."""
+    return read_with_convention(tensors, prefix, config)[0]
+
+
+def read_with_convention(
+    tensors: Tensors, prefix: str, config: Mapping[str, Any]
+) -> tuple[QWeight, Convention]:
+    """One linear, and the zero-point convention that it was found to use.
+
+    Where all zero points are those of a symmetric weight in one of the conventions, the data is
+    believed, whatever the configuration says.
+    """
+    _, _, scheme = describe(tensors, prefix, config)
+    held = {n.rpartition(".")[2]: tensors.get(n) for n in names(tensors, prefix)}
+    said = declared_convention(config)
+    found = convention_of(held["qzeros"], scheme.bits)
+    if found and not scheme.symmetric and found != said:
+        found = None  # zero points of 7 throughout are rare, but they may be meant
+    scheme = replace(scheme, symmetric=found is not None)
+    return unpack(held, scheme, found or said, prefix), found or said
+
+
+def refusal(out: int, width: int, scheme: Scheme) -> str | None:
+    """Why such a weight cannot be stored; see Format."""
+    if scheme.grid != "int":
+        return f"GPTQ has evenly spaced levels, not those of {scheme.grid}"
+    if scheme.bits not in BITS:
+        return f"GPTQ has 2, 3, 4 or 8 bits, not {scheme.bits}"
+    if not packable(out, width, scheme.bits):
+        return f"a weight of {out} x {width} does not fill GPTQ's 32-bit words"
+    return None
 
 
 def quantization_config(
     scheme: Scheme,
     convention: Convention,
     *,
-    act_order: str,
-    damp: float,
     dense: list[str],
     quantizer: str,
+    act_order: str | None = None,
+    damp: float | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, in the keys that GPTQModel, transformers, vLLM
-    and AutoGPTQ read. ``dense`` names linears inside the blocks that were left as they were."""
+    and AutoGPTQ read. ``dense`` names linears inside the blocks that were left as they were;
+    ``act_order`` (by default: no g_idx of its own) and ``damp`` are written down where they are
+    known."""
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -257,12 +306,13 @@ def quantization_config(
         "desc_act": act_order == "group",
         "static_groups": act_order == "static",
         "true_sequential": False,
-        "damp_percent": damp,
         "lm_head": False,
         "checkpoint_format": _FORMATS[convention],
         "pack_dtype": "int32",
         "meta": {"quantizer": [quantizer]},
     }
+    if damp is not None:
+        config["damp_percent"] = damp
     if dense:
         # GPTQModel's way to say that a module is not quantized
         config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in dense}
@@ -272,3 +322,17 @@ def quantization_config(
 def legacy_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``quantize_config.json``, which AutoGPTQ and many loaders after it read."""
     return {**config, "model_name_or_path": name, "model_file_base_name": "model"}
+
+
+def configuration(
+    scheme: Scheme, dense: list[str], by: str, convention: Convention = "v1"
+) -> dict[str, Any]:
+    """Keys to set in config.json; see Format."""
+    return {
+        "quantization_config": quantization_config(scheme, convention, dense=dense, quantizer=by)
+    }
+
+
+def beside(config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """``quantize_config.json``; see Format."""
+    return {CONFIG_FILE: legacy_config(config["quantization_config"], name)}

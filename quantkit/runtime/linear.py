@@ -5,6 +5,8 @@ and device, and the reference for everything faster. ``CpuInt4Linear`` uses torc
 where few rows come at once.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,7 +30,8 @@ def quantized_linear(
     """The fastest layer there is for this weight on this device. Its bias, if it has one, is still
     empty."""
     out, width = q.shape
-    small = q.scheme.bits == 4 and cpu_int4.fits(out, width, q.scheme.width(width))
+    small = q.scheme.bits == 4 and q.scheme.grid == "int"
+    small = small and cpu_int4.fits(out, width, q.scheme.width(width))
     kind = CpuInt4Linear if small and device.type == "cpu" else QuantLinear
     return kind(q, bias, device, dtype)
 
@@ -48,11 +51,13 @@ class QuantLinear(nn.Module):
             # with its groups side by side the weight is an ordinary one; inputs follow
             order = torch.argsort(q.group_of, stable=True)
             self.register_buffer("order", order.to(device))
-            q = QWeight(q.scheme, q.codes[:, order], q.scale, q.zero)
+            q = replace(q, codes=q.codes[:, order], group_of=None)
         else:
             self.order = None
         self.register_buffer("scale", q.scale.to(device))
-        self.register_buffer("zero", None if q.zero is None else q.zero.to(device))
+        for name in ("zero", "minimum"):
+            held = getattr(q, name)
+            self.register_buffer(name, None if held is None else held.to(device))
         self.register_buffer("packed", self.pack(q.codes).to(device))
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -70,8 +75,11 @@ class QuantLinear(nn.Module):
         step = self.out_features if device.type == "cuda" else _ROWS
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            zero = None if self.zero is None else self.zero[start:stop]
-            q = QWeight(self.scheme, self.unpack(start, stop), self.scale[start:stop], zero)
+            zero, minimum = (
+                None if held is None else held[start:stop] for held in (self.zero, self.minimum)
+            )
+            codes, scale = self.unpack(start, stop), self.scale[start:stop]
+            q = QWeight(self.scheme, codes, scale, zero, minimum=minimum)
             weight[start:stop] = q.dequantize(dtype)
         return weight
 
@@ -98,7 +106,7 @@ class CpuInt4Linear(QuantLinear):
     def __init__(self, q: QWeight, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(q, bias, device, dtype)
         self.group = q.scheme.width(self.in_features)
-        scales = cpu_int4.scales_and_offsets(q.scale, q.zero, dtype)
+        scales = cpu_int4.scales_and_offsets(q.scale, q.zero, q.minimum, dtype)
         self.register_buffer("kernel_scales", scales)
 
     def pack(self, codes: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from quantkit.core.checkpoint import Checkpoint
 from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError
-from quantkit.formats import gptq
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.linear import quantized_linear
+from quantkit.runtime.opened import Opened, open_checkpoint
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import features
@@ -33,19 +32,12 @@ def load(
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of ``source`` on ``device``; everything that is not quantized is in ``dtype``."""
-    checkpoint = Checkpoint(source.folder)
-    prefixes = gptq.linears(checkpoint)
-    skeleton = Skeleton(source, checkpoint.without(gptq.packed_names(checkpoint)), device, dtype)
+    opened = open_checkpoint(source)
+    skeleton = Skeleton(source, opened.dense, device, dtype)
     model = skeleton.model
-    if prefixes:
-        said = gptq.declared(source.read_json)
-        if said is None:
-            raise QuantkitError(
-                f"{source.name} holds packed weights, but no file says how many bits they have",
-                "a GPTQ model needs quantize_config.json or a quantization_config in config.json",
-            )
-        for prefix in prefixes:
-            _put_linear(skeleton, checkpoint, prefix, said)
+    for prefix in opened.linears:
+        _put_linear(skeleton, opened, prefix)
+    if opened.linears:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
     skeleton.fill([name for name, _ in model.named_children()])
     model.tie_weights()
@@ -56,9 +48,7 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreT
     return model
 
 
-def _put_linear(
-    skeleton: Skeleton, checkpoint: Checkpoint, prefix: str, said: gptq.Declared
-) -> None:
+def _put_linear(skeleton: Skeleton, opened: Opened, prefix: str) -> None:
     """Replace one linear of the model by a quantized one."""
     name = skeleton.live_name(f"{prefix}.weight").removesuffix(".weight")
     parent, _, leaf = name.rpartition(".")
@@ -68,7 +58,7 @@ def _put_linear(
         raise QuantkitError(
             f"{skeleton.source.name} has a packed weight {prefix}, and the model no such layer"
         ) from error
-    q, _ = gptq.read(checkpoint, prefix, said)
+    q = opened.qweight(prefix)
     new = quantized_linear(q, old.bias is not None, skeleton.device, skeleton.dtype)
     _check_shape(old, new, prefix)
     setattr(skeleton.model.get_submodule(parent), leaf, new)

@@ -2,17 +2,19 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from quantkit.core import provenance
-from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.source import Source, resolve
+from quantkit.core.qweight import Scheme
+from quantkit.core.source import resolve
 from quantkit.formats import gptq
+from quantkit.runtime.opened import Opened, open_checkpoint
 
 
 @dataclass
 class Inspection:
-    """kind: dense or gptq. The rest of the fields is empty where it does not apply.
+    """kind: dense, or the format's name. The rest of the fields is empty where it does not apply.
 
     convention       of zero points, as found in the tensors (v1, v2; for asymmetric weights as
                      the configuration says)
@@ -45,63 +47,53 @@ class Inspection:
 def inspect(model: str, *, revision: str | None = None) -> Inspection:
     """Look at ``model`` (``demo``, a folder or a Hub repository) without building it. Raises
     QuantkitError when it cannot be read."""
-    source = resolve(model, revision)
-    checkpoint = Checkpoint(source.folder)
-    config = source.read_json("config.json") or {}
-    specs = {name: checkpoint.spec(name) for name in checkpoint}
-    packed = gptq.packed_names(specs)
-    dense = {name: spec for name, spec in specs.items() if name not in packed}
+    opened = open_checkpoint(resolve(model, revision))
+    config = opened.source.read_json("config.json") or {}
     dtypes: Counter[str] = Counter()
-    for spec in dense.values():
-        dtypes[str(spec.dtype).removeprefix("torch.")] += _count(spec.shape)
+    for name in opened.dense:
+        spec = opened.dense.spec(name)
+        dtypes[str(spec.dtype).removeprefix("torch.")] += prod(spec.shape)
     result = Inspection(
-        name=source.name,
-        kind="gptq" if packed else "dense",
+        name=opened.source.name,
+        kind=opened.format,
         architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
-        bytes=checkpoint.nbytes,
-        files=len(checkpoint.files),
-        tensors=len(specs),
+        bytes=opened.tensors.nbytes,
+        files=len(opened.tensors.files),
+        tensors=sum(1 for _ in opened.tensors),
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes),
-        provenance=source.read_json(provenance.FILE),
+        provenance=opened.source.read_json(provenance.FILE),
     )
-    if packed:
-        _packed(result, source, checkpoint, sum(specs[name].nbytes for name in packed))
+    if opened.linears:
+        _packed(result, opened)
     return result
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _packed(result: Inspection, source: Source, checkpoint: Checkpoint, packed_bytes: int) -> None:
+def _packed(result: Inspection, opened: Opened) -> None:
     """What the packed linears are, read from every one of them."""
-    said = gptq.declared(source.read_json)
-    if said is None:
-        result.warnings.append("no file says how many bits the packed weights have")
-        return
-    kinds: Counter[tuple[int, int, bool, bool, str]] = Counter()
-    weights = index_bytes = 0
-    for prefix in gptq.linears(checkpoint):
-        q, convention = gptq.read(checkpoint, prefix, said)
-        scheme = q.scheme
-        ordered = q.group_of is not None
-        kinds[scheme.bits, scheme.group_size, scheme.symmetric, ordered, convention] += 1
+    kinds: Counter[tuple[Scheme, bool, str | None]] = Counter()
+    weights = packed_bytes = 0
+    for prefix in opened.linears:
+        convention = None
+        if opened.format == "gptq":
+            q, convention = gptq.read_with_convention(opened.tensors, prefix, opened.config)
+        else:
+            q = opened.qweight(prefix)
+        kinds[q.scheme, q.group_of is not None, convention] += 1
         weights += q.codes.numel()
-        index_bytes += 4 * q.shape[1]
-    (bits, group, symmetric, ordered, convention), _ = kinds.most_common(1)[0]
-    result.bits, result.group, result.sym = bits, group, symmetric
+        names = [name for name in opened.names(prefix) if not name.endswith(".g_idx")]
+        packed_bytes += sum(opened.tensors.spec(name).nbytes for name in names)
+    (scheme, ordered, convention), _ = kinds.most_common(1)[0]
+    result.bits, result.group, result.sym = scheme.bits, scheme.group_size, scheme.symmetric
     result.act_order, result.convention = ordered, convention
     result.linears = sum(kinds.values())
     result.parameters += weights
-    result.bits_per_weight = 8 * (packed_bytes - index_bytes) / weights
+    result.bits_per_weight = 8 * packed_bytes / weights
     if len(kinds) > 1:
         result.warnings.append(f"the linears are of {len(kinds)} different kinds")
-    if convention != said.convention:
+    said = gptq.declared_convention(opened.config) if convention else None
+    if convention != said:
         result.warnings.append(
-            f"the configuration says zero points are {said.convention}, the tensors say "
-            f"{convention}; quantkit believes the tensors"
+            f"the configuration says zero points are {said}, the tensors say {convention}; "
+            "quantkit believes the tensors"
         )

@@ -53,8 +53,10 @@ class Layout:
         """Every tensor of the output, in an order that keeps blocks together."""
         found = dict(self.dense)
         for job in self.all_jobs():
-            for suffix, spec in gptq.specs(job.out, job.width, scheme, job.bias).items():
+            for suffix, spec in gptq.specs(job.out, job.width, scheme).items():
                 found[f"{job.disk}.{suffix}"] = spec
+            if job.bias:
+                found[f"{job.disk}.bias"] = TensorSpec(torch.float16, (job.out,))
         return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
@@ -83,7 +85,7 @@ def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
                     f"the weight of {name} is not one tensor in the checkpoint",
                     "please report the architecture",
                 )
-            if not gptq.packable(out, width, scheme.bits):
+            if gptq.refusal(out, width, scheme):
                 kept.append(name)
                 continue
             bias = disk_names.get(f"{name}.bias") if module.bias is not None else None

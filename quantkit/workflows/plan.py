@@ -14,6 +14,7 @@ from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import Scheme
 from quantkit.core.source import Source
 from quantkit.errors import UsageError
+from quantkit.formats import gptq as gptq_format
 from quantkit.formats.gptq import Convention
 from quantkit.methods import gptq
 from quantkit.runtime.skeleton import Skeleton
@@ -149,6 +150,8 @@ def block_settings(
         tokens_per_input = _FAST_TOKENS
     if tokens_per_input is not None and tokens_per_input < 1:
         raise UsageError("tokens-per-input must be at least 1", "10 is few, 50 are many")
+    if bits not in gptq_format.BITS:
+        raise UsageError(f"{bits} bits are not supported", "use 2, 3, 4 or 8")
     align = (0.0 if fast else 0.5) if align is None else align
     refine = (0 if fast else 2) if refine is None else refine
     if not 0 <= align <= 1:

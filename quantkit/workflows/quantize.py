@@ -322,7 +322,7 @@ def _write(plan: Plan, jobs: list[Job], solved: dict[str, Solved], writer: Shard
 
 
 def _read(plan: Plan, job: Job, writer: ShardWriter) -> QWeight:
-    suffixes = gptq_format.specs(job.out, job.width, plan.settings.scheme, False)
+    suffixes = gptq_format.specs(job.out, job.width, plan.settings.scheme)
     tensors = {suffix: writer.read(f"{job.disk}.{suffix}") for suffix in suffixes}
     return gptq_format.unpack(tensors, plan.settings.scheme, plan.convention, job.disk)
 

@@ -55,10 +55,15 @@ def _unpack(packed: Tensor, rows: int) -> Tensor:
     return both.transpose(1, 2).reshape(out, half * 2)
 
 
-def scales_and_offsets(scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[in / group, out, 2] for the kernel, from ``scale`` and ``zero`` [out, groups]."""
+def scales_and_offsets(
+    scale: Tensor, zero: Tensor | None, minimum: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[in / group, out, 2] for the kernel, from ``scale`` and either ``zero`` or ``minimum`` (or
+    none), all [out, groups]."""
     scale = scale.float()
     offset = torch.zeros_like(scale) if zero is None else scale * (ZERO - zero.float())
+    if minimum is not None:
+        offset = minimum.float() + ZERO * scale
     return torch.stack([scale.T, offset.T], 2).to(dtype).contiguous()
 
 

@@ -165,22 +165,6 @@ def convention_of(qzeros: Tensor, bits: int) -> Convention | None:
     return None
 
 
-def scheme_of(tensors: Mapping[str, TensorSpec], symmetric: bool, width: int | None) -> Scheme:
-    """Bits and group size from the shapes of a linear's tensors; ``width`` is the number of inputs
-    where there is no g_idx to tell it. Raises QuantkitError when they make no sense."""
-    rows = tensors["qweight"].shape[0]
-    if "g_idx" in tensors:
-        width = tensors["g_idx"].shape[0]
-    if not width:
-        raise QuantkitError("the number of inputs of a linear is not known")
-    bits, groups = rows * packbits.WORD // width, tensors["scales"].shape[0]
-    if bits not in BITS or rows * packbits.WORD != bits * width or not groups or width % groups:
-        raise QuantkitError(
-            f"a packed weight with {rows} rows for {width} inputs is not 2, 3, 4 or 8 bits"
-        )
-    return Scheme(bits, -1 if groups == 1 else width // groups, symmetric)
-
-
 def declared_convention(config: Mapping[str, Any]) -> Convention:
     """How zero points are stored, as the configuration says: v1 where it says nothing. Raises
     QuantkitError for the formats that only look alike (Marlin, GPTQModel's planar one)."""
@@ -191,7 +175,7 @@ def declared_convention(config: Mapping[str, Any]) -> Convention:
 
 
 def linears(tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
-    """Prefixes of packed linears: scales are as wide as qweight (in AWQ they are 8 times as wide)."""
+    """Prefixes of packed linears: scales are as wide as qweight (AWQ's are 8 times as wide)."""
     return [
         prefix
         for prefix in (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight"))

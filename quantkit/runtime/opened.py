@@ -79,8 +79,8 @@ def open_checkpoint(source: Source, files: Iterable[str] | None = None) -> Opene
     if not found and config:
         method = config.get("quant_method", "an unknown method")
         raise QuantkitError(
-            f"{source.name} says that it is quantized with {method}, and none of its tensors are in "
-            "a format that quantkit reads",
+            f"{source.name} says that it is quantized with {method}, and none of its tensors are "
+            "in a format that quantkit reads",
             f"quantkit reads {', '.join(formats.SAFETENSORS)} and gguf",
         )
     return Opened(source, found[0] if found else "dense", tensors, config)

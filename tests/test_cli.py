@@ -219,15 +219,16 @@ def test_inspect_tells_what_a_folder_holds(capsys):
         assert all(word in shown for word in words)
 
 
-def test_inspect_warns_when_files_and_tensors_disagree(tmp_path, capsys):
+def test_inspect_tells_when_files_and_tensors_disagree(tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(quantized(model("gpt_neox"), group=32), folder)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"gptq",\n    "pack', '"gptq_v2",\n    "pack'))
-    assert command("inspect", folder, "--json") == 0
+    assert command("inspect", folder, "--json") == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["convention"] == "v1"
-    assert len(found["warnings"]) == 1 and "v2" in found["warnings"][0]
+    assert (found["convention"], found["declared"]) == ("v1", "v2")
+    errors = [finding for finding in found["findings"] if finding["level"] == "error"]
+    assert len(errors) == 1 and "v2" in errors[0]["text"] and errors[0]["repairable"]
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(monkeypatch, capsys):

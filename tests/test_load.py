@@ -43,11 +43,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def weights_of(folder: Path) -> dict[str, QWeight]:
     """The packed linears of a checkpoint, by name on disk."""
-    checkpoint = Checkpoint(folder)
-    said = gptq.declared(
-        lambda file: read_json(folder / file) if (folder / file).exists() else None
-    )
-    return {name: gptq.read(checkpoint, name, said)[0] for name in gptq.linears(checkpoint)}
+    opened = open_checkpoint(Source(folder.name, folder))
+    return {name: opened.qweight(name) for name in opened.linears}
 
 
 def meant(folder: Path, new: Path) -> torch.nn.Module:
@@ -57,7 +54,8 @@ def meant(folder: Path, new: Path) -> torch.nn.Module:
     del config["quantization_config"]
     (new / "config.json").write_text(json.dumps(config))
     tensors = load_file(new / "model.safetensors")
-    for name in gptq.packed_names(tensors):
+    opened = open_checkpoint(Source(folder.name, folder))
+    for name in [name for prefix in opened.linears for name in opened.names(prefix)]:
         del tensors[name]
     for name, q in weights_of(folder).items():
         found = q.dequantize()

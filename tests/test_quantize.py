@@ -119,9 +119,9 @@ def test_the_tensors_are_those_of_the_plan(demo):
 def test_codes_are_the_weights_that_were_there(demo):
     """Not only shapes: what the tensors mean is near the original, all of them."""
     source, found = Checkpoint(DEMO), Checkpoint(demo)
-    said = gptq.declared(lambda file: read_json(demo / file))
+    said = read_json(demo / "config.json")["quantization_config"]
     for name in DEMO_LINEARS:
-        q, convention = gptq.read(found, name, said)
+        q, convention = gptq.read_with_convention(found, name, said)
         original = source.get(f"{name}.weight").float()
         assert convention == "v1"
         assert q.group_of is None
@@ -511,8 +511,8 @@ def test_a_linear_that_no_token_reaches_is_rounded_and_told(tmp_path, never_call
     methods = {name: layer["method"] for name, layer in report.layers.items()}
     assert {name for name, method in methods.items() if method == "rtn"} == set(names)
     original = load_file(source / "model.safetensors")[f"{names[1]}.weight"]
-    said = gptq.declared(lambda file: read_json(tmp_path / "out" / file))
-    q, _ = gptq.read(Checkpoint(tmp_path / "out"), names[1], said)
+    said = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    q = gptq.read(Checkpoint(tmp_path / "out"), names[1], said)
     assert q.identical(rtn.quantize(original, Scheme(4, 32)))
 
 

@@ -28,12 +28,10 @@ SETS = ["en", "ja", "code", "chat"]
 def dequantized(folder: Path) -> torch.nn.Module:
     """The demo as ``folder`` has it, as an ordinary model of transformers."""
     dense = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
-    checkpoint = Checkpoint(folder)
-    said = gptq.declared(lambda file: read_json(folder / file))
+    opened = open_checkpoint(Source(folder.name, folder))
     with torch.no_grad():
-        for name in gptq.linears(checkpoint):
-            q, _ = gptq.read(checkpoint, name, said)
-            dense.get_submodule(name).weight.copy_(q.dequantize())
+        for name in opened.linears:
+            dense.get_submodule(name).weight.copy_(opened.qweight(name).dequantize())
     return dense
 
 
@@ -93,7 +91,7 @@ def test_layer_errors_are_those_of_their_outputs_on_the_original_s_inputs(found,
     name = "model.layers.2.mlp.down_proj"
     folder = quantized()
     original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
-    q, _ = gptq.read(Checkpoint(folder), name, gptq.declared(lambda file: read_json(folder / file)))
+    q = open_checkpoint(Source(folder.name, folder)).qweight(name)
     linear = original.get_submodule(name)
     difference = q.dequantize() - linear.weight.detach()
     sums = [0.0, 0.0]

@@ -1,58 +1,141 @@
 """``quantkit inspect MODEL``"""
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli import options
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quantkit.workflows.inspect import Inspection
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+_HEADS = {
+    "own": "a tensor of its own",
+    "tied": "tied to the embedding",
+    "both": "tied to the embedding, and stored",
+    "missing": "missing",
+}
+
 
 @click.command("inspect")
 @click.argument("model")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository.")
+@click.option(
+    "--model-basename", metavar="NAME", help="The weight file without its ending, if several."
+)
+@click.option("--repair", metavar="OUT", help="Write a corrected copy to the folder OUT.")
 @options.as_json
-def command(model: str, revision: str | None, as_json: bool) -> None:
-    """Show what MODEL holds: method, bits, groups, zero points, sizes, where it came from."""
+def command(as_json: bool, repair: str | None, **options: Any) -> None:
+    """Show what MODEL holds, what is wrong with it, and which programs will load it.
+
+    Method, bits, groups, zero points, sizes, where it came from. Exits with 1 when there are
+    errors (with --repair: when some of them could not be repaired).
+    """
+    from quantkit.workflows.inspect import inspect
+
+    found = inspect(repair=repair, **options)
+    if as_json:
+        click.echo(json.dumps(found.described(), indent=2, ensure_ascii=False))
+    else:
+        _print(found, repair)
+    left = [f for f in found.findings if f.level == "error" and not (repair and f.changes)]
+    if left:
+        raise click.exceptions.Exit(1)
+
+
+def _print(found: "Inspection", repair: str | None) -> None:
+    from rich.markup import escape
+
+    from quantkit.cli.console import stdout
+
+    console = stdout()
+    if not repair:
+        console.print(_facts(found))
+    if found.targets and not repair:
+        console.print(_targets(found))
+    for finding in found.findings:
+        colour = _COLOURS[finding.level]
+        can = " [dim](--repair)[/]" if finding.changes and not repair else ""
+        console.print(
+            f"[{colour}]{finding.level}:[/] {escape(finding.text)}{can}",
+            soft_wrap=not console.is_terminal,
+        )
+    if not found.findings:
+        console.print("[green]nothing is wrong with it[/]")
+    for text in found.repaired:
+        console.print(f"[green]repaired:[/] {escape(text)}", soft_wrap=not console.is_terminal)
+    if repair:
+        console.print(f"wrote {escape(repair)}")
+
+
+def _facts(found: "Inspection") -> "Table":
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    from quantkit.cli.console import stdout
-    from quantkit.workflows.inspect import inspect
-
-    found = inspect(model, revision=revision)
-    if as_json:
-        click.echo(json.dumps(found.described(), indent=2, ensure_ascii=False))
-        return
     table = Table(title=Text(found.name), title_justify="left", show_header=False)
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    kind = "full precision" if found.kind == "dense" else found.kind.upper()
-    table.add_row("kind", f"{kind}, {found.architecture}")
-    if found.bits is not None:
+    for name, value in _rows(found):
+        table.add_row(name, escape(value))
+    return table
+
+
+def _rows(found: "Inspection") -> list[tuple[str, str]]:
+    """What the folder holds, line by line."""
+    kind = "full precision" if found.kind == "dense" else found.kind.replace("_", "-").upper()
+    rows = [("kind", f"{kind}, {found.architecture}")]
+    if found.method and found.method.replace("_", "-").upper() != kind:
+        rows.append(("method", found.method))
+    if found.types:
+        rows.append(("codes", ", ".join(f"{n} x {name}" for name, n in found.types.items())))
+    elif found.bits is not None:
         group = "one scale a row" if found.group == -1 else f"groups of {found.group}"
+        levels = f"{found.bits} bits" if found.grid == "int" else str(found.grid)
         symmetry = "symmetric" if found.sym else "asymmetric"
         order = ", groups by activation (g_idx)" if found.act_order else ""
-        table.add_row("codes", f"{found.bits} bits, {group}, {symmetry}{order}")
-        table.add_row("zero points", f"{found.convention} convention, read from the tensors")
-        table.add_row(
-            "quantized", f"{found.linears} linears, {found.bits_per_weight:.2f} bits per weight"
-        )
-    table.add_row("parameters", f"{found.parameters / 1e6:,.1f} M")
+        rows.append(("codes", f"{levels}, {group}, {symmetry}{order}"))
+    if found.convention:
+        seen = f"{found.convention} convention, read from the tensors"
+        said = f"{found.convention} convention, as the configuration says"
+        rows.append(("zero points", seen if found.sym else said))
+    if found.linears:
+        size = f", {found.bits_per_weight:.2f} bits per weight" if found.bits_per_weight else ""
+        rows.append(("quantized", f"{found.linears} linears{size}"))
+    rows.append(("parameters", f"{found.parameters / 1e6:,.1f} M"))
     dense = ", ".join(f"{count / 1e6:,.1f} M {dtype}" for dtype, count in found.dtypes.items())
-    table.add_row("dense tensors", dense)
-    table.add_row(
-        "size", f"{found.bytes / 1e6:,.1f} MB, {found.files} files, {found.tensors} tensors"
+    rows.append(("dense tensors", dense or "none"))
+    if found.head:
+        rows.append(("head", _HEADS[found.head]))
+    rows.append(
+        ("size", f"{found.bytes / 1e6:,.1f} MB, {found.files} files, {found.tensors} tensors")
     )
-    if found.provenance:
-        source = found.provenance["source"]
-        revision = f" @ {source['revision'][:12]}" if source["revision"] else ""
-        table.add_row("made from", escape(f"{source['name']}{revision}"))
-        table.add_row("made by", f"quantkit {found.provenance['versions']['quantkit']}")
-        measured = found.provenance["measured"]
-        if measured:
-            table.add_row("measured KL", f"{measured['kl']:.4f} ± {measured['kl_error']:.4f}")
-    console = stdout()
-    console.print(table)
-    for text in found.warnings:
-        console.print(f"[yellow]warning:[/] {escape(text)}")
+    chat = "with a chat template" if found.chat_template else "no chat template"
+    rows.append(("tokenizer", chat if found.tokenizer else "none"))
+    rows += [("made from", found.made_from)] if found.made_from else []
+    rows += [("made by", found.made_by)] if found.made_by else []
+    if found.measured:
+        rows.append(
+            ("measured KL", f"{found.measured['kl']:.4f} ± {found.measured['kl_error']:.4f}")
+        )
+    return rows
+
+
+def _targets(found: "Inspection") -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="what will load it", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for verdict in found.targets:
+        needs = [f"pip install {verdict.needs.replace(',', '')}"] if verdict.needs else []
+        details = needs + verdict.hardware if verdict.loads else verdict.reasons
+        mark = "[green]yes[/]" if verdict.loads else "[red]no[/]"
+        table.add_row(verdict.target, mark, escape("; ".join(details)))
+    return table

@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {
     "gptq": "Quantize a model to GPTQ.",
+    "convert": "Convert between formats, without loss where possible.",
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "generate": "Continue or answer a prompt.",

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: read tensors by name, write shards whose layout is planned ahead.
+"""Folders of weight files: read tensors by name, write shards whose layout is planned ahead.
 
 Reading maps files into memory; nothing is resident until it is touched. Writing knows every
 tensor's name, dtype and shape before the first byte, so headers are written at once and each
@@ -8,22 +8,26 @@ finished exactly where it belongs.
 
 import json
 import os
-import stat
+import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantkit.core import pickled
 from quantkit.errors import QuantkitError
 
-INDEX = "model.safetensors.index.json"
+_INDEX = ".index.json"
+INDEX = f"model.safetensors{_INDEX}"
+_MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,8 +37,13 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -55,20 +64,33 @@ class TensorSpec:
         return cls(tensor.dtype, tuple(tensor.shape))
 
 
+class WeightFile(Protocol):
+    """One open file of tensors; everything else about it is its own affair."""
+
+    def names(self) -> Iterable[str]: ...
+    def spec(self, name: str) -> TensorSpec: ...
+    def get(self, name: str) -> Tensor: ...
+
+
 class Checkpoint:
     """The tensors of a folder, by name.
 
-    Raises QuantkitError when there are no safetensors files, when the index names a shard that is
-    missing or lies outside of the folder, or when a file is truncated or corrupt.
+    Which files they are in: ``files`` if it is given, or those called ``basename`` (a name without
+    its suffix), or what :func:`_weight_files` chooses.
+
+    Raises QuantkitError when there are no weights or no single choice, when the index names a shard
+    that is missing or lies outside of the folder, or when a file is truncated or corrupt.
     """
 
-    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, files: Iterable[str] | None = None, basename: str | None = None
+    ) -> None:
         self.folder = folder
-        self.files = sorted(files) if files is not None else _weight_files(folder)
-        self._handles = {name: _open(folder, name) for name in self.files}
+        self.files = sorted(files) if files is not None else _weight_files(folder, basename)
+        self._open = {file: _open(folder / file) for file in self.files}
         self._where: dict[str, str] = {}
-        for file, handle in self._handles.items():
-            for name in handle.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+        for file, held in self._open.items():
+            for name in held.names():
                 if name in self._where:
                     raise QuantkitError(
                         f"tensor {name} is in both {self._where[name]} and {file} of {folder}",
@@ -83,18 +105,11 @@ class Checkpoint:
         return iter(self._where)
 
     def spec(self, name: str) -> TensorSpec:
-        part = self._handles[self._where[name]].get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
-        if dtype is None:
-            raise QuantkitError(
-                f"tensor {name} has the dtype {part.get_dtype()}, which quantkit does not read"
-            )
-        return TensorSpec(dtype, tuple(part.get_shape()))
+        return self._open[self._where[name]].spec(name)
 
     def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU, backed by the file."""
-        tensor: Tensor = self._handles[self._where[name]].get_tensor(name)
-        return tensor
+        """The tensor, on the CPU, contiguous, backed by the file."""
+        return self._open[self._where[name]].get(name)
 
     def without(self, names: Collection[str]) -> "Checkpoint":
         """A view that does not show the tensors ``names``."""
@@ -110,27 +125,146 @@ class Checkpoint:
         return sum((self.folder / file).stat().st_size for file in self.files)
 
 
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / INDEX
-    if not index.exists():
-        found = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not found:
-            raise _no_weights(folder)
-        return found
+class _Safetensors:
+    """A safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: Any  # safetensors has no stubs
+        with self._complaint():
+            self._handle = safe_open(path, framework="pt")
+
+    def names(self) -> Iterable[str]:
+        names: list[str] = self._handle.keys()
+        return names
+
+    def spec(self, name: str) -> TensorSpec:
+        part = self._handle.get_slice(name)
+        dtype = _DTYPES.get(part.get_dtype())
+        if dtype is None:
+            raise QuantkitError(
+                f"tensor {name} has the dtype {part.get_dtype()}, which quantkit does not read"
+            )
+        return TensorSpec(dtype, tuple(part.get_shape()))
+
+    def get(self, name: str) -> Tensor:
+        with self._complaint():
+            tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    @contextmanager
+    def _complaint(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise QuantkitError(
+                f"{self._path} is missing, truncated or not a safetensors file ({error})",
+                "download or copy it again",
+            ) from error
+
+
+class _Pickled:
+    """A file of torch.save."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = pickled.load(path)
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec.of(self._tensors[name])
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name].contiguous()
+
+
+def _open(path: Path) -> WeightFile:
+    if os.path.lexists(path) and not path.is_file():  # a FIFO would be waited for
+        raise QuantkitError(
+            f"{path} is not a regular file, or a link that leads nowhere",
+            "download the model again",
+        )
+    return _Pickled(path) if path.suffix in pickled.SUFFIXES else _Safetensors(path)
+
+
+# What weights may be called, the kind to be preferred first: suffixes, and the usual basename.
+_KINDS = (((".safetensors",), "model"), (pickled.SUFFIXES, "pytorch_model"))
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+
+
+def _weight_files(folder: Path, basename: str | None = None) -> list[str]:
+    """The files that hold the model. Files that differ in ``-00001-of-00002`` alone are one set,
+    whose name is what comes before. Chosen is the set ``basename``; or the one with the usual name;
+    or the only one; safetensors before pickles. A set's index has the last word on its files."""
+    found = [(suffixes, usual, _sets(folder, suffixes)) for suffixes, usual in _KINDS]
+    for suffixes, usual, sets in found:
+        name = basename or (usual if len(sets) != 1 else next(iter(sets)))
+        if name in sets:
+            return _of_set(folder, name, suffixes, sets[name])
+        if sets and not basename:
+            raise QuantkitError(
+                f"{folder} holds several sets of weights: {_listed(sets)}",
+                "say which with model_basename, or remove the files that do not belong to it",
+            )
+    held = {name: files for _, _, sets in found for name, files in sets.items()}
+    if not held:
+        raise _no_weights(folder)
+    raise QuantkitError(
+        f"{folder} has no weights with the model_basename {basename!r}, only {_listed(held)}",
+        f"give one of these: {', '.join(sorted(held))}",
+    )
+
+
+def _sets(folder: Path, suffixes: Iterable[str]) -> dict[str, list[str]]:
+    """Names of weight files by the set's name. An index makes a set on its own: its shards may be
+    missing, which will have to be told."""
+    sets: dict[str, list[str]] = {}
+    for suffix in suffixes:
+        for path in sorted(folder.glob(f"*{suffix}")):
+            shard = _SHARD.fullmatch(path.stem)
+            sets.setdefault(shard[1] if shard else path.stem, []).append(path.name)
+        for path in folder.glob(f"*{suffix}{_INDEX}"):
+            sets.setdefault(path.name.removesuffix(suffix + _INDEX), [])
+    return sets
+
+
+def _of_set(folder: Path, name: str, suffixes: Iterable[str], files: list[str]) -> list[str]:
+    for suffix in suffixes:
+        index = folder / f"{name}{suffix}{_INDEX}"
+        if os.path.lexists(index):
+            return _indexed(folder, index)
+    shards = [shard for shard in (_SHARD.fullmatch(Path(file).stem) for file in files) if shard]
+    if shards and len(shards) != int(shards[0][2]):
+        raise QuantkitError(
+            f"{folder} has only a part of the shards of {name}: {', '.join(files)}",
+            "the download is incomplete; download the model again",
+        )
+    return files
+
+
+def _listed(sets: Mapping[str, list[str]]) -> str:
+    return ", ".join(sorted(file for files in sets.values() for file in files))
+
+
+def _indexed(folder: Path, index: Path) -> list[str]:
+    """The shards that an index names."""
     try:
-        listed = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        listed = set(read_json(index)["weight_map"].values())
+        if not listed:
+            raise ValueError("it names no shards")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise QuantkitError(
             f"{index} is not a readable index of shards", "download the model again"
         ) from error
     for name in sorted(listed, key=str):
         # an index is data from strangers: it must not lead out of the folder
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+        if not _is_plain(name):
             raise QuantkitError(
                 f"{index} names a file outside of the model's folder: {name!r}",
                 "do not use this model, or repair its index",
             )
-        if not (folder / name).exists():
+        if not os.path.lexists(folder / name):
             raise QuantkitError(
                 f"{index.name} names {name}, which is not in {folder}",
                 "the download is incomplete; download the model again",
@@ -138,10 +272,13 @@ def _weight_files(folder: Path) -> list[str]:
     return sorted(listed)
 
 
+def _is_plain(name: object) -> bool:
+    """Whether it is the name of a file that lies in the folder itself, and can be shown."""
+    return isinstance(name, str) and Path(name).name == name != ".." and name.isprintable()
+
+
 def _no_weights(folder: Path) -> QuantkitError:
-    others = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.gguf")
-    )
+    others = sorted(p.name for p in folder.glob("*.gguf"))
     if others:
         return QuantkitError(
             f"{folder} has no safetensors weights, only {others[0]}",
@@ -150,19 +287,6 @@ def _no_weights(folder: Path) -> QuantkitError:
     return QuantkitError(
         f"{folder} has no model weights (*.safetensors)", "is this the right folder?"
     )
-
-
-def _open(folder: Path, name: str):  # type: ignore[no-untyped-def]  # safetensors has no stubs
-    path = folder / name
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise QuantkitError(f"{path} is not a regular file", "download the model again")
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise QuantkitError(
-            f"{path} is missing, truncated or not a safetensors file ({error})",
-            "download or copy it again",
-        ) from error
 
 
 class ShardWriter:
@@ -189,7 +313,7 @@ class ShardWriter:
         for number, names in enumerate(shards):
             header, offsets = _header({name: self._specs[name] for name in names})
             end = len(header) + sum(self._specs[name].nbytes for name in names)
-            handle, kept = _prepare(folder / self._files[number], header, end)
+            handle, kept = prepare(folder / self._files[number], header, end)
             self._handles.append(handle)
             self.complete &= kept
             for name, offset in offsets.items():
@@ -283,7 +407,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return struct.pack("<Q", len(text)) + text, offsets
 
 
-def _prepare(path: Path, header: bytes, size: int) -> tuple[BinaryIO, bool]:
+def prepare(path: Path, header: bytes, size: int) -> tuple[BinaryIO, bool]:
     """Open the shard for reading and writing; start it anew unless it is this plan's already.
     Returns whether it was."""
     path.touch()
@@ -296,6 +420,21 @@ def _prepare(path: Path, header: bytes, size: int) -> tuple[BinaryIO, bool]:
         handle.truncate(size)
         handle.flush()
     return handle, kept
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file from strangers holds. Raises ValueError, with the reason, when it is none:
+    what would block, fill the memory or exhaust the stack is none either."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"it has more than {_MAX_JSON >> 20} MiB")
+        return json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror}") from error
 
 
 def write_json(path: Path, content: object) -> None:

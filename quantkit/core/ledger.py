@@ -6,6 +6,7 @@ part's tensors are synced.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._done)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._done)
+
     def report(self, part: str) -> Any:
         """What was recorded about a finished part."""
         return self._done[part]
@@ -57,6 +61,11 @@ class Ledger:
     def finish(self, part: str, report: Any) -> None:
         """Record that a part is done. Its data must already be on the disk."""
         self._done[part] = report
+        self._save()
+
+    def forget(self) -> None:
+        """Nothing is done, after all."""
+        self._done = {}
         self._save()
 
     def remove(self) -> None:

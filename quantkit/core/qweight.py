@@ -37,7 +37,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
         1.0,
     ),
     "fp4": tuple(
-        sign * value / 12.0
+        sign * value / 12.0 + 0.0  # bitsandbytes has two zeros, both positive
         for sign in (1, -1)
         for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
     ),
@@ -211,9 +211,9 @@ class QWeight:
                 tensor = getattr(self, name)
                 if tensor is not None and not _alike(tensor, index):
                     return None
-        spread = self._each(lambda t: t[:, first], *named)
-        parts = {name: getattr(spread, name) for name in named}
-        return QWeight(scheme, self.codes, group_of=None, **parts)
+        held = {name: getattr(self, name) for name in named}
+        parts = {name: None if t is None else t[:, first] for name, t in held.items()}
+        return QWeight(scheme, self.codes, group_of=None, **parts)  # type: ignore[arg-type]
 
     def identical(self, other: "QWeight") -> bool:
         """Same scheme and bit for bit the same numbers."""

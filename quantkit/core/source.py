@@ -1,12 +1,12 @@
 """Where a model comes from: the demo, a folder, or a repository on the Hub."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit import data
+from quantkit.core.checkpoint import read_json
 from quantkit.errors import QuantkitError
 
 DEMO = "demo"
@@ -14,6 +14,7 @@ _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
 # everything that is needed to run or quantize a model, and no pickles
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _WANTED += ["LICENSE*", "NOTICE*"]
+_FILES = (".gguf", ".safetensors")  # that may be named in the place of a folder
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,18 @@ class Source:
               a path, since it is published)
     folder    where the files are
     revision  the commit, for a repository
+    file      the weight file, where one was named (``model-Q4_0.gguf``)
     """
 
     name: str
     folder: Path
     revision: str | None = None
+    file: str | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The name without an owner."""
+        return self.name.rpartition("/")[2]
 
     def read_json(self, file: str) -> dict[str, Any] | None:
         """A JSON file of the model, or None when it has none of that name."""
@@ -36,8 +44,8 @@ class Source:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text("utf-8"))
-        except (ValueError, OSError) as error:
+            content = read_json(path)
+        except ValueError as error:
             raise QuantkitError(f"{path} is not readable JSON ({error})") from error
         if not isinstance(content, dict):
             raise QuantkitError(f"{path} should hold one JSON object")
@@ -56,6 +64,8 @@ def resolve(model: str, revision: str | None = None) -> Source:
         is_file = path.exists()
     except (OSError, RuntimeError):  # a name too long for this system, a user that it does not know
         is_file = False
+    if is_file and path.suffix in _FILES:
+        return Source(path.stem, path.parent, file=path.name)
     if is_file:
         raise QuantkitError(
             f"{model} is a file, not a model's folder", "give the folder that holds config.json"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.checkpoint import TensorSpec
+from quantkit.core.form import Form
 from quantkit.core.qweight import QWeight, Scheme
 
 # Asked in this order which linears are theirs.
@@ -38,10 +39,10 @@ class Format(Protocol):
     checkpoint says of its quantization (or {}); the tensors may know better, and then they win.
     A linear's bias is never a part of its packed tensors.
 
-    SCALES  dtypes that scales (and minimums) can be stored in, the usual one first
+    FORM  what numbers it can hold
     """
 
-    SCALES: tuple[torch.dtype, ...]
+    FORM: Form
 
     def linears(self, tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
         """Prefixes of the packed linears, by names and shapes."""
@@ -55,9 +56,12 @@ class Format(Protocol):
         """(out, in, scheme) of a linear from names and shapes alone, no data read. Raises
         QuantkitError, naming the linear, when they make no sense. Symmetric as declared."""
 
-    def read(self, tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> QWeight:
-        """A linear. Raises QuantkitError, naming it, when its tensors do not fit together. Where
-        every stored zero point is the midpoint, the weight is symmetric."""
+    def read(
+        self, tensors: Tensors, prefix: str, config: Mapping[str, Any], codes: bool = True
+    ) -> QWeight:
+        """A linear; without ``codes`` those are :func:`unread`, which is quick. Raises
+        QuantkitError, naming it, when its tensors do not fit together. Where every stored zero
+        point is the midpoint, the weight is symmetric."""
 
     def refusal(self, out: int, width: int, scheme: Scheme) -> str | None:
         """Why a weight of this kind cannot be stored, as the end of a sentence; None if it can."""
@@ -77,6 +81,11 @@ class Format(Protocol):
 
     def beside(self, config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
         """Further JSON files of a checkpoint with this config.json, of the model ``name``."""
+
+
+def unread(out: int, width: int) -> Tensor:
+    """Codes that nobody looked at: all 0, in no memory."""
+    return torch.zeros(1, 1, dtype=torch.uint8).expand(out, width)
 
 
 def by_name(name: str) -> Format:

@@ -26,14 +26,16 @@ from torch import Tensor
 
 from quantkit.core import packbits
 from quantkit.core.checkpoint import TensorSpec
+from quantkit.core.form import Form
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError
-from quantkit.formats import Tensors
+from quantkit.formats import Tensors, unread
 
 Convention = Literal["v1", "v2"]
 CONFIG_FILE = "quantize_config.json"
 SCALES = (torch.float16,)
 BITS = (2, 3, 4, 8)
+FORM = Form(BITS, "zero", SCALES, ordered=True, zero_min=1)
 _FORMATS: dict[Convention, str] = {"v1": "gptq", "v2": "gptq_v2"}
 _REQUIRED = ("qweight", "qzeros", "scales")
 _SUFFIXES = (*_REQUIRED, "g_idx")
@@ -89,7 +91,11 @@ def pack(q: QWeight, convention: Convention = "v1") -> dict[str, Tensor]:
 
 
 def unpack(
-    tensors: Mapping[str, Tensor], scheme: Scheme, convention: Convention, name: str = "a linear"
+    tensors: Mapping[str, Tensor],
+    scheme: Scheme,
+    convention: Convention,
+    name: str = "a linear",
+    codes: bool = True,
 ) -> QWeight:
     """The QWeight that the tensors (by suffix) hold. ``g_idx`` may be missing in old files.
 
@@ -97,11 +103,11 @@ def unpack(
     """
     bits = scheme.bits
     _check({suffix: TensorSpec.of(t) for suffix, t in tensors.items()}, scheme, name)
-    codes = packbits.unpack(tensors["qweight"], bits).T.contiguous()
+    words, out = tensors["qweight"].shape
+    width = words * packbits.WORD // bits
     zero = stored_zeros(tensors["qzeros"], bits)
     if convention == "v1":
         zero = (zero + 1) & scheme.max_code
-    width = codes.shape[1]
     scale = tensors["scales"].T.contiguous()
     group_of = tensors.get("g_idx")
     if group_of is not None:
@@ -115,7 +121,10 @@ def unpack(
             f"{name}.qzeros are not those of a symmetric weight in the {convention} convention",
             "run 'quantkit inspect' on it",
         )
-    return QWeight(scheme, codes, scale, None if scheme.symmetric else zero, group_of)
+    found = (
+        packbits.unpack(tensors["qweight"], bits).T.contiguous() if codes else unread(out, width)
+    )
+    return QWeight(scheme, found, scale, None if scheme.symmetric else zero, group_of)
 
 
 def _check(found: Mapping[str, TensorSpec], scheme: Scheme, name: str) -> None:
@@ -175,14 +184,32 @@ def declared_convention(config: Mapping[str, Any]) -> Convention:
 
 
 def linears(tensors: Tensors, config: Mapping[str, Any]) -> list[str]:
-    """Prefixes of packed linears: scales are as wide as qweight (AWQ's are 8 times as wide)."""
-    return [
-        prefix
-        for prefix in (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight"))
-        if f"{prefix}.scales" not in tensors
-        or tensors.spec(f"{prefix}.scales").shape[-1:]
-        == tensors.spec(f"{prefix}.qweight").shape[-1:]
-    ]
+    """Prefixes of packed linears: those with a qweight that are not AWQ's."""
+    prefixes = (n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight"))
+    return [prefix for prefix in prefixes if _ours(tensors, prefix, config)]
+
+
+def _ours(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> bool:
+    """Whether GPTQ could have written a qweight: its scales are as wide. Square linears of AWQ's
+    variants are told by other signs: float zero points, or one row of everything for an output."""
+    found = {
+        s: tensors.spec(f"{prefix}.{s}")
+        for s in (*_SUFFIXES, "scaled_zeros")
+        if f"{prefix}.{s}" in tensors
+    }
+    if "scales" not in found:
+        return config.get("quant_method") != "awq"
+    zeros = found.get("qzeros")
+    if "scaled_zeros" in found or (zeros and zeros.dtype.is_floating_point):
+        return False
+    weight, scales = found["qweight"].shape, found["scales"].shape
+    if (
+        zeros
+        and weight[:1] == scales[:1] == zeros.shape[:1]
+        and scales[1:] == tuple(n * 8 for n in zeros.shape[1:])
+    ):
+        return False
+    return scales[-1:] == weight[-1:]
 
 
 def names(tensors: Tensors, prefix: str) -> list[str]:
@@ -235,13 +262,13 @@ def scheme_of(
     return Scheme(found, -1 if groups == 1 else width // groups, symmetric)
 
 
-def read(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> QWeight:
+def read(tensors: Tensors, prefix: str, config: Mapping[str, Any], codes: bool = True) -> QWeight:
     """One linear."""
-    return read_with_convention(tensors, prefix, config)[0]
+    return read_with_convention(tensors, prefix, config, codes)[0]
 
 
 def read_with_convention(
-    tensors: Tensors, prefix: str, config: Mapping[str, Any]
+    tensors: Tensors, prefix: str, config: Mapping[str, Any], codes: bool = True
 ) -> tuple[QWeight, Convention]:
     """One linear, and the zero-point convention that it was found to use.
 
@@ -255,7 +282,7 @@ def read_with_convention(
     if found and not scheme.symmetric and found != said:
         found = None  # zero points of 7 throughout are rare, but they may be meant
     scheme = replace(scheme, symmetric=found is not None)
-    return unpack(held, scheme, found or said, prefix), found or said
+    return unpack(held, scheme, found or said, prefix, codes), found or said
 
 
 def refusal(out: int, width: int, scheme: Scheme) -> str | None:

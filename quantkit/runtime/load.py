@@ -1,6 +1,6 @@
 """The one loader: whatever the checkpoint's format, a real transformers model and its tokenizer."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,30 +10,46 @@ from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.linear import quantized_linear
-from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import features
+
+if TYPE_CHECKING:
+    from quantkit.runtime.opened import Opened
 
 
 def load(
-    model: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    model_basename: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """``demo``, a folder or a Hub repository -> (model, tokenizer), ready for ``generate``.
+    """``demo``, a folder, a .gguf file or a Hub repository -> (model, tokenizer), ready for
+    ``generate``.
 
-    Opens full-precision safetensors and GPTQ checkpoints. Quantized linears stay quantized in
-    memory. Raises QuantkitError when the model cannot be loaded, with the reason.
+    Opens full-precision checkpoints and every format of formats/; which one it is, is seen from the
+    files. Quantized linears stay quantized in memory. ``model_basename`` names the weight file
+    without its ending, where a folder has several. Raises QuantkitError when the model cannot be
+    loaded, with the reason.
     """
     on = pick_device(device)
-    source = resolve(model, revision)
-    tokenizer = load_tokenizer(source)
-    return load_model(source, on, pick_dtype(dtype, on)), tokenizer
+    opened = open_checkpoint(resolve(model, revision), model_basename)
+    tokenizer = opened.tokenizer()
+    return put_together(opened, on, pick_dtype(dtype, on)), tokenizer
 
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of ``source`` on ``device``; everything that is not quantized is in ``dtype``."""
-    opened = open_checkpoint(source)
-    skeleton = Skeleton(source, opened.dense, device, dtype)
+    return put_together(open_checkpoint(source), device, dtype)
+
+
+def put_together(opened: "Opened", device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint that was looked at already."""
+    source = opened.source
+    described = opened.model_config if opened.format == "gguf" else None
+    skeleton = Skeleton(source, opened.dense, device, dtype, described)
     model = skeleton.model
     for prefix in opened.linears:
         _put_linear(skeleton, opened, prefix)
@@ -48,7 +64,7 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreT
     return model
 
 
-def _put_linear(skeleton: Skeleton, opened: Opened, prefix: str) -> None:
+def _put_linear(skeleton: Skeleton, opened: "Opened", prefix: str) -> None:
     """Replace one linear of the model by a quantized one."""
     name = skeleton.live_name(f"{prefix}.weight").removesuffix(".weight")
     parent, _, leaf = name.rpartition(".")

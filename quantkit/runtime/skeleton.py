@@ -26,15 +26,16 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from quantkit.core.checkpoint import Checkpoint
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
+from quantkit.formats import Tensors
 
 
-def read_config(source: Source) -> PretrainedConfig:
-    """The model's configuration. Raises QuantkitError when there is none, when it needs code from
-    the repository, or when the model is not a causal LM that transformers knows."""
-    raw = source.read_json("config.json")
+def read_config(source: Source, described: dict[str, Any] | None = None) -> PretrainedConfig:
+    """The model's configuration, from config.json or, if it is given, from ``described``. Raises
+    QuantkitError when there is none, when it needs code from the repository, or when the model is
+    not a causal LM that transformers knows."""
+    raw = source.read_json("config.json") if described is None else described
     if raw is None:
         raise QuantkitError(
             f"{source.name} has no config.json", "is this the folder of a transformers model?"
@@ -56,6 +57,8 @@ def read_config(source: Source) -> PretrainedConfig:
             "quantkit works on AutoModelForCausalLM architectures",
         )
     try:
+        if described is not None:
+            return AutoConfig.for_model(**described)
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise QuantkitError(f"the config.json of {source.name} is not usable ({error})") from error
@@ -83,14 +86,20 @@ class Skeleton:
     """``model``: a transformers causal LM in eval mode, empty until filled.
 
     ``dtype`` is what floating-point tensors become when they are filled in; ``device`` where.
+    ``described`` stands for config.json where the source has none (GGUF).
     """
 
     def __init__(
-        self, source: Source, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+        self,
+        source: Source,
+        checkpoint: Tensors,
+        device: torch.device,
+        dtype: torch.dtype,
+        described: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.checkpoint = source, checkpoint
         self.device, self.dtype = device, dtype
-        self.config = read_config(source)
+        self.config = read_config(source, described)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.model: PreTrainedModel = model.eval().requires_grad_(False)

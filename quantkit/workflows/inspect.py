@@ -1,25 +1,50 @@
-"""``quantkit inspect``: what a model's folder holds, as its files and its tensors say."""
+"""``quantkit inspect``: what a folder holds, what is wrong with it, and what will load it."""
 
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from quantkit.core import provenance
-from quantkit.core.qweight import Scheme
-from quantkit.core.source import resolve
-from quantkit.formats import gptq
-from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.core import ledger, provenance
+from quantkit.core.source import Source, resolve
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.formats import Tensors, gptq
+from quantkit.runtime.opened import Folder, open_checkpoint
+from quantkit.workflows import inspect_checks as checks
+from quantkit.workflows.inspect_checks import Finding, Look
+from quantkit.workflows.inspect_facts import (
+    Linears,
+    Structure,
+    look_at_linears,
+    look_at_structure,
+)
+from quantkit.workflows.repair import repair as write_repaired
+from quantkit.workflows.targets import Subject, Verdict, verdicts
+
+if TYPE_CHECKING:
+    from quantkit.runtime.gguf_opened import GgufOpened
+
+_NESTED = 50  # levels in quantkit.json; a conversion of a conversion has four more each
+_BASE_MODEL = re.compile(r"^base_model:\s*['\"]?([\w./-]+)", re.MULTILINE)
 
 
 @dataclass
 class Inspection:
     """kind: dense, or the format's name. The rest of the fields is empty where it does not apply.
 
-    convention       of zero points, as found in the tensors (v1, v2; for asymmetric weights as
-                     the configuration says)
+    method           as recorded: gptq, awq, rtn...
+    convention       of GPTQ's zero points, as found in the tensors (v1, v2; for asymmetric weights
+                     as the configuration says)
+    declared         the convention in the configuration
+    act_order        some linear has groups that are not contiguous
     bits_per_weight  of packed weights, scales and zeros included
-    warnings         where files and tensors disagree
+    dense_linears    inside the decoder blocks
+    head             own, tied, both (tied and stored), missing
+    types            of a GGUF file's quantized linears, and how many have each
+    repaired         what --repair changed
     """
 
     name: str
@@ -28,72 +53,251 @@ class Inspection:
     bytes: int
     files: int
     tensors: int
-    parameters: int
-    dtypes: dict[str, int]
+    parameters: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    method: str | None = None
     bits: int | None = None
+    grid: str | None = None
     group: int | None = None
     sym: bool | None = None
     act_order: bool | None = None
     convention: str | None = None
+    declared: str | None = None
     linears: int = 0
     bits_per_weight: float | None = None
+    dense_linears: list[str] = field(default_factory=list)
+    head: str = ""
+    types: dict[str, int] = field(default_factory=dict)
+    tokenizer: bool = False
+    chat_template: bool = False
+    made_from: str | None = None
+    made_by: str | None = None
+    measured: dict[str, float] | None = None
     provenance: dict[str, Any] | None = None
-    warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    targets: list[Verdict] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.level == "error" for finding in self.findings)
 
     def described(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(replace(self, provenance=None, findings=[]))
+        found["provenance"] = self.provenance
+        found["findings"] = [
+            {"level": f.level, "code": f.code, "text": f.text, "repairable": bool(f.changes)}
+            for f in self.findings
+        ]
+        return found
 
 
-def inspect(model: str, *, revision: str | None = None) -> Inspection:
-    """Look at ``model`` (``demo``, a folder or a Hub repository) without building it. Raises
-    QuantkitError when it cannot be read."""
-    opened = open_checkpoint(resolve(model, revision))
-    config = opened.source.read_json("config.json") or {}
-    dtypes: Counter[str] = Counter()
-    for name in opened.dense:
-        spec = opened.dense.spec(name)
-        dtypes[str(spec.dtype).removeprefix("torch.")] += prod(spec.shape)
-    result = Inspection(
-        name=opened.source.name,
+def inspect(
+    model: str,
+    *,
+    revision: str | None = None,
+    model_basename: str | None = None,
+    repair: str | Path | None = None,
+) -> Inspection:
+    """Look at ``model``: ``demo``, a folder, a .gguf file or a Hub repository. ``model_basename``
+    names the weight file, without its ending, where a folder has several. With ``repair``, write a
+    corrected copy to that folder; the findings are those of the original. Raises QuantkitError when
+    the model cannot be read, or has nothing to repair."""
+    source = _resolve(model, revision)
+    unfinished = _unfinished(source)
+    if unfinished is not None and repair is not None:
+        raise UsageError(f"{source.name} is unfinished, which no repair can change")
+    opened = open_checkpoint(source, model_basename)
+    # an unfinished folder has zeros where nothing was written yet
+    linears = look_at_linears(opened, read=unfinished is None)
+    structure = look_at_structure(opened, linears) if opened.model_config else Structure()
+    if not isinstance(opened, Folder):
+        found = _described_gguf(opened, linears, structure)
+        found.findings = checks.check_tensors(linears, structure)
+        kind = str(opened.model_config.get("model_type", ""))
+        found.targets = verdicts(replace(_subject(found, linears), model_type=kind))
+    else:
+        look = Look(opened, opened.model_config, linears, structure)
+        found = _described(look)
+        if unfinished is None:
+            found.findings = checks.check(look)
+            found.targets = verdicts(_subject_of_folder(found, look))
+    if unfinished is not None:
+        found.findings, found.targets = [unfinished], []
+    if repair is not None:
+        changes = [change for finding in found.findings for change in finding.changes]
+        found.repaired = write_repaired(source, repair, changes)
+    return found
+
+
+def _resolve(model: str, revision: str | None) -> Source:
+    try:
+        return resolve(model, revision)
+    except QuantkitError:
+        partial = Path(model).expanduser()
+        partial = partial.with_name(partial.name + ".partial") if partial.name else partial
+        if not (partial / ledger.FILE).is_file():
+            raise
+        raise QuantkitError(
+            f"{model} is unfinished: there is only {partial}",
+            "run the command that began it again to go on",
+        ) from None
+
+
+def _unfinished(source: Source) -> Finding | None:
+    done = source.read_json(ledger.FILE) if source.folder.name.endswith(".partial") else None
+    if done is None:
+        return None
+    parts = done.get("done")
+    count = len(parts) if isinstance(parts, dict) else 0
+    return Finding(
+        "error",
+        "unfinished",
+        f"this folder is unfinished, {count} parts are done; run the command that began it again",
+    )
+
+
+def _described(look: Look) -> Inspection:
+    """What a folder holds."""
+    opened, source = look.opened, look.opened.source
+    found = Inspection(
+        name=source.name,
         kind=opened.format,
-        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        architecture=_architecture(look.config),
         bytes=opened.tensors.nbytes,
         files=len(opened.tensors.files),
         tensors=sum(1 for _ in opened.tensors),
-        parameters=sum(dtypes.values()),
-        dtypes=dict(dtypes),
-        provenance=opened.source.read_json(provenance.FILE),
+        tokenizer=checks.has_tokenizer(look),
+        chat_template=checks.has_chat_template(look),
+        provenance=_flat_enough(source.read_json(provenance.FILE)),
     )
-    if opened.linears:
-        _packed(result, opened)
-    return result
+    dense = opened.tensors.without(look.linears.names)
+    _describe_tensors(found, look.linears, look.structure, dense)
+    if opened.format == "gptq" and look.linears.shapes:
+        found.declared = gptq.declared_convention(opened.config)
+    _describe_origin(found, look)
+    return found
 
 
-def _packed(result: Inspection, opened: Opened) -> None:
-    """What the packed linears are, read from every one of them."""
-    kinds: Counter[tuple[Scheme, bool, str | None]] = Counter()
-    weights = packed_bytes = 0
-    for prefix in opened.linears:
-        convention = None
-        if opened.format == "gptq":
-            q, convention = gptq.read_with_convention(opened.tensors, prefix, opened.config)
-        else:
-            q = opened.qweight(prefix)
-        kinds[q.scheme, q.group_of is not None, convention] += 1
-        weights += q.codes.numel()
-        names = [name for name in opened.names(prefix) if not name.endswith(".g_idx")]
-        packed_bytes += sum(opened.tensors.spec(name).nbytes for name in names)
-    (scheme, ordered, convention), _ = kinds.most_common(1)[0]
-    result.bits, result.group, result.sym = scheme.bits, scheme.group_size, scheme.symmetric
-    result.act_order, result.convention = ordered, convention
-    result.linears = sum(kinds.values())
-    result.parameters += weights
-    result.bits_per_weight = 8 * packed_bytes / weights
-    if len(kinds) > 1:
-        result.warnings.append(f"the linears are of {len(kinds)} different kinds")
-    said = gptq.declared_convention(opened.config) if convention else None
-    if convention != said:
-        result.warnings.append(
-            f"the configuration says zero points are {said}, the tensors say {convention}; "
-            "quantkit believes the tensors"
-        )
+def _described_gguf(opened: "GgufOpened", linears: Linears, structure: Structure) -> Inspection:
+    """What a GGUF file holds."""
+    found = Inspection(
+        name=opened.source.name,
+        kind=opened.format,
+        architecture=_architecture(opened.model_config),
+        bytes=sum(file.stat().st_size for file in opened.files),
+        files=len(opened.files),
+        tensors=len(opened.file.tensors),
+        method="gguf",
+        tokenizer="tokenizer.ggml.tokens" in opened.metadata,
+        chat_template="tokenizer.chat_template" in opened.metadata,
+        made_by=_text(dict(opened.metadata), "general.quantized_by"),
+    )
+    _describe_tensors(found, linears, structure, opened.dense)
+    types = (opened.tensor(name).type for prefix in linears.shapes for name in opened.names(prefix))
+    found.types = dict(Counter(types))
+    return found
+
+
+def _flat_enough(content: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The content, which will be printed: nothing where it is nested as no tool would."""
+    inside: list[Any] = [content]
+    for _ in range(_NESTED):
+        inside = [value for one in inside if isinstance(one, dict | list) for value in _values(one)]
+    return None if inside else content
+
+
+def _values(one: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return one.values() if isinstance(one, dict) else one
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(
+        names[0] if isinstance(names, list) and names else config.get("model_type", "unknown")
+    )
+
+
+def _describe_tensors(
+    found: Inspection, linears: Linears, structure: Structure, dense: Tensors
+) -> None:
+    dtypes: Counter[str] = Counter()
+    for name in dense:
+        spec = dense.spec(name)
+        dtypes[str(spec.dtype).removeprefix("torch.")] += prod(spec.shape)
+    found.dtypes, found.parameters = dict(dtypes), sum(dtypes.values()) + linears.weights
+    found.dense_linears, found.head = structure.dense, structure.head
+    found.linears = len(linears.shapes) + len(linears.unreadable)
+    scheme = linears.scheme
+    if scheme is None:
+        return
+    found.bits, found.group, found.sym = scheme.bits, scheme.group_size, scheme.symmetric
+    found.grid = scheme.grid
+    found.act_order, found.convention = bool(linears.ordered), linears.convention
+    found.bits_per_weight = 8 * linears.nbytes / linears.weights
+
+
+def _describe_origin(found: Inspection, look: Look) -> None:
+    """Where it came from, by quantkit.json, else by what other tools leave behind."""
+    made = found.provenance or {}
+    chain = [made]
+    while isinstance(chain[-1].get("made_from"), dict):  # what was converted had an origin as well
+        chain.append(chain[-1]["made_from"])
+    methods = [_text(step, "method") for step in chain]
+    method = next((name for name in methods if name and name != "convert"), None)
+    found.method = method or _text(look.opened.config, "quant_method")
+    found.made_from = ", from ".join(filter(None, map(_source, chain))) or None
+    version = _text(made, "versions", "quantkit")
+    found.made_by = f"quantkit {version}" if version else None
+    measured = made.get("measured")
+    if isinstance(measured, dict):
+        numbers = {key: measured.get(key) for key in ("kl", "kl_error", "top1")}
+        if all(isinstance(value, int | float) for value in numbers.values()):
+            found.measured = numbers
+    readme = look.opened.source.folder / "README.md"
+    if not found.made_from and readme.is_file():
+        base = _BASE_MODEL.search(readme.read_text("utf-8", errors="replace"))
+        found.made_from = base and base[1]
+    meta = look.opened.config.get("meta")
+    tools = meta.get("quantizer") if isinstance(meta, dict) else None
+    if not found.made_by and tools:
+        found.made_by = ", ".join(map(str, tools)) if isinstance(tools, list) else str(tools)
+
+
+def _source(made: dict[str, Any]) -> str | None:
+    name, revision = _text(made, "source", "name"), _text(made, "source", "revision")
+    return f"{name} @ {revision[:12]}" if name and revision else name
+
+
+def _text(content: dict[str, Any], *path: str) -> str | None:
+    """A text inside JSON that anybody may have written."""
+    at: Any = content
+    for key in path:
+        at = at.get(key) if isinstance(at, dict) else None
+    return at if isinstance(at, str) else None
+
+
+def _subject(found: Inspection, linears: Linears) -> Subject:
+    """What decides who loads it, as far as a GGUF file has it too."""
+    fatal = {f.code for f in found.findings if f.level == "error"} - {"undeclared", "act-scales"}
+    return Subject(
+        format=found.kind,
+        bits=frozenset(linears.bits),
+        groups=frozenset(linears.groups),
+        shapes=frozenset(linears.shapes.values()),
+        symmetric=found.sym is not False,
+        act_order=bool(linears.ordered),
+        stored_order=linears.stored_order,
+        broken=bool(fatal),
+        bfloat16="bfloat16" in found.dtypes,
+    )
+
+
+def _subject_of_folder(found: Inspection, look: Look) -> Subject:
+    return replace(
+        _subject(found, look.linears),
+        model_type=look.model_type,
+        declared=any(place[0] == checks.CONFIG for place in look.declarations),
+        standard_files=checks.standard_files(look),
+        lacks_act_scales=checks.lacks_activation_scales(look),
+    )

@@ -57,7 +57,7 @@ class Layout:
                 found[f"{job.disk}.{suffix}"] = spec
             if job.bias:
                 found[f"{job.disk}.bias"] = TensorSpec(torch.float16, (job.out,))
-        return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+        return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
 
 def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
@@ -143,7 +143,7 @@ def _stored(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(torch.float16, spec.shape) if spec.dtype == torch.float32 else spec
 
 
-def _natural(name: str) -> tuple[object, ...]:
+def natural(name: str) -> tuple[object, ...]:
     """Sort key: numbers inside names count as numbers, tensors outside of blocks come first."""
     parts = re.split(r"(\d+)", name)
     block = int(parts[1]) if len(parts) > 1 else -1

@@ -1,0 +1,66 @@
+"""``quantkit convert MODEL --to FORMAT``"""
+
+from typing import Any
+
+import click
+
+from quantkit.cli import options
+
+
+@click.command("convert")
+@click.argument("model")
+@click.option(
+    "--to",
+    required=True,
+    metavar="FORMAT",
+    help="gptq, gptq_v2, awq, compressed-tensors, mlx, dense[:f16|bf16|f32], or gguf:TYPE with the "
+    "types q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16, f32.",
+)
+@click.option("--out", "-o", metavar="FOLDER", help="Where to.  [default: MODEL-FORMAT]")
+@click.option("--lossy", is_flag=True, help="Round what does not fit, and measure the error.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
+@click.option(
+    "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
+)
+@click.option("--model-basename", metavar="NAME", help="The weight file, without its ending.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit.")
+@click.option("--dry-run", is_flag=True, help="See whether everything fits, write nothing.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository.")
+@options.quiet
+def command(quiet: bool, **settings: Any) -> None:
+    """Convert MODEL to another format, exactly wherever the format can hold the numbers.
+
+    What cannot be held is refused with the reason, unless --lossy. At the end everything is read
+    back and compared.
+    """
+    from rich.markup import escape
+
+    from quantkit.cli.console import Drawn, stdout
+    from quantkit.workflows.convert import convert
+
+    progress = Drawn(quiet)
+    try:
+        result = convert(progress=progress, **settings)
+    finally:
+        progress.end()
+    if quiet:
+        return
+    console = stdout()
+    if not result.written:
+        console.print(f"{result.linears} linears would take {result.bytes / 1e6:,.1f} MB in all")
+        return
+    if result.exact:
+        console.print(f"every number is the same; digest {result.digest or 'of no linears'}")
+    elif result.errors:
+        name, error = result.worst or ("", 0.0)
+        average = sum(result.errors.values()) / len(result.errors)
+        console.print(
+            f"{len(result.errors)} of {result.linears} linears were rounded: relative error "
+            f"{average:.2e} on average, {error:.2e} at most ({escape(name)})"
+        )
+    if result.dense:
+        console.print(f"other tensors were rounded: relative error {result.dense:.2e} at most")
+    console.print(
+        f"wrote [bold]{escape(str(result.folder))}[/], {result.bytes / 1e6:,.1f} MB, in "
+        f"{result.seconds:.1f} s"
+    )

@@ -1,0 +1,198 @@
+"""The same weight in the form that another format has, exactly if that is possible at all.
+
+Between formats only bookkeeping differs, most of the time: where the zero is, how long a group is,
+how many bits a code has room for. ``fit`` moves the numbers over without rounding any, and raises
+``CannotHold`` with the reason where the form has no place for them. One thing is allowed to round,
+and is reported: a minimum, scale * zero, in the dtype of the scales.
+
+``nearest`` is for those who want the weight anyway: it rounds every weight to the form's own grid.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.core.form import Form
+from quantkit.core.qweight import QWeight, Scheme
+from quantkit.methods import rtn
+
+
+class CannotHold(ValueError):
+    """The form has no place for some number; the message completes 'cannot be held: ...'."""
+
+
+class Fitted(NamedTuple):
+    """``exact``: every weight means the very same number as before."""
+
+    qweight: QWeight
+    exact: bool
+
+
+def fit(q: QWeight, form: Form) -> Fitted:
+    """``q`` in ``form``. Raises CannotHold."""
+    if q.scheme.grid != "int":
+        raise CannotHold(f"the levels of {q.scheme.grid} are not evenly spaced")
+    q = _with_scales(_with_groups(q, form), form)
+    if form.offset == "symmetric":
+        return Fitted(_symmetric(q, form), True)
+    if form.offset == "minimum":
+        return _with_minimum(q, form)
+    return _with_zero(q, form)
+
+
+def _with_groups(q: QWeight, form: Form) -> QWeight:
+    """In groups of a size that the form has, the largest possible."""
+    if q.group_of is not None and form.ordered:
+        return q
+    width, size = q.shape[1], q.scheme.group_size
+    own = size if size != -1 or not form.groups else width
+    if form.groups:
+        sizes = [g for g in sorted(form.groups, reverse=True) if own % g == 0 or g % own == 0]
+    else:
+        sizes = [size, *(g for g in (512, 256, 128, 64, 32, 16) if own % g == 0 and g < own)]
+    if q.group_of is None and not form.groups:
+        return q
+    for candidate in sizes:
+        found = q.regrouped(candidate)
+        if found is not None:
+            return found
+    if q.group_of is not None:
+        raise CannotHold(
+            "its groups follow the activations (g_idx), and those of the target do not"
+        )
+    raise CannotHold(
+        f"its groups of {own} cannot be made groups of {' or '.join(map(str, form.groups))}"
+    )
+
+
+def _with_scales(q: QWeight, form: Form) -> QWeight:
+    if q.scale.dtype in form.scales:
+        return q
+    dtype = form.scales[0]
+    scale = q.scale.to(dtype)
+    minimum = None if q.minimum is None else q.minimum.to(dtype)
+    if not _same(scale, q.scale) or (minimum is not None and not _same(minimum, q.minimum)):
+        name = str(dtype).removeprefix("torch.")
+        raise CannotHold(f"its scales do not fit into {name} without rounding")
+    return replace(q, scale=scale, minimum=minimum)
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and torch.equal(a.double(), b.double())
+
+
+def _room(q: QWeight, form: Form) -> int:
+    """The fewest bits that the form has for all codes of ``q``."""
+    for bits in form.bits:
+        if bits >= q.scheme.bits:
+            return bits
+    raise CannotHold(f"it has {q.scheme.bits} bits, and the target at most {form.bits[-1]}")
+
+
+def _symmetric(q: QWeight, form: Form) -> QWeight:
+    """Codes about the midpoint, with as many bits as the distances from the zero point need."""
+    scheme = q.scheme
+    if scheme.symmetric and scheme.bits in form.bits:
+        return q
+    q = zero_pointed(q)
+    zero = scheme.midpoint if q.zero is None else q.zero[:, q.group_index()].to(torch.int16)
+    levels = q.codes.to(torch.int16) - zero
+    for bits in form.bits:
+        half = 1 << (bits - 1)
+        if int(levels.min()) >= -half and int(levels.max()) < half:
+            codes = (levels + half).to(torch.uint8)
+            return QWeight(Scheme(bits, scheme.group_size), codes, q.scale, None, q.group_of)
+    raise CannotHold(
+        f"its codes reach {int(levels.min())} to {int(levels.max())} about the zero point, and the "
+        f"target has symmetric codes of {form.bits[-1]} bits"
+    )
+
+
+def _with_zero(q: QWeight, form: Form) -> Fitted:
+    bits = _room(q, form)
+    exact = q.minimum is None or is_product(q)
+    q = zero_pointed(q)
+    if q.zero is not None and int(q.zero.min()) < form.zero_min:
+        raise CannotHold("it has zero points of 0, and the target has none (gptq_v2 has)")
+    if bits == q.scheme.bits:
+        return Fitted(q, exact)
+    codes = q.codes
+    if q.zero is None:  # the midpoint moves
+        codes = codes + ((1 << (bits - 1)) - q.scheme.midpoint)
+    return Fitted(replace(q, scheme=replace(q.scheme, bits=bits), codes=codes), exact)
+
+
+def _with_minimum(q: QWeight, form: Form) -> Fitted:
+    scheme = replace(q.scheme, bits=_room(q, form), symmetric=False)
+    if q.minimum is not None:
+        return Fitted(replace(q, scheme=scheme), True)
+    zero = q.scheme.midpoint if q.zero is None else q.zero.float()
+    product = -(q.scale.float() * zero)
+    minimum = product.to(q.scale.dtype)
+    if not bool(minimum.isfinite().all()):
+        raise CannotHold("its minimums, scale * zero, are too large for the dtype of its scales")
+    fitted = QWeight(scheme, q.codes, q.scale, None, q.group_of, minimum)
+    return Fitted(fitted, _same(minimum, product))
+
+
+def zero_pointed(q: QWeight) -> QWeight:
+    """With a zero point in the place of a minimum, where every minimum is that of a whole one:
+    equal to scale * zero, rounded to the minimum's dtype."""
+    if q.minimum is None:
+        return q
+    scale, minimum = q.scale.float(), q.minimum.float()
+    zero = torch.where(scale == 0, torch.zeros_like(scale), -minimum / scale).round()
+    top = q.scheme.max_code
+    again = -(scale * zero)
+    if not bool(((zero >= 0) & (zero <= top)).all()) or not torch.equal(
+        again.to(q.minimum.dtype).float() + 0.0, minimum + 0.0
+    ):
+        raise CannotHold("its minimums are not those of whole zero points")
+    scheme = q.scheme
+    if bool((zero == scheme.midpoint).all()):
+        return QWeight(replace(scheme, symmetric=True), q.codes, q.scale, None, q.group_of)
+    return QWeight(scheme, q.codes, q.scale, zero.to(torch.uint8), q.group_of)
+
+
+def is_product(q: QWeight) -> bool:
+    """Whether giving the minimum back as a zero point changes no weight."""
+    assert q.minimum is not None
+    pointed = zero_pointed(q)
+    zero = q.scheme.midpoint if pointed.zero is None else pointed.zero.float()
+    return _same(-(q.scale.float() * zero), q.minimum.float())
+
+
+def with_zeros(q: QWeight) -> QWeight:
+    """A symmetric weight with its midpoint as a zero point in every group."""
+    zero = torch.full_like(q.scale, q.scheme.midpoint, dtype=torch.uint8)
+    return replace(q, scheme=replace(q.scheme, symmetric=False), zero=zero)
+
+
+def nearest_scheme(scheme: Scheme, form: Form) -> Scheme:
+    """That of a weight rounded to the form's grid: groups as long as its own or, where the form has
+    none such, its shortest."""
+    bits = next((b for b in form.bits if b >= scheme.bits), form.bits[-1])
+    size = scheme.group_size
+    if form.groups and size not in form.groups:
+        size = min(form.groups)
+    return Scheme(bits, size, form.offset == "symmetric")
+
+
+def nearest(q: QWeight, form: Form) -> QWeight:
+    """Every weight of ``q`` rounded to the form's grid. Scales are in the form's usual dtype."""
+    scheme = nearest_scheme(q.scheme, form)
+    rounded = rtn.quantize(q.dequantize(), scheme, form.zero_min)
+    return fit(rounded, form).qweight
+
+
+def nearest_to(weight: Tensor, form: Form) -> QWeight:
+    """A plain weight [out, in] rounded to the form's grid, in its shortest groups."""
+    scheme = Scheme(form.bits[-1], min(form.groups), form.offset == "symmetric")
+    return fit(rtn.quantize(weight.float(), scheme, form.zero_min), form).qweight
+
+
+def relative_error(weight: Tensor, rounded: Tensor) -> float:
+    """|W - W'|^2 / |W|^2, both float32."""
+    return float((weight - rounded).square().sum() / weight.square().sum())

@@ -1,0 +1,346 @@
+"""The formats that ``quantkit convert`` writes, behind one small interface.
+
+safetensors   gptq, gptq_v2, awq, compressed-tensors, mlx
+dense         plain weights in float16, bfloat16 or float32
+gguf          one file, see convert_gguf.py
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit import formats
+from quantkit.core.checkpoint import ShardWriter, TensorSpec, write_json
+from quantkit.core.form import Form
+from quantkit.core.progress import Progress
+from quantkit.core.qweight import QWeight, Scheme
+from quantkit.core.source import Source
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.formats import awq
+from quantkit.methods import fit
+from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.workflows.layout import natural
+
+DENSE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+LOSSY = "use --lossy to round what does not fit; the error is measured and printed"
+
+
+# What became of a tensor: "digest" of a quantized weight, "error" where it was rounded, "rounded"
+# the error of a plain tensor
+Moved = dict[str, Any]
+
+
+class Target(Protocol):
+    """Where a conversion goes. Names are those of the source, as transformers has them."""
+
+    nbytes: int
+    packs: bool  # the result has codes
+
+    def survey(self, progress: Progress) -> list[str]:
+        """See that everything fits, and plan the output; returns what the user should know. Raises
+        QuantkitError when something does not fit."""
+
+    def begin(self, folder: Path, shard: int) -> bool:
+        """Open the output. False when it does not hold what an interrupted run had written."""
+
+    def fitted(self, q: QWeight) -> fit.Fitted:
+        """The weight as the target will hold it."""
+
+    def error(self, q: QWeight, fitted: QWeight) -> float:
+        """Relative error of what was written for ``q``."""
+
+    def put(self, prefix: str, q: QWeight) -> None:
+        """Write a fitted linear."""
+
+    def put_dense(self, name: str, tensor: Tensor) -> dict[str, Moved]:
+        """Write any other tensor, and say what became of it."""
+
+    def sync(self) -> None: ...
+
+    def close(self, folder: Path, by: str) -> None:
+        """Write what goes beside the tensors; the index last."""
+
+    def abandon(self) -> None: ...
+
+    def reopened(self, folder: Path) -> Opened:
+        """The result, read like any other checkpoint."""
+
+
+def parse(to: str) -> tuple[str, str | None]:
+    """``gguf:q4_0`` -> ("gguf", "q4_0"). Raises UsageError for what is no target."""
+    name, _, kind = to.lower().replace("-", "_").partition(":")
+    if name not in (*formats.TARGETS, "dense", "gguf") or (kind and name not in ("gguf", "dense")):
+        known = [t.replace("compressed_tensors", "compressed-tensors") for t in formats.TARGETS]
+        raise UsageError(
+            f"'{to}' is no format to convert to", f"use {', '.join(known)}, dense or gguf:TYPE"
+        )
+    return name, kind or None
+
+
+def target(to: str, opened: Opened, *, lossy: bool, pre_tokenizer: str | None) -> Target:
+    """The target called ``to`` for this source."""
+    name, kind = parse(to)
+    if name == "gguf":
+        from quantkit.workflows.convert_gguf import GgufTarget
+
+        return GgufTarget(opened, kind, lossy, pre_tokenizer)
+    if name == "dense":
+        return DenseTarget(opened, kind)
+    return PackedTarget(opened, name, lossy)
+
+
+class _Safetensors:
+    """What both kinds of folders share."""
+
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self.specs: dict[str, TensorSpec] = {}
+        self._writer: ShardWriter | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def writer(self) -> ShardWriter:
+        assert self._writer is not None
+        return self._writer
+
+    def begin(self, folder: Path, shard: int) -> bool:
+        specs = dict(sorted(self.specs.items(), key=lambda item: natural(item[0])))
+        self._writer = ShardWriter(folder, specs, shard)
+        return self._writer.complete
+
+    def put_dense(self, name: str, tensor: Tensor) -> dict[str, Moved]:
+        if name not in self.specs:
+            return {}
+        self.writer.write(name, tensor)
+        return {name: {}}
+
+    def sync(self) -> None:
+        self.writer.sync()
+
+    def abandon(self) -> None:
+        if self._writer:
+            self._writer.abandon()
+
+    def reopened(self, folder: Path) -> Opened:
+        return open_checkpoint(Source(folder.name, folder))
+
+    def _config(self) -> dict[str, Any]:
+        config = {
+            key: value
+            for key, value in self.opened.model_config.items()
+            if key not in ("quantization_config", "quantization", "_name_or_path", "torch_dtype")
+        }
+        counts: dict[torch.dtype, int] = {}
+        for name in self.opened.dense:
+            spec = self.specs.get(name)
+            if spec and spec.dtype.is_floating_point:
+                counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.nbytes
+        dtype = max(counts, key=lambda d: counts[d], default=torch.float16)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        return config
+
+
+class PackedTarget(_Safetensors):
+    """A folder in one of formats.TARGETS."""
+
+    packs = True
+
+    def __init__(self, opened: Opened, name: str, lossy: bool) -> None:
+        super().__init__(opened)
+        self.format, self.lossy = formats.by_name(name), lossy
+        self.form: Form = self.format.FORM
+        self.scheme: Scheme | None = None
+        self._name = name
+
+    def survey(self, progress: Progress) -> list[str]:
+        opened = self.opened
+        if not opened.linears:
+            raise QuantkitError(
+                f"{opened.source.name} is not quantized, and converting does not quantize",
+                "use 'quantkit gptq', or convert to dense or gguf:f16",
+            )
+        self._choose_groups()
+        kinds: dict[str, tuple[Scheme, torch.dtype]] = {}
+        rounded = ""
+        for prefix, packed in opened.linears.items():
+            try:
+                q, exact = fit.fit(opened.survey(prefix), self.form)
+                scheme, scale = q.scheme, q.scale.dtype
+            except fit.CannotHold as error:
+                if not self.lossy:
+                    raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
+                scheme, exact = fit.nearest_scheme(packed.scheme, self.form), False
+                scale = self.form.scales[0]
+            if reason := self.format.refusal(packed.out, packed.width, scheme):
+                raise QuantkitError(f"{prefix} cannot be held: {reason}")
+            rounded = rounded or ("" if exact else prefix)
+            kinds[prefix] = scheme, scale
+        self.scheme = self._one_scheme({prefix: scheme for prefix, (scheme, _) in kinds.items()})
+        for prefix, (_, scale) in kinds.items():
+            packed = opened.linears[prefix]
+            specs = self.format.specs(packed.out, packed.width, self.scheme, scale)
+            self.specs |= {f"{prefix}.{suffix}": spec for suffix, spec in specs.items()}
+        self._dense_specs()
+        return [f"{rounded} and others will be rounded; the error is measured"] if rounded else []
+
+    def _one_scheme(self, schemes: dict[str, Scheme]) -> Scheme:
+        """What the configuration will say. One asymmetric linear makes all of them so."""
+        first = next(iter(schemes))
+        for prefix, scheme in schemes.items():
+            if replace(scheme, symmetric=True) != replace(schemes[first], symmetric=True):
+                raise QuantkitError(
+                    f"{first} has {schemes[first]} and {prefix} has {scheme}, and the target has "
+                    "one kind for all",
+                    "gguf:TYPE and dense have a kind for each",
+                )
+        symmetric = all(scheme.symmetric for scheme in schemes.values())
+        return replace(schemes[first], symmetric=symmetric)
+
+    def _choose_groups(self) -> None:
+        """GGUF cuts every group into blocks of 32; where all of them allow it, they are joined
+        again."""
+        if self.opened.format != "gguf" or self.form.groups:
+            return
+        sizes = [-1, 1024, 512, 256, 128, 64]
+        for prefix in self.opened.linears:
+            q = self.opened.qweight(prefix)
+            while sizes and q.regrouped(sizes[0]) is None:
+                sizes.pop(0)
+        own = next(iter(self.opened.linears.values())).scheme.group_size
+        self.form = replace(self.form, groups=(sizes[0] if sizes and sizes[0] != -1 else own,))
+
+    def _dense_specs(self) -> None:
+        dense = self.opened.dense
+        ones = awq.activation_scale_names(dense)
+        for name in ones:
+            if not bool((dense.get(name) == 1).all()):
+                raise QuantkitError(
+                    f"{name} scales an activation, which only AWQ's readers do",
+                    "convert to awq, dense, or quantize the original again",
+                )
+        self.specs |= {name: dense.spec(name) for name in dense if name not in ones}
+        if self._name == "awq":
+            outputs = {prefix: packed.out for prefix, packed in self.opened.linears.items()}
+            kind = self.opened.model_config.get("model_type", "")
+            self.specs |= awq.activation_scales(kind, outputs)
+
+    def fitted(self, q: QWeight) -> fit.Fitted:
+        assert self.scheme is not None
+        found = fit_or_round(q, self.form, self.lossy)
+        if found.qweight.scheme.symmetric and not self.scheme.symmetric:
+            return found._replace(qweight=fit.with_zeros(found.qweight))
+        return found
+
+    def error(self, q: QWeight, fitted: QWeight) -> float:
+        return fit.relative_error(q.dequantize(), fitted.dequantize())
+
+    def put(self, prefix: str, q: QWeight) -> None:
+        for suffix, tensor in self.format.pack(q).items():
+            self.writer.write(f"{prefix}.{suffix}", tensor)
+
+    def close(self, folder: Path, by: str) -> None:
+        assert self.scheme is not None
+        outputs = {prefix: packed.out for prefix, packed in self.opened.linears.items()}
+        if self._name == "awq":
+            kind = self.opened.model_config.get("model_type", "")
+            for name, spec in awq.activation_scales(kind, outputs).items():
+                self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
+        config = self._config()
+        config |= self.format.configuration(self.scheme, self._left_dense(), by)
+        write_json(folder / "config.json", config)
+        for file, content in self.format.beside(config, self.opened.source.name).items():
+            write_json(folder / file, content)
+        self.writer.close()
+
+    def _left_dense(self) -> list[str]:
+        """Modules with a matrix that is not quantized, in blocks or as a head."""
+        found = []
+        for name in self.opened.dense:
+            module, _, leaf = name.rpartition(".")
+            in_block = any(part.isdigit() for part in module.split("."))
+            head = module in ("lm_head", "embed_out")
+            matrix = leaf == "weight" and len(self.opened.dense.spec(name).shape) == 2
+            if matrix and (in_block or head):
+                found.append(module)
+        return found
+
+
+def fit_or_round(q: QWeight, form: Form, lossy: bool) -> fit.Fitted:
+    """The weight in this form: as it is, or with ``lossy`` rounded to it. Raises QuantkitError."""
+    try:
+        return fit.fit(q, form)
+    except fit.CannotHold as error:
+        if not lossy:
+            raise QuantkitError(f"a weight cannot be held: {error}", LOSSY) from error
+        return fit.Fitted(fit.nearest(q, form), False)
+
+
+class DenseTarget(_Safetensors):
+    """A folder of plain weights. ``kind`` is their dtype; by default that of the source's other
+    tensors."""
+
+    packs = False
+
+    def __init__(self, opened: Opened, kind: str | None) -> None:
+        super().__init__(opened)
+        name = _SHORT.get(kind or "", kind)
+        if name is not None and name not in DENSE:
+            raise UsageError(f"'{kind}' is no dtype", "use dense:f16, dense:bf16 or dense:f32")
+        self.dtype = DENSE[name] if name else self._usual()
+
+    def _usual(self) -> torch.dtype:
+        dense = self.opened.dense
+        dtypes = [dense.spec(name).dtype for name in dense if len(dense.spec(name).shape) == 2]
+        found = next((dtype for dtype in dtypes if dtype in DENSE.values()), torch.float16)
+        return found
+
+    def survey(self, progress: Progress) -> list[str]:
+        dense = self.opened.dense
+        for prefix, packed in self.opened.linears.items():
+            self.specs[f"{prefix}.weight"] = TensorSpec(self.dtype, (packed.out, packed.width))
+        for name in dense:
+            spec = dense.spec(name)
+            dtype = self.dtype if spec.dtype.is_floating_point else spec.dtype
+            self.specs[name] = TensorSpec(dtype, spec.shape)
+        return []
+
+    def fitted(self, q: QWeight) -> fit.Fitted:
+        exact = bool(torch.equal(q.dequantize(self.dtype).float(), q.dequantize()))
+        return fit.Fitted(q, exact)
+
+    def put(self, prefix: str, q: QWeight) -> None:
+        self.writer.write(f"{prefix}.weight", q.dequantize(self.dtype))
+
+    def put_dense(self, name: str, tensor: Tensor) -> dict[str, Moved]:
+        stored, error = rounded(tensor, self.specs[name].dtype, name)
+        self.writer.write(name, stored)
+        return {name: {"rounded": error} if error else {}}
+
+    def error(self, q: QWeight, fitted: QWeight) -> float:
+        return fit.relative_error(q.dequantize(), q.dequantize(self.dtype).float())
+
+    def close(self, folder: Path, by: str) -> None:
+        write_json(folder / "config.json", self._config())
+        self.writer.close()
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, float]:
+    """The tensor in ``dtype``, and its relative error |t - t'|^2 / |t|^2. Raises QuantkitError for
+    numbers that are too large for it."""
+    stored = tensor.to(dtype)
+    if stored.dtype == tensor.dtype or torch.equal(stored.double(), tensor.double()):
+        return stored, 0.0
+    if not bool(stored.isfinite().all()):
+        raise QuantkitError(
+            f"{name} has values that do not fit into {str(dtype).removeprefix('torch.')}",
+            "choose bfloat16 or float32",
+        )
+    lost = (stored.float() - tensor.float()).square().sum()
+    return stored, float(lost / tensor.float().square().sum())

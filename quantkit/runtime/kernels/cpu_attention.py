@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "quantkit_cpu"
+_MORE = ("position_bias", "cache", "softcap", "s_aux")  # attention with one of these is another
 _TILE = 128
 _SCORES = 1 << 19  # in one product: 1 MB
 
@@ -49,7 +50,7 @@ def attention(
     attention over whole rows goes to torch."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = causal and attention_mask is None and not dropout
-    plain = plain and others.get("position_bias") is None and others.get("cache") is None
+    plain = plain and all(others.get(name) is None for name in _MORE)
     if not plain or not fits(query, key):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module,

@@ -28,6 +28,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import gptq as gptq_format
 from quantkit.runtime import gather
 from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
@@ -240,6 +241,7 @@ def _quantize_blocks(
     strict: bool,
     progress: Progress,
 ) -> None:
+    cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
     ride = RideAlong(rides)
     rows = batches(report.calibration.rows, plan.tokens_at_once)

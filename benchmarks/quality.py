@@ -37,8 +37,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "plain GPTQ: min-max scales, columns in order": PLAIN,
     "+ signed scale search under the conditional Hessian": {**PLAIN, "scale_search": True},
     "+ act-order static": {**PLAIN, "scale_search": True, "act_order": "static"},
-    "+ bias correction (this is --fast)": {"fast": True},
-    "+ scale refit and code polish, 2 rounds": {"align": 0.0},
+    "+ bias correction": {"align": 0.0, "refine": 0},
+    "the same from thinned statistics (this is --fast)": {"fast": True},
+    "bias correction + scale refit and code polish, 2 rounds": {"align": 0.0},
     "+ aligned target (this is the default)": {},
 }
 OTHERS: dict[str, dict[str, Any]] = {
@@ -70,7 +71,7 @@ def main() -> None:
         measured = result["models"][name] = {}
         original = _logits(path, held_out)
         for label, options in (STEPS | ({} if args.steps_only else OTHERS)).items():
-            if args.only and args.only not in label:
+            if args.only and not any(part in label for part in args.only):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
@@ -98,7 +99,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--also", action="append", default=[], metavar="MODEL/LABEL=PATH")
     parser.add_argument("--steps-only", action="store_true")
-    parser.add_argument("--only", help="only settings whose name contains this")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only settings whose names contain one of these"
+    )
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

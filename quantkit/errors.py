@@ -16,6 +16,10 @@ class QuantkitError(Exception):
         self.hint = hint
 
 
+class QuantkitWarning(UserWarning):
+    """Something about a model that its user should know, and that does not keep it from working."""
+
+
 class UsageError(QuantkitError):
     """An option or argument that cannot work, found before anything was touched."""
 

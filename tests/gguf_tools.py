@@ -21,7 +21,7 @@ from quantkit.formats import gguf, gguf_model, gguf_tokenizer
 SCRIPTS = Path(__file__).parent / "referees"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 needs_gguf = pytest.mark.skipif(
-    find_spec("gguf") is None, reason="the gguf package is not installed (quantkit[gguf])"
+    find_spec("gguf") is None, reason="the gguf package is not installed"
 )
 
 

@@ -312,10 +312,10 @@ def test_a_folder_without_a_model(tmp_path, capsys):
     assert "no config.json" in refused(capsys, tmp_path / "empty")[0]
 
 
-def test_pickles_are_not_opened(copy, capsys):
+def test_what_is_no_torch_file_is_not_opened(copy, capsys):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     message, hint = refused(capsys, copy)
-    assert "only pytorch_model.bin" in message
+    assert "pytorch_model.bin is truncated, or in the format of torch before 1.6" in message
     assert "safetensors" in hint
 
 

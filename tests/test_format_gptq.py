@@ -10,7 +10,6 @@ from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError
 from quantkit.formats import gptq
-from quantkit.formats.gptq import Declared
 
 NAME = "model.layers.3.mlp.down_proj"
 
@@ -71,15 +70,9 @@ def test_shapes_that_are_no_powers_of_two(bits, out, width, symmetric):
 @every_case
 def test_specs_are_what_pack_returns(scheme, convention, shuffled):
     packed = gptq.pack(make(scheme, shuffled=shuffled), convention)
-    planned = gptq.specs(96, 256, scheme, bias=False)
+    planned = gptq.specs(96, 256, scheme, torch.float16)
     assert {suffix: TensorSpec.of(tensor) for suffix, tensor in packed.items()} == planned
     assert all(tensor.is_contiguous() for tensor in packed.values())
-
-
-def test_specs_of_a_bias():
-    with_bias = gptq.specs(96, 256, Scheme(), bias=True)
-    assert with_bias.pop("bias") == TensorSpec(torch.float16, (96,))
-    assert with_bias == gptq.specs(96, 256, Scheme(), bias=False)
 
 
 # the documented layout, read without quantkit's help
@@ -312,39 +305,144 @@ def test_asymmetric_data_does_not_tell_its_convention(bits):
 @pytest.mark.parametrize("group", [16, 32, 128, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_scheme_is_seen_in_the_shapes(bits, group, symmetric):
+    """Whatever the configuration says of bits and groups, which is often wrong."""
     scheme = Scheme(bits, group, symmetric)
-    found = gptq.specs(96, 256, scheme, bias=False)
-    assert gptq.scheme_of(found, symmetric, None) == scheme
+    found = gptq.specs(96, 256, scheme)
+    assert gptq.scheme_of(found, symmetric, 7, NAME) == scheme
     del found["g_idx"]
-    assert gptq.scheme_of(found, symmetric, 256) == scheme
+    assert gptq.scheme_of(found, symmetric, None, NAME) == scheme
+    said = {"bits": 5, "group_size": 7, "sym": symmetric}
+    assert gptq.describe(held(found), NAME, said) == (96, 256, scheme)
+
+
+@pytest.mark.parametrize(
+    ("said", "symmetric"),
+    [
+        ({}, True),
+        ({"sym": False}, False),
+        ({"sym": True}, True),
+        ({"zero_point": True}, False),
+        ({"zero_point": False}, True),
+        ({"sym": True, "zero_point": True}, True),
+    ],
+)
+def test_symmetric_is_as_declared(said, symmetric):
+    scheme = gptq.describe(held(gptq.specs(96, 256, Scheme(4, 32))), NAME, said)[2]
+    assert scheme == Scheme(4, 32, symmetric)
 
 
 def test_shapes_that_make_no_scheme_are_refused():
-    def refused(width=None, **changes):
-        found = gptq.specs(96, 256, Scheme(4, 32), bias=False)
+    def refused(without=(), **changes):
+        found = gptq.specs(96, 256, Scheme(4, 32))
         for suffix, shape in changes.items():
-            found[suffix] = TensorSpec(torch.int32, shape)
-        if width is not None:
-            del found["g_idx"]
+            found[suffix] = TensorSpec(found[suffix].dtype, shape)
+        for suffix in without:
+            del found[suffix]
         with pytest.raises(QuantkitError) as caught:
-            gptq.scheme_of(found, True, width)
+            gptq.describe(held(found), NAME, {})
+        assert NAME in caught.value.message
         return caught.value.message
 
-    assert "not known" in refused(width=0)
-    assert "33 rows" in refused(qweight=(33, 96))
-    assert "40 rows" in refused(qweight=(40, 96))  # 5 bits
-    refused(scales=(0, 96))
-    refused(scales=(7, 96))
-    refused(scales=(32, 96))  # groups of 8
+    for suffix in ("qweight", "qzeros", "scales"):
+        assert f"no tensor {suffix}" in refused(without=[suffix])
+        assert f"{suffix} has the shape" in refused(**{suffix: (8,)})
+        assert f"{suffix} has the shape" in refused(**{suffix: (8, 0)})
+    assert "15 words of zero points for 96 outputs" in refused(qzeros=(8, 15))  # 5 bits
+    assert "13 words of zero points for 96 outputs" in refused(qzeros=(8, 13))
+    assert "33 words of 4 bits hold 264 inputs" in refused(qweight=(33, 96))
+    assert "7 groups for 256 inputs" in refused(qzeros=(7, 12), scales=(7, 96))
+    assert "32 groups for 256 inputs" in refused(qzeros=(32, 12), scales=(32, 96))
+    assert "scales has the shape (16, 96)" in refused(scales=(16, 96))
+    assert "scales has the shape (8, 95)" in refused(scales=(8, 95))
+    # what g_idx cannot correct, when there is none
+    assert "5 groups for 264 inputs" in refused(["g_idx"], qweight=(33, 96), qzeros=(5, 12))
 
 
-def read_back(folder, q, written, said, without=()):
+# whose linears these are
+
+
+class Held(dict):
+    """Tensors (or what is known of them) in memory, in the way of a Checkpoint."""
+
+    def spec(self, name):
+        found = self[name]
+        return found if isinstance(found, TensorSpec) else TensorSpec.of(found)
+
+    def get(self, name):
+        return self[name]
+
+
+def held(packed, prefix=NAME):
+    return Held({f"{prefix}.{suffix}": tensor for suffix, tensor in packed.items()})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, -1])
+@pytest.mark.parametrize(("out", "width"), [(32, 128), (256, 256), (1024, 128), (96, 3072)])
+def test_its_own_linears_are_known(out, width, group, bits):
+    found = held(gptq.specs(out, width, Scheme(bits, group)))
+    found["model.embed_tokens.weight"] = TensorSpec(torch.float16, (10, width))
+    found[f"{NAME}.bias"] = TensorSpec(torch.float16, (out,))
+    assert gptq.linears(found, {}) == [NAME]
+    assert sorted(gptq.names(found, NAME)) == [
+        f"{NAME}.{suffix}" for suffix in ("g_idx", "qweight", "qzeros", "scales")
+    ]
+    del found[f"{NAME}.g_idx"]
+    assert gptq.linears(found, {}) == [NAME]
+    assert f"{NAME}.g_idx" not in gptq.names(found, NAME)
+
+
+INT, SHORT, HALF = torch.int32, torch.int16, torch.float16
+# linears of AWQ's variants whose scales are as wide as their qweight: (dtype, shape) by suffix
+LOOKALIKES = {
+    "GEMV, 128 inputs in groups of 64": {
+        "qweight": (INT, (64, 16)),
+        "qzeros": (INT, (64, 2)),
+        "scales": (HALF, (64, 16)),
+    },
+    "GEMV, 256 inputs in groups of 32": {
+        "qweight": (INT, (64, 32)),
+        "qzeros": (INT, (64, 4)),
+        "scales": (HALF, (64, 32)),
+    },
+    "GEMV_fast, square": {
+        "qweight": (SHORT, (64, 256)),
+        "qzeros": (HALF, (8, 256)),
+        "scales": (HALF, (8, 256)),
+    },
+    "llm-awq, square": {
+        "qweight": (SHORT, (64, 256)),
+        "scaled_zeros": (HALF, (8, 256)),
+        "scales": (HALF, (8, 256)),
+    },
+}
+
+
+@pytest.mark.parametrize("variant", LOOKALIKES)
+def test_linears_of_awq_are_not_its_own(variant):
+    found = held({suffix: TensorSpec(*spec) for suffix, spec in LOOKALIKES[variant].items()})
+    assert gptq.linears(found, {}) == []
+    assert gptq.linears(found, {"quant_method": "gptq"}) == []
+
+
+@pytest.mark.parametrize(("method", "ours"), [(None, True), ("gptq", True), ("awq", False)])
+def test_a_qweight_without_scales_is_whose_the_config_says(method, ours):
+    found = held({"qweight": TensorSpec(INT, (32, 96))})
+    assert bool(gptq.linears(found, {"quant_method": method} if method else {})) == ours
+
+
+def said(scheme, convention="v1"):
+    """What a checkpoint says of itself."""
+    return gptq.configuration(scheme, [], "somebody", convention)["quantization_config"]
+
+
+def read_back(folder, q, written, config, without=()):
     packed = gptq.pack(q, written)
     save_file(
         {f"{NAME}.{s}": t for s, t in packed.items() if s not in without},
         folder / "model.safetensors",
     )
-    return gptq.read(Checkpoint(folder), NAME, said)
+    return gptq.read_with_convention(Checkpoint(folder), NAME, config)
 
 
 @pytest.mark.parametrize("claimed", ["v1", "v2"])
@@ -356,29 +454,101 @@ def test_symmetric_data_is_believed_before_the_config(
 ):
     """Wrong conventions are common; linears of other bits are GPTQModel's ``dynamic``."""
     q = make(Scheme(bits, 32))
-    found, convention = read_back(tmp_path, q, written, Declared(claimed_bits, True, claimed))
+    found, convention = read_back(tmp_path, q, written, said(Scheme(claimed_bits, 32), claimed))
     assert found.identical(q)
     assert convention == written
+    assert gptq.read(Checkpoint(tmp_path), NAME, {}).identical(q)
 
 
 @pytest.mark.parametrize("convention", ["v1", "v2"])
 def test_asymmetric_data_is_read_as_the_config_says(tmp_path, convention):
     q = make(Scheme(4, 32, False))
-    found, used = read_back(tmp_path, q, convention, Declared(4, False, convention))
+    found, used = read_back(tmp_path, q, convention, said(q.scheme, convention))
     assert found.identical(q)
     assert used == convention
 
 
+@pytest.mark.parametrize("convention", ["v1", "v2"])
+def test_asymmetric_data_that_is_declared_symmetric_is_read_as_it_is(tmp_path, convention):
+    q = make(Scheme(4, 32, False))
+    found, _ = read_back(tmp_path, q, convention, said(Scheme(4, 32), convention))
+    assert found.identical(q)
+
+
+@pytest.mark.parametrize("convention", ["v1", "v2"])
+def test_zero_points_at_the_midpoint_throughout_are_symmetric(tmp_path, convention):
+    """In the convention that is declared; in the other one they are what they are."""
+    q = make(Scheme(4, 32))
+    found, _ = read_back(tmp_path, q, convention, said(Scheme(4, 32, False), convention))
+    assert found.identical(q)
+    other = "v2" if convention == "v1" else "v1"
+    found, used = read_back(tmp_path, q, convention, said(Scheme(4, 32, False), other))
+    assert used == other
+    assert set(found.zero.flatten().tolist()) == {7 if other == "v2" else 9}
+
+
 def test_a_file_without_g_idx_is_read(tmp_path):
     q = make(Scheme(3, 32))
-    found, _ = read_back(tmp_path, q, "v1", Declared(3, True, "v1"), without=("g_idx",))
+    found, _ = read_back(tmp_path, q, "v1", said(q.scheme), without=("g_idx",))
     assert found.identical(q)
 
 
 @pytest.mark.parametrize("suffix", ["qzeros", "scales"])
 def test_a_file_without_a_tensor_is_refused(tmp_path, suffix):
     with pytest.raises(QuantkitError, match=f"{re.escape(NAME)} has no tensor {suffix}"):
-        read_back(tmp_path, make(Scheme()), "v1", Declared(4, True, "v1"), without=(suffix,))
+        read_back(tmp_path, make(Scheme()), "v1", said(Scheme()), without=(suffix,))
+
+
+@pytest.mark.parametrize(
+    ("config", "convention"),
+    [
+        ({}, "v1"),
+        ({"checkpoint_format": "gptq"}, "v1"),
+        ({"checkpoint_format": "gptq_v2"}, "v2"),
+        ({"format": "gptq_v2"}, "v2"),
+    ],
+)
+def test_the_declared_convention(config, convention):
+    assert gptq.declared_convention(config) == convention
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"checkpoint_format": "marlin"}, {"format": "bitblas"}, {"is_marlin_format": True}],
+)
+def test_formats_that_only_look_alike_are_refused(config):
+    with pytest.raises(QuantkitError, match="is not read"):
+        gptq.declared_convention(config)
+    with pytest.raises(QuantkitError, match="is not read"):
+        gptq.read(held(gptq.pack(make(Scheme(4, 32)))), NAME, config)
+
+
+# what can be written
+
+
+@pytest.mark.parametrize(
+    ("out", "width", "scheme", "reason"),
+    [
+        (96, 256, Scheme(4, 64, True, "nf4"), "not those of nf4"),
+        (96, 256, Scheme(5, 64), "not 5"),
+        (96, 256, Scheme(6, 64), "not 6"),
+        (100, 256, Scheme(4, 64), "100 x 256 does not fill"),
+        (96, 260, Scheme(4, -1), "96 x 260 does not fill"),
+        (104, 96, Scheme(3, 32), "104 x 96 does not fill"),
+        (104, 96, Scheme(4, 32), None),
+        (96, 256, Scheme(8, 64, False), None),
+    ],
+)
+def test_refusal(out, width, scheme, reason):
+    found = gptq.refusal(out, width, scheme)
+    assert found is None if reason is None else reason in found
+
+
+def test_minimums_are_not_written():
+    q = make(Scheme(4, 32))
+    scheme = Scheme(4, 32, False)
+    with pytest.raises(ValueError, match="minimums"):
+        gptq.pack(QWeight(scheme, q.codes, q.scale, minimum=q.scale))
 
 
 CONFIG = {"act_order": "static", "damp": 0.01, "dense": [], "quantizer": "quantkit:0.1.0"}
@@ -437,3 +607,18 @@ def test_legacy_config_adds_the_names():
     assert legacy.pop("model_name_or_path") == "owner/name"
     assert legacy.pop("model_file_base_name") == "model"
     assert legacy == config
+
+
+@pytest.mark.parametrize("convention", ["v1", "v2"])
+def test_configuration_is_for_conversions(convention):
+    """The order of columns and the damping are not known there."""
+    whole = gptq.configuration(Scheme(8, 64, False), ["a.gate"], "quantkit:1", convention)
+    assert whole.keys() == {"quantization_config"}
+    config = whole["quantization_config"]
+    assert (config["bits"], config["group_size"], config["sym"]) == (8, 64, False)
+    assert (config["desc_act"], config["static_groups"]) == (False, False)
+    assert config["checkpoint_format"] == {"v1": "gptq", "v2": "gptq_v2"}[convention]
+    assert config["meta"] == {"quantizer": ["quantkit:1"]}
+    assert len(config["dynamic"]) == 1 and "damp_percent" not in config
+    beside = gptq.beside(whole, "owner/name")
+    assert beside == {"quantize_config.json": gptq.legacy_config(config, "owner/name")}

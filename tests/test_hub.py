@@ -16,12 +16,14 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from tools import model
+from tools import model, quantized
 
 BIG = os.urandom(1 << 20)
 WANTED = {"config.json", "generation_config.json", "model.safetensors", "LICENSE", "qwen.tiktoken"}
 WANTED |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 COMMITS = {"main": "a" * 40, "v2": "b" * 40, "feature/x": "c" * 40}
+COMMITS["gptq-4bit-32g-actorder_True"] = "d" * 40
+RUN = "from quantkit.cli.main import run; run()"
 
 
 class Hub:
@@ -404,3 +406,46 @@ def test_from_the_hub_to_a_verified_model(hub, tmp_path):
     assert f"(revision `{COMMITS['v2'][:12]}`)" in card
     for path in (work / folder).iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def as_legacy(folder: Path) -> dict[str, bytes]:
+    """As AutoGPTQ laid repositories out: no word of quantization in config.json, weights under a
+    name that says it."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    config = json.loads(files["config.json"])
+    said = config.pop("quantization_config")
+    old = {key: said[key] for key in ("bits", "group_size", "desc_act", "sym", "damp_percent")}
+    name = f"gptq_model-{said['bits']}bit-{said['group_size']}g.safetensors"
+    del files["quantkit.json"], files["README.md"]
+    files["config.json"] = json.dumps(config).encode()
+    files["quantize_config.json"] = json.dumps(old).encode()
+    files[name] = files.pop("model.safetensors")
+    return files
+
+
+def test_a_branch_of_a_legacy_gptq_repository_generates(hub, tmp_path):
+    """One branch per variant, as of TheBloke's repositories; the one with act-order in groups."""
+    branch = "gptq-4bit-32g-actorder_True"
+    variants = {"main": {}, branch: {"group": 32, "act_order": "group"}}
+    made = {name: quantized(**settings) for name, settings in variants.items()}
+    repository = {name: as_legacy(folder) for name, folder in made.items()}
+    hub.repositories["TheBloke/demo-GPTQ"] = repository
+
+    def generated(*arguments: object) -> str:
+        command = [sys.executable, "-c", RUN, "generate", *map(str, arguments)]
+        result = subprocess.run(
+            [*command, "Once upon a time", "-n", "8", "-q", "--raw"],
+            env=environment(endpoint, tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    with serving(hub) as endpoint:
+        texts = {name: generated("TheBloke/demo-GPTQ", "--revision", name) for name in variants}
+        basename = ("--model-basename", "gptq_model-4bit-32g")
+        assert generated(f"TheBloke/demo-GPTQ@{branch}", *basename) == texts[branch]
+        for name, folder in made.items():
+            assert texts[name] == generated(folder)

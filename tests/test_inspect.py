@@ -21,6 +21,7 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq, gptq
 from quantkit.runtime.load import load_model
+from quantkit.workflows import inspect_checks
 from quantkit.workflows import repair as repairing
 from quantkit.workflows.convert import convert
 from quantkit.workflows.inspect import inspect
@@ -187,6 +188,14 @@ def test_linears_as_narrow_as_a_group_are_no_exception(tmp_path):
     assert result.findings == []
 
 
+def test_a_size_that_no_row_exceeds_is_one_group_a_row(tmp_path):
+    folder = write(tmp_path / "model", "gptq", group=-1)
+    section(group_size=tiny.INNER)(folder)
+    assert found(folder) == []
+    section(group_size=tiny.WIDTH)(folder)
+    assert found(folder) == [("error", "config")]
+
+
 def test_origin_without_quantkit(folder):
     edit(folder / CONFIG, SECTION, meta={"quantizer": ["optimum:2.3", "gptqmodel:7.6"]})
     (folder / "README.md").write_text("---\nbase_model: owner/name\n---\n")
@@ -213,7 +222,7 @@ def test_what_was_converted_remembers_its_origin(tmp_path):
     convert(str(quantized()), "awq", tmp_path / "out")
     result = inspect(str(tmp_path / "out"))
     assert (result.kind, result.method, result.findings) == ("awq", "gptq", [])
-    assert result.made_from.endswith(", from demo")
+    assert result.made_from == "quantized, from demo"
 
 
 def test_one_of_several_files(folder):
@@ -321,6 +330,14 @@ def test_what_is_repaired_is_what_was_there(folder):
     new = read_json(repaired(folder) / CONFIG)[SECTION]
     assert (new["damp_percent"], new["bits"], new["group_size"]) == (0.05, 4, 32)
     assert "dataset" not in new
+
+
+def test_a_new_header_keeps_tensors_aligned(folder):
+    no_header(folder)
+    edited = (repaired(folder) / WEIGHTS).read_bytes()
+    assert int.from_bytes(edited[:8], "little") % 8 == 0
+    old, new = (load_file(f / WEIGHTS) for f in (folder, folder.with_name("repaired")))
+    assert all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_everything_at_once(folder):
@@ -607,6 +624,10 @@ def test_files_that_are_nested_deeply(folder, capsys):
     assert command("inspect", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["provenance"] is None
     assert command("inspect", folder) == 0
+    deep = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    assert list(inspect_checks._private(deep)) == []
 
 
 # unfinished folders, and where the copy goes

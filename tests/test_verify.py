@@ -12,9 +12,9 @@ from tools import QUICK, command, model, quantized, read_json, sentence
 from transformers import AutoModelForCausalLM
 
 from quantkit import data
-from quantkit.core.checkpoint import Checkpoint
+from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats import gptq
+from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import verify as workflow
 from quantkit.workflows.check import held_out

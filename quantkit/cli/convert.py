@@ -14,7 +14,7 @@ from quantkit.cli import options
     required=True,
     metavar="FORMAT",
     help="gptq, gptq_v2, awq, compressed-tensors, mlx, dense[:f16|bf16|f32], or gguf:TYPE with the "
-    "types q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16, f32.",
+    "types q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16, f32, or K types such as q4_k_m.",
 )
 @click.option("--out", "-o", metavar="FOLDER", help="Where to.  [default: MODEL-FORMAT]")
 @click.option("--lossy", is_flag=True, help="Round what does not fit, and measure the error.")
@@ -22,7 +22,7 @@ from quantkit.cli import options
 @click.option(
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
 )
-@click.option("--model-basename", metavar="NAME", help="The weight file, without its ending.")
+@options.basename
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit.")
 @click.option("--dry-run", is_flag=True, help="See whether everything fits, write nothing.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository.")

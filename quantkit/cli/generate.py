@@ -24,6 +24,7 @@ from quantkit.errors import UsageError
 @click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.")
 @click.option("--stop", multiple=True, help="Stop after this text; repeatable.")
 @click.option("--seed", type=int, help="For the same text again.")
+@options.basename
 @options.running
 @options.quiet
 def command(quiet: bool, **options: Any) -> None:

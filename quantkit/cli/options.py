@@ -28,3 +28,6 @@ def running(command: Command) -> Command:
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+basename = click.option(
+    "--model-basename", metavar="NAME", help="The weight file, without its ending, of several."
+)

@@ -70,6 +70,7 @@ class WeightFile(Protocol):
     def names(self) -> Iterable[str]: ...
     def spec(self, name: str) -> TensorSpec: ...
     def get(self, name: str) -> Tensor: ...
+    def release(self) -> None: ...
 
 
 class Checkpoint:
@@ -111,6 +112,12 @@ class Checkpoint:
         """The tensor, on the CPU, contiguous, backed by the file."""
         return self._open[self._where[name]].get(name)
 
+    def release(self) -> None:
+        """Let go of the pages of files that were read so far; tensors that are still in use keep
+        theirs. They are shared with the system's cache, but count as this process's memory."""
+        for held in self._open.values():
+            held.release()
+
     def without(self, names: Collection[str]) -> "Checkpoint":
         """A view that does not show the tensors ``names``."""
         view = copy(self)
@@ -131,8 +138,7 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._handle: Any  # safetensors has no stubs
-        with self._complaint():
-            self._handle = safe_open(path, framework="pt")
+        self.release()
 
     def names(self) -> Iterable[str]:
         names: list[str] = self._handle.keys()
@@ -151,6 +157,10 @@ class _Safetensors:
         with self._complaint():
             tensor: Tensor = self._handle.get_tensor(name)
         return tensor
+
+    def release(self) -> None:
+        with self._complaint():
+            self._handle = safe_open(self._path, framework="pt")
 
     @contextmanager
     def _complaint(self) -> Iterator[None]:
@@ -177,6 +187,9 @@ class _Pickled:
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name].contiguous()
+
+    def release(self) -> None:
+        """Nothing: all tensors share one map, which is held for good."""
 
 
 def _open(path: Path) -> WeightFile:

@@ -27,9 +27,13 @@ def words(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [count, m] -> int32 [count * bits / 32, m], packed along dim 0."""
+    """uint8 [count, m] -> int32 [count * bits / 32, m], packed along dim 0. Quick where ``codes``
+    is the transpose of a contiguous tensor."""
     count, m = codes.shape
     total = words(count, bits)
+    if bits in _IN_BYTES:
+        packed = _squeezed(codes.T.contiguous().reshape(-1), bits).view(torch.int32)
+        return packed.reshape(m, total).T.contiguous()
     block = block_codes(bits)
     per_block = block * bits // WORD
     source = codes.reshape(count // block, block, m)
@@ -44,12 +48,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """int32 [w, m] -> uint8 [w * 32 / bits, m]; the inverse of :func:`pack`."""
+    """int32 [w, m] -> uint8 [w * 32 / bits, m]; the inverse of :func:`pack`. Its transpose is
+    contiguous for 2, 4 and 8 bits."""
     total, m = packed.shape
     block = block_codes(bits)
     per_block = block * bits // WORD
     if total % per_block:
         raise ValueError(f"{total} words are not whole blocks of {bits}-bit codes")
+    if bits in _IN_BYTES:
+        spread = _spread(packed.T.contiguous().reshape(-1).view(torch.uint8), bits)
+        return spread.reshape(m, -1).T
     source = packed.reshape(total // per_block, per_block, m)
     codes = torch.empty(total // per_block, block, m, dtype=torch.uint8, device=packed.device)
     mask = 2**bits - 1
@@ -63,3 +71,37 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
             value = (value & (2**low - 1)) | (source[:, word + 1] << low)
         codes[:, k] = (value & mask).to(torch.uint8)
     return codes.reshape(-1, m)
+
+
+# Codes that do not straddle bytes: all codes of a byte are moved at once, as the bytes of a wider
+# integer, and a piece at a time, so that everything stays in the caches.
+_IN_BYTES = {2: torch.int32, 4: torch.int16, 8: torch.int8}
+_PIECE = 1 << 20
+
+
+def _squeezed(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [n], a code a byte -> uint8 [n * bits / 8]"""
+    if bits == 8:
+        return codes
+    wide = codes.view(_IN_BYTES[bits])
+    packed = torch.empty(len(wide), dtype=torch.uint8, device=codes.device)
+    for start in range(0, len(wide), _PIECE):
+        x = wide[start : start + _PIECE]
+        both = x | (x >> 4) if bits == 4 else x | (x >> 6) | (x >> 12) | (x >> 18)
+        packed[start : start + _PIECE] = both.bitwise_and_(0xFF)
+    return packed
+
+
+def _spread(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [n] -> uint8 [n * 8 / bits]; the inverse of :func:`_squeezed`"""
+    if bits == 8:
+        return packed
+    codes = torch.empty(len(packed), dtype=_IN_BYTES[bits], device=packed.device)
+    for start in range(0, len(packed), _PIECE):
+        x = packed[start : start + _PIECE].to(codes.dtype)
+        if bits == 4:
+            spread = (x | (x << 4)).bitwise_and_(0x0F0F)
+        else:
+            spread = (x | (x << 6) | (x << 12) | (x << 18)).bitwise_and_(0x03030303)
+        codes[start : start + _PIECE] = spread
+    return codes.view(torch.uint8)

@@ -45,11 +45,9 @@ BITS = 4
 FORM = Form((BITS,), "zero", SCALES)
 CODES = packbits.WORD // BITS
 MIDPOINT = 1 << (BITS - 1)
-# AutoAWQ's awq/utils/packing_utils.py: field i of a GEMM word is output ORDER[i] of eight
-ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-INVERSE = [ORDER.index(i) for i in range(CODES)]
 # AutoAWQ's awq/modules/linear/gemv.py: zero points fill a multiple of so many words
 _GEMV_WORDS = {32: 4, 64: 2}
+_PIECE = 1 << 19  # words at a time, so that everything stays in the caches
 _REQUIRED = ("qweight", "qzeros", "scales")
 # scaled_zeros are llm-awq's, and only looked for to say so
 _SUFFIXES = (*_REQUIRED, "scaled_zeros")
@@ -227,12 +225,42 @@ def _along_rows(packed: Tensor) -> Tensor:
 
 def _along_outputs(packed: Tensor) -> Tensor:
     """int32 [m, N / 8] in GEMM's order -> uint8 [N, m]"""
-    return _permuted(packbits.unpack(packed.T.contiguous(), BITS), INVERSE)
+    m, words = packed.shape
+    codes = torch.empty(m * words, dtype=torch.int64, device=packed.device)
+    flat = packed.reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        x = flat[start : start + _PIECE].to(torch.int64)
+        even, odd = _spread(x & 0xFFFF), _spread((x >> 16) & 0xFFFF)
+        codes[start : start + _PIECE] = even | (odd << 8)
+    return codes.view(torch.uint8).reshape(m, -1).T.contiguous()
 
 
-def _permuted(rows: Tensor, order: list[int]) -> Tensor:
-    """Every eight rows in another order."""
-    return rows.reshape(-1, CODES, rows.shape[1])[:, order].reshape(rows.shape)
+def _packed_outputs(codes: Tensor) -> Tensor:
+    """uint8 [N, m] -> int32 [m, N / 8] in GEMM's order"""
+    flat = codes.T.contiguous().reshape(-1).view(torch.int64)
+    packed = torch.empty(len(flat), dtype=torch.int32, device=codes.device)
+    for start in range(0, len(flat), _PIECE):
+        x = flat[start : start + _PIECE]
+        both = _squeezed(x) | (_squeezed(x >> 8) << 16)
+        packed[start : start + _PIECE] = both.to(torch.int32)
+    return packed.reshape(codes.shape[1], -1)
+
+
+# GEMM's order puts outputs 0, 2, 4, 6 into the lower half of a word and 1, 3, 5, 7 into the upper.
+# Eight codes are the bytes of an int64, and a half of them is moved at once.
+
+
+def _squeezed(x: Tensor) -> Tensor:
+    """Codes in the bytes 0, 2, 4 and 6 -> the same in bits 0 to 15, all others 0."""
+    x = x & 0x000F000F000F000F
+    x = (x | (x >> 12)) & 0x000000FF000000FF
+    return (x | (x >> 24)).bitwise_and_(0xFFFF)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The inverse of :func:`_squeezed`."""
+    x = (x | (x << 24)) & 0x000000FF000000FF
+    return (x | (x << 12)).bitwise_and_(0x000F000F000F000F)
 
 
 def refusal(out: int, width: int, scheme: Scheme) -> str | None:
@@ -273,8 +301,8 @@ def pack(q: QWeight) -> dict[str, Tensor]:
     if zero is None:
         zero = torch.full_like(q.scale, MIDPOINT, dtype=torch.uint8)
     return {
-        "qweight": packbits.pack(_permuted(q.codes, ORDER), BITS).T.contiguous(),
-        "qzeros": packbits.pack(_permuted(zero, ORDER), BITS).T.contiguous(),
+        "qweight": _packed_outputs(q.codes),
+        "qzeros": _packed_outputs(zero),
         "scales": q.scale.T.contiguous(),
     }
 

@@ -273,9 +273,9 @@ _CLASSES = {
 
 def _architecture(config: Config) -> Architecture:
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise QuantkitError(
-            f"models of the type '{kind}' cannot be converted to or from GGUF",
+            f"models of the type '{kind!s:.60}' cannot be converted to or from GGUF",
             f"these can: {', '.join(ARCHITECTURES)}",
         )
     return ARCHITECTURES[kind]
@@ -319,7 +319,7 @@ def _package() -> Any:
     except ImportError as error:
         raise QuantkitError(
             "GGUF files need the gguf package, which is not installed",
-            "pip install 'quantkit[gguf]'",
+            "pip install gguf",
         ) from error
     return gguf
 
@@ -430,9 +430,14 @@ def _value(config: Config, key: Key) -> Any:
     if key.kind == "u32":
         return _count(config, key.name, key.default)
     value = config.get(key.name, key.default)
-    if not isinstance(value, bool if key.kind == "bool" else int | float):
+    if not (isinstance(value, bool) if key.kind == "bool" else _is_real(value)):
         raise QuantkitError(f"config.json has {key.name} = {value!r:.40}")
     return value
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a number that float32 holds."""
+    return isinstance(value, int | float) and abs(value) < 3e38  # false for nan
 
 
 # model types that look back as far as sliding_window says, without another switch
@@ -468,7 +473,7 @@ def rotary(config: Config) -> dict[str, Any]:
 
 
 def _of_rope(rope: Mapping[str, Any], name: str) -> float:
-    if not isinstance(rope.get(name), int | float):
+    if not _is_real(rope.get(name)):
         raise QuantkitError(f"the rotary embedding of this model has no {name}")
     return float(rope[name])
 

@@ -427,23 +427,18 @@ def _around(files: Files, ids: Mapping[str, int]) -> tuple[bool, bool]:
             )
         role = "bos"
         for item in _list(part, "single"):
-            token = None
             match item:
                 case {"Sequence": _}:
                     role = "eos"
-                    continue
-                case {"SpecialToken": {"id": str(token)}}:
-                    pass
-            if (
-                token is None
-                or found[role]
-                or _number_of(files.tokenizer, token) != ids.get(role, -1)
-            ):
-                raise QuantkitError(
-                    f"the tokenizer puts {token!r:.60} around texts, and llama.cpp only the first "
-                    "and the last token of the model (bos, eos)"
-                )
-            found[role] = True
+                case {"SpecialToken": {"id": str(token)}} if not found[role] and _number_of(
+                    files.tokenizer, token
+                ) == ids.get(role, -1):
+                    found[role] = True
+                case _:
+                    raise QuantkitError(
+                        f"the tokenizer puts {item!r:.80} around texts, and llama.cpp only the "
+                        "first and the last token of the model (bos, eos)"
+                    )
     return found["bos"], found["eos"]
 
 

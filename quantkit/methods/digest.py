@@ -9,27 +9,22 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from quantkit.core.qweight import QWeight
 from quantkit.methods import fit
 
-_ORDERED = (1024, 512, 256, 128, 64, 32, 16)
-
 
 def of(q: QWeight) -> str:
     """sha256 of a weight, in hex."""
-    q = _coarsest(fit.zero_pointed(q) if q.minimum is not None and fit.is_product(q) else q)
+    if q.minimum is not None and fit.is_product(q):
+        q = fit.zero_pointed(q)
     state = hashlib.sha256(f"{tuple(q.shape)} {q.scheme.grid}".encode())
     levels = q.codes
     if q.scheme.grid == "int" and q.minimum is None:
         levels = _levels(q)
-    state.update(levels.contiguous().view(torch.uint8).numpy().data)
-    for tensor in (q.scale, q.minimum):
-        if tensor is not None:
-            # -0 and 0 are the same step
-            state.update((tensor.float() + 0.0).contiguous().view(torch.uint8).numpy().data)
-    if q.group_of is not None:
-        state.update(q.group_of.to(torch.int32).numpy().data)
+    for tensor in (levels, *_steps(q)):
+        state.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -41,11 +36,10 @@ def together(digests: Mapping[str, str]) -> str:
     return state.hexdigest()
 
 
-def _levels(q: QWeight) -> torch.Tensor:
+def _levels(q: QWeight) -> Tensor:
     """Distance from the zero point, int8 if all fit."""
-    if q.zero is None and q.scheme.midpoint <= 128:
+    if q.zero is None:
         return (q.codes - q.scheme.midpoint).view(torch.int8)  # wraps around to the right number
-    assert q.zero is not None
     zero = q.zero.to(torch.int16)
     if q.group_of is not None:
         levels = q.codes.to(torch.int16) - zero[:, q.group_of.long()]
@@ -56,17 +50,14 @@ def _levels(q: QWeight) -> torch.Tensor:
     return (levels.to(torch.int8) if small else levels).reshape(q.shape)
 
 
-def _coarsest(q: QWeight) -> QWeight:
-    """In the longest contiguous groups that mean the same."""
-    width = q.shape[1]
-    if q.group_of is not None:
-        sizes = [size for size in _ORDERED if width % size == 0]
-    else:
-        own = q.scheme.width(width)
-        sizes = [own << k for k in range(1, 24) if width % (own << k) == 0][::-1]
-    sizes = [size for size in sizes if size <= 1024]
-    for size in (-1, *sizes):
-        found = q.regrouped(size)
-        if found is not None:
-            return found
-    return q
+def _steps(q: QWeight) -> tuple[Tensor, Tensor]:
+    """The scales (and minimums) of every input, however they are grouped: the different ones
+    [groups, out], in the order in which the inputs have them, and for each input its number."""
+    held = [t.double() + 0.0 for t in (q.scale, q.minimum) if t is not None]  # no -0
+    bits = torch.cat(held).T.contiguous().view(torch.int64)
+    different, which = torch.unique(bits, dim=0, return_inverse=True)
+    of_input = which[q.group_index()]
+    order = list(dict.fromkeys(of_input.tolist()))
+    number = torch.empty(len(different), dtype=torch.int32)
+    number[order] = torch.arange(len(order), dtype=torch.int32)
+    return different[order], number[of_input]

@@ -34,12 +34,14 @@ def fit(q: QWeight, form: Form) -> Fitted:
     """``q`` in ``form``. Raises CannotHold."""
     if q.scheme.grid != "int":
         raise CannotHold(f"the levels of {q.scheme.grid} are not evenly spaced")
+    exact = True
+    if q.minimum is not None and form.offset != "minimum":
+        exact = is_product(q)
+        q = zero_pointed(q)
     q = _with_scales(_with_groups(q, form), form)
-    if form.offset == "symmetric":
-        return Fitted(_symmetric(q, form), True)
     if form.offset == "minimum":
         return _with_minimum(q, form)
-    return _with_zero(q, form)
+    return Fitted(_symmetric(q, form) if form.offset == "symmetric" else _with_zero(q, form), exact)
 
 
 def _with_groups(q: QWeight, form: Form) -> QWeight:
@@ -62,21 +64,20 @@ def _with_groups(q: QWeight, form: Form) -> QWeight:
         raise CannotHold(
             "its groups follow the activations (g_idx), and those of the target do not"
         )
-    raise CannotHold(
-        f"its groups of {own} cannot be made groups of {' or '.join(map(str, form.groups))}"
-    )
+    wanted = " or ".join("a whole row" if g == -1 else str(g) for g in form.groups)
+    raise CannotHold(f"its groups of {own} cannot be made groups of {wanted}")
 
 
 def _with_scales(q: QWeight, form: Form) -> QWeight:
     if q.scale.dtype in form.scales:
         return q
-    dtype = form.scales[0]
-    scale = q.scale.to(dtype)
-    minimum = None if q.minimum is None else q.minimum.to(dtype)
-    if not _same(scale, q.scale) or (minimum is not None and not _same(minimum, q.minimum)):
-        name = str(dtype).removeprefix("torch.")
-        raise CannotHold(f"its scales do not fit into {name} without rounding")
-    return replace(q, scale=scale, minimum=minimum)
+    for dtype in form.scales:
+        scale = q.scale.to(dtype)
+        minimum = None if q.minimum is None else q.minimum.to(dtype)
+        if _same(scale, q.scale) and (minimum is None or _same(minimum, q.minimum)):
+            return replace(q, scale=scale, minimum=minimum)
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in form.scales)
+    raise CannotHold(f"its scales do not fit into {names} without rounding")
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
@@ -96,7 +97,6 @@ def _symmetric(q: QWeight, form: Form) -> QWeight:
     scheme = q.scheme
     if scheme.symmetric and scheme.bits in form.bits:
         return q
-    q = zero_pointed(q)
     zero = scheme.midpoint if q.zero is None else q.zero[:, q.group_index()].to(torch.int16)
     levels = q.codes.to(torch.int16) - zero
     for bits in form.bits:
@@ -110,26 +110,24 @@ def _symmetric(q: QWeight, form: Form) -> QWeight:
     )
 
 
-def _with_zero(q: QWeight, form: Form) -> Fitted:
+def _with_zero(q: QWeight, form: Form) -> QWeight:
     bits = _room(q, form)
-    exact = q.minimum is None or is_product(q)
-    q = zero_pointed(q)
     if q.zero is not None and int(q.zero.min()) < form.zero_min:
         raise CannotHold("it has zero points of 0, and the target has none (gptq_v2 has)")
     if bits == q.scheme.bits:
-        return Fitted(q, exact)
+        return q
     codes = q.codes
     if q.zero is None:  # the midpoint moves
         codes = codes + ((1 << (bits - 1)) - q.scheme.midpoint)
-    return Fitted(replace(q, scheme=replace(q.scheme, bits=bits), codes=codes), exact)
+    return replace(q, scheme=replace(q.scheme, bits=bits), codes=codes)
 
 
 def _with_minimum(q: QWeight, form: Form) -> Fitted:
     scheme = replace(q.scheme, bits=_room(q, form), symmetric=False)
     if q.minimum is not None:
         return Fitted(replace(q, scheme=scheme), True)
-    zero = q.scheme.midpoint if q.zero is None else q.zero.float()
-    product = -(q.scale.float() * zero)
+    zero = q.scheme.midpoint if q.zero is None else q.zero.double()
+    product = -(q.scale.double() * zero)
     minimum = product.to(q.scale.dtype)
     if not bool(minimum.isfinite().all()):
         raise CannotHold("its minimums, scale * zero, are too large for the dtype of its scales")
@@ -157,11 +155,13 @@ def zero_pointed(q: QWeight) -> QWeight:
 
 
 def is_product(q: QWeight) -> bool:
-    """Whether giving the minimum back as a zero point changes no weight."""
-    assert q.minimum is not None
-    pointed = zero_pointed(q)
-    zero = q.scheme.midpoint if pointed.zero is None else pointed.zero.float()
-    return _same(-(q.scale.float() * zero), q.minimum.float())
+    """Whether the minimum can be given back as a zero point, and that changes no weight."""
+    try:
+        pointed = zero_pointed(q)
+    except CannotHold:
+        return False
+    zero = q.scheme.midpoint if pointed.zero is None else pointed.zero.double()
+    return _same(-(q.scale.double() * zero), q.minimum)
 
 
 def with_zeros(q: QWeight) -> QWeight:
@@ -194,5 +194,6 @@ def nearest_to(weight: Tensor, form: Form) -> QWeight:
 
 
 def relative_error(weight: Tensor, rounded: Tensor) -> float:
-    """|W - W'|^2 / |W|^2, both float32."""
-    return float((weight - rounded).square().sum() / weight.square().sum())
+    """|W - W'|^2 / |W|^2, both float32; 0 when nothing was lost, of nothing too."""
+    lost = float((weight - rounded).square().sum())
+    return lost / float(weight.square().sum()) if lost else 0.0

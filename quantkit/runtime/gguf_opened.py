@@ -88,6 +88,9 @@ class GgufOpened:
         """The tensors that a quantized linear is made of (its bias is not one)."""
         return [f"{prefix}.weight"]
 
+    def release(self) -> None:
+        """Nothing: every tensor has a map of its own."""
+
     def qweight(self, prefix: str) -> QWeight:
         place = self.places[f"{prefix}.weight"]
         tensor = self.file.tensors[place.source]

@@ -10,7 +10,7 @@ from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.linear import quantized_linear
-from quantkit.runtime.opened import open_checkpoint
+from quantkit.runtime.opened import open_checkpoint, refuse_scaled_activations
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features
 
@@ -48,6 +48,7 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreT
 def put_together(opened: "Opened", device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint that was looked at already."""
     source = opened.source
+    refuse_scaled_activations(opened)
     described = opened.model_config if opened.format == "gguf" else None
     skeleton = Skeleton(source, opened.dense, device, dtype, described)
     model = skeleton.model

@@ -6,20 +6,27 @@
     opened.dense                                     everything else, a Checkpoint
 
 Which format it is, is seen from the tensors; the configuration is only asked for what they cannot
-show. The loader, convert, inspect and verify all look at checkpoints through this.
+show. Embeddings and heads that are quantized (MLX does that) are dense here: transformers looks
+rows up in the ones, and most formats have no place for either. The loader, convert, inspect and
+verify all look at checkpoints through this.
 """
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from quantkit import formats
-from quantkit.core.checkpoint import Checkpoint
+from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
-from quantkit.errors import QuantkitError
-from quantkit.formats import Tensors
+from quantkit.errors import QuantkitError, QuantkitWarning
+from quantkit.formats import Tensors, awq, gptq
 from quantkit.runtime.tokenizer import load_tokenizer
 
 
@@ -67,6 +74,9 @@ class Opened(Protocol):
     def tokenizer(self) -> Any:
         """Raises QuantkitError when there is none."""
 
+    def release(self) -> None:
+        """Let go of what was read and is not in use any more."""
+
 
 @dataclass
 class Folder:
@@ -77,10 +87,11 @@ class Folder:
     format: str
     tensors: Checkpoint
     config: dict[str, Any] = field(default_factory=dict)
+    _warned: bool = field(default=False, init=False, repr=False, compare=False)
 
     @cached_property
-    def linears(self) -> dict[str, Packed]:
-        """Every quantized linear, by its prefix in files."""
+    def _packed(self) -> dict[str, Packed]:
+        """Everything that is quantized."""
         if self.format == "dense":
             return {}
         reader = formats.by_name(self.format)
@@ -88,6 +99,11 @@ class Folder:
             prefix: Packed(*reader.describe(self.tensors, prefix, self.config))
             for prefix in reader.linears(self.tensors, self.config)
         }
+
+    @cached_property
+    def linears(self) -> dict[str, Packed]:
+        """Every quantized linear of a decoder block, by its prefix in files."""
+        return {prefix: packed for prefix, packed in self._packed.items() if in_block(prefix)}
 
     def names(self, prefix: str) -> list[str]:
         """The tensors in files that a quantized linear is made of (its bias is not one)."""
@@ -101,7 +117,11 @@ class Folder:
     @property
     def files(self) -> list[Path]:
         """The files that decide what the model is."""
-        return [self.source.folder / name for name in ("config.json", *self.tensors.files)]
+        names = ("config.json", gptq.CONFIG_FILE, "quant_config.json", *self.tensors.files)
+        return [path for path in (self.source.folder / name for name in names) if path.exists()]
+
+    def release(self) -> None:
+        self.tensors.release()
 
     def tokenizer(self) -> Any:
         """Raises QuantkitError when there is none."""
@@ -113,21 +133,73 @@ class Folder:
         return reader.read(self.tensors, prefix, self.config, codes=False)
 
     def qweight(self, prefix: str) -> QWeight:
-        return formats.by_name(self.format).read(self.tensors, prefix, self.config)
+        """A quantized linear. Warns, once, when GPTQ's zero points are not stored as declared."""
+        if self.format != "gptq":
+            return formats.by_name(self.format).read(self.tensors, prefix, self.config)
+        q, convention = gptq.read_with_convention(self.tensors, prefix, self.config)
+        self._compare(convention)
+        return q
+
+    def _compare(self, convention: gptq.Convention) -> None:
+        said = gptq.declared_convention(self.config)
+        if convention == said or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self.source.name} says that its zero points are stored in GPTQ's way {said}, and "
+            f"they are those of {convention}; the tensors are believed (see "
+            "'quantkit inspect --repair')",
+            QuantkitWarning,
+            stacklevel=3,
+        )
 
     @cached_property
-    def dense(self) -> Checkpoint:
+    def dense(self) -> Tensors:
         """The checkpoint without the tensors of quantized linears."""
-        return self.tensors.without(
-            {name for prefix in self.linears for name in self.names(prefix)}
+        plain = self.tensors.without(
+            {name for prefix in self._packed for name in self.names(prefix)}
         )
+        outside = self._packed.keys() - self.linears.keys()
+        return _Unpacked(plain, self, {f"{prefix}.weight": prefix for prefix in sorted(outside)})
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """Plain tensors, and quantized ones that are made so when they are asked for."""
+
+    plain: Checkpoint
+    folder: Folder
+    quantized: dict[str, str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.plain or name in self.quantized
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.plain
+        yield from self.quantized
+
+    def spec(self, name: str) -> TensorSpec:
+        if name not in self.quantized:
+            return self.plain.spec(name)
+        packed = self.folder._packed[self.quantized[name]]
+        return TensorSpec(torch.float32, (packed.out, packed.width))
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.quantized:
+            return self.plain.get(name)
+        return self.folder.qweight(self.quantized[name]).dequantize()
+
+
+def in_block(name: str) -> bool:
+    """Whether a tensor or module is one of many alike: of a decoder block."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
     """Look at the weights of ``source``, in the file called ``basename`` (without its ending) where
     it is given. Raises QuantkitError when there are none, when two formats lie in one folder, or
     when the files speak of a quantization that is not in the tensors."""
-    gguf = _gguf_file(source)
+    gguf = _gguf_file(source, basename)
     if gguf is not None:
         from quantkit.runtime.gguf_opened import GgufOpened
 
@@ -135,11 +207,13 @@ def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
     named = [source.file] if source.file else None
     tensors = Checkpoint(source.folder, named, basename)
     config = formats.declared(source.read_json)
-    found = [name for name in formats.SAFETENSORS if formats.by_name(name).linears(tensors, config)]
+    linears = {n: formats.by_name(n).linears(tensors, config) for n in formats.SAFETENSORS}
+    found = [name for name in linears if linears[name]]
     if len(found) > 1:
+        examples = " and ".join(f"{name} ({linears[name][0]})" for name in found)
         raise QuantkitError(
-            f"{source.name} holds linears in the formats {' and '.join(found)}",
-            "remove the files that do not belong to this model",
+            f"{source.name} holds linears in the formats {examples}",
+            "remove the files that do not belong to this model, or download it again",
         )
     if not found and config:
         method = config.get("quant_method", "an unknown method")
@@ -151,13 +225,29 @@ def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
     return Folder(source, found[0] if found else "dense", tensors, config)
 
 
-def _gguf_file(source: Source) -> Path | None:
+def refuse_scaled_activations(opened: Opened) -> list[str]:
+    """AWQ may divide the output of an activation function by a tensor of the checkpoint, which
+    nothing here does. The names of such tensors that are ones and do nothing; raises QuantkitError
+    for others."""
+    found = awq.activation_scale_names(opened.dense)
+    for name in found:
+        if not bool((opened.dense.get(name) == 1).all()):
+            raise QuantkitError(
+                f"{name} scales an activation, and quantkit has no such layer",
+                "quantize the original model",
+            )
+    return found
+
+
+def _gguf_file(source: Source, basename: str | None) -> Path | None:
     """The GGUF file that ``source`` is, if it is one."""
     if source.file:
         return source.folder / source.file if source.file.endswith(".gguf") else None
     if (source.folder / "config.json").exists():
         return None
     found = sorted(source.folder.glob("*.gguf"))
+    if basename is not None:
+        found = [path for path in found if path.stem == basename]
     if len(found) > 1:
         raise QuantkitError(
             f"{source.folder} has {len(found)} GGUF files: {', '.join(f.name for f in found)}",

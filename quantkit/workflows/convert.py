@@ -7,6 +7,7 @@ is read back from the result and compared with the source.
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from quantkit.core.checkpoint import write_json
 from quantkit.core.ledger import Ledger
 from quantkit.core.progress import Progress, Step
 from quantkit.core.source import resolve
-from quantkit.errors import QuantkitError
-from quantkit.methods import digest
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.methods import digest, fit
 from quantkit.runtime.opened import Opened, open_checkpoint
 from quantkit.workflows import convert_targets
 from quantkit.workflows.convert_targets import Moved, Target
@@ -28,6 +29,7 @@ from quantkit.workflows.layout import natural
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.plan import size_in_bytes
 
+_hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashing frees the interpreter
 _BATCH = 256 << 20  # bytes between two syncs of the output
 
 
@@ -90,6 +92,11 @@ def convert(
     progress = progress or Progress()
     started = time.perf_counter()
     opened = open_checkpoint(resolve(model, revision), model_basename)
+    if not opened.model_config:
+        raise QuantkitError(
+            f"{opened.source.name} has no config.json",
+            "is this the folder of a transformers model?",
+        )
     target = convert_targets.target(to, opened, lossy=lossy, pre_tokenizer=pre_tokenizer)
     folder = Path(out) if out else Path(f"{opened.source.short_name}-{to.replace(':', '-')}")
     output = Output(folder, overwrite)
@@ -103,23 +110,42 @@ def convert(
         return result
     shard = size_in_bytes(max_shard_size)
     with disk_errors(folder):
-        output.begin()
-        ledger = Ledger(output.partial, _fingerprint(opened, to, lossy, pre_tokenizer, shard))
+        ledger = _begin(output, _fingerprint(opened, to, lossy, pre_tokenizer, shard))
         if not target.begin(output.partial, shard):
             ledger.forget()  # somebody removed files that it calls finished
+        hashes = None
+        if not opened.linears:  # an original, which verify will have to recognise
+            hashes = provenance.hash_files(opened.files)
         try:
             _move(opened, target, ledger, progress)
             _beside(opened, output)
             target.close(output.partial, f"quantkit:{__version__}")
         finally:
             target.abandon()
-        _gather(ledger, result)
-        _compare(opened, target, output.partial, ledger, progress)
+        if target.requantizes:
+            _measure(opened, target, output.partial, result, progress)
+        else:
+            _gather(ledger, result)
+            _compare(opened, target, output.partial, ledger, progress)
         result.seconds = time.perf_counter() - started
-        write_json(output.partial / provenance.FILE, _provenance(opened, result))
+        files = hashes.result() if hashes else {}
+        write_json(output.partial / provenance.FILE, _provenance(opened, result, files))
         output.complete()
     result.written = True
     return result
+
+
+def _begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
+    """Start in the partial folder, or go on there."""
+    output.begin()
+    try:
+        return Ledger(output.partial, fingerprint)
+    except UsageError:
+        if not output.overwrite:
+            raise
+        output.discard()
+        output.begin()
+        return Ledger(output.partial, fingerprint)
 
 
 def _fingerprint(
@@ -163,8 +189,9 @@ def _move(opened: Opened, target: Target, ledger: Ledger, progress: Progress) ->
                     done[name] = _move_linear(opened, target, name)
                 else:
                     done |= target.put_dense(name, opened.dense.get(name))
+                opened.release()
             target.sync()
-            ledger.finish(part, done)
+            ledger.finish(part, _digested(done))
         spent = time.perf_counter() - started
         progress.step(Step(index + 1, len(batches), part, None, spent))
     progress.end()
@@ -192,8 +219,19 @@ def _move_linear(opened: Opened, target: Target, prefix: str) -> Moved:
     fitted, exact = target.fitted(q)
     target.put(prefix, fitted)
     if exact:
-        return {"digest": digest.of(q)}
+        return {"digest": _hasher.submit(digest.of, q)}
     return {"digest": digest.of(fitted), "error": target.error(q, fitted)}
+
+
+def _digested(done: dict[str, Moved]) -> dict[str, Moved]:
+    """With digests that have been computed beside the work in the place of promises of them."""
+    return {
+        name: {
+            key: value.result() if isinstance(value, Future) else value
+            for key, value in moved.items()
+        }
+        for name, moved in done.items()
+    }
 
 
 def _gather(ledger: Ledger, result: Conversion) -> None:
@@ -218,7 +256,10 @@ def _compare(
     progress.begin("reading back", len(moved))
     for index, (name, report) in enumerate(moved.items()):
         started = time.perf_counter()
-        if not _same(opened, again, name, report):
+        same = _same(opened, again, name, report)
+        again.release()
+        opened.release()
+        if not same:
             raise QuantkitError(
                 f"{name} was written, but reads back differently",
                 "the disk may be failing; please report it if it happens again",
@@ -227,33 +268,80 @@ def _compare(
     progress.end()
 
 
+def _measure(
+    opened: Opened, target: Target, folder: Path, result: Conversion, progress: Progress
+) -> None:
+    """What somebody else's rounding did to every linear."""
+    again = target.reopened(folder)
+    result.linears, result.bytes = len(again.linears), sum(f.stat().st_size for f in again.files)
+    digests = {}
+    progress.begin("measuring", len(again.linears))
+    for index, prefix in enumerate(again.linears):
+        started = time.perf_counter()
+        found = again.qweight(prefix)
+        if prefix in opened.linears:
+            original = opened.qweight(prefix).dequantize()
+        else:
+            original = opened.dense.get(f"{prefix}.weight").float()
+        result.errors[prefix] = fit.relative_error(original, found.dequantize())
+        digests[prefix] = digest.of(found)
+        opened.release()
+        spent = time.perf_counter() - started
+        progress.step(Step(index + 1, len(again.linears), prefix, result.errors[prefix], spent))
+    progress.end()
+    result.digest = digest.together(digests)
+
+
 def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:
     if name in again.linears:
         return digest.of(again.qweight(name)) == report.get("digest")
     if "digest" in report:  # its numbers as a plain weight
         found = again.dense.get(f"{name}.weight")
-        return torch.equal(found, opened.qweight(name).dequantize(found.dtype))
+        return _same_bits(found, opened.qweight(name).dequantize(found.dtype))
     found = again.dense.get(name)
-    return torch.equal(found, opened.dense.get(name).to(found.dtype))
+    return _same_bits(found, opened.dense.get(name).to(found.dtype))
 
 
-def _provenance(opened: Opened, result: Conversion) -> dict[str, Any]:
-    recorded = opened.source.read_json(provenance.FILE) if opened.format != "gguf" else None
-    worst = result.worst
-    return {
-        "method": "convert",
-        "source": {
-            "name": opened.source.name,
-            "revision": opened.source.revision,
-            "format": result.source_format,
-        },
-        "target": result.target,
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality to which a NaN is a number like any other."""
+    flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
+
+
+def _provenance(opened: Opened, result: Conversion, files: dict[str, str]) -> dict[str, Any]:
+    """What the source's record says, and how it became what it is now. ``source`` is the original
+    that was quantized; it is only known where the source was quantkit's, or is no quantized one."""
+    record = _recorded(opened)
+    name, revision = opened.source.name, opened.source.revision
+    conversion: dict[str, Any] = {
+        "from": {"name": name, "revision": revision, "format": result.source_format},
+        "to": result.target,
         "exact": result.exact,
         "digest": result.digest,
-        "worst_error": None if worst is None else {"linear": worst[0], "error": worst[1]},
-        "linears": result.linears,
-        "size": {"bytes": result.bytes},
-        "made_from": recorded,
+        "worst_error": None,
+        "worst_dense_error": result.dense or None,
         "versions": provenance.versions(),
         "seconds": round(result.seconds, 2),
     }
+    if result.worst:
+        conversion["worst_error"] = {"linear": result.worst[0], "error": result.worst[1]}
+    if "conversion" in record:
+        conversion["before"] = record["conversion"]
+    if not result.exact:  # then it was measured on another model
+        conversion["measured_before"] = record.pop("measured", None)
+        record.pop("layers", None)
+    if not record and not opened.linears:
+        record["source"] = {"name": name, "revision": revision, "files": files}
+    record.setdefault("versions", conversion["versions"])
+    size = {"bytes": result.bytes, "linears": result.linears}
+    return {**record, "size": size, "conversion": conversion}
+
+
+def _recorded(opened: Opened) -> dict[str, Any]:
+    """quantkit.json of the source. A GGUF file may lie in the folder of another model."""
+    record = opened.source.read_json(provenance.FILE) or {}
+    if opened.format != "gguf":
+        return record
+    conversion = record.get("conversion")
+    target = conversion.get("to") if isinstance(conversion, dict) else None
+    return record if isinstance(target, str) and target.startswith("gguf") else {}

@@ -17,19 +17,20 @@ from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats import awq, gguf, gguf_model, gguf_tokenizer
+from quantkit.formats import gguf, gguf_model, gguf_tokenizer
 from quantkit.methods import digest, fit
 from quantkit.runtime.gguf_opened import GgufOpened
-from quantkit.runtime.opened import Opened
+from quantkit.runtime.opened import Opened, refuse_scaled_activations
 from quantkit.workflows.convert_targets import LOSSY, Moved, fit_or_round, rounded
 
+_BLOCK = 32  # elements of a block of every type that is written
 _PLAIN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 class GgufTarget:
     """``kind``: q4_0, q4_1, q5_0, q5_1, q8_0 for the linears, or f16, bf16, f32 for everything."""
 
-    packs = True
+    packs, requantizes = True, False
 
     def __init__(
         self, opened: Opened, kind: str | None, lossy: bool, pre_tokenizer: str | None
@@ -52,11 +53,8 @@ class GgufTarget:
     def survey(self, progress: Progress) -> list[str]:
         opened = self.opened
         config = opened.model_config
-        shapes = {name: opened.dense.spec(name).shape for name in opened.dense}
-        for name in awq.activation_scale_names(shapes):
-            if not bool((opened.dense.get(name) == 1).all()):
-                raise QuantkitError(f"{name} scales an activation, which llama.cpp does not do")
-            del shapes[name]
+        dropped = refuse_scaled_activations(opened)
+        shapes = {n: opened.dense.spec(n).shape for n in opened.dense if n not in dropped}
         shapes |= {
             f"{p}.weight": (packed.out, packed.width) for p, packed in opened.linears.items()
         }
@@ -86,10 +84,18 @@ class GgufTarget:
         if gguf_model.keeps_float32(shape):
             return "F32"
         if self._is_packed(name):
+            width = shape[-1]
+            if width % _BLOCK:
+                raise QuantkitError(
+                    f"{name} cannot be held: rows of {width} are not whole blocks of {_BLOCK}"
+                )
             return self.kind
         if self.form is None:
             return self.kind
-        return _PLAIN[self.opened.dense.spec(name).dtype]
+        dtype = self.opened.dense.spec(name).dtype
+        if dtype not in _PLAIN:
+            raise QuantkitError(f"{name} cannot be held: GGUF's plain weights are not {dtype}")
+        return _PLAIN[dtype]
 
     def _is_packed(self, name: str) -> bool:
         if self.form is None:
@@ -119,8 +125,8 @@ class GgufTarget:
         return [f"{inexact} will be rounded; the error is measured"] if inexact else []
 
     def begin(self, folder: Path, shard: int) -> bool:
-        self._file = f"{self.opened.source.short_name}-{self.kind}.gguf"
-        self._writer = GgufWriter(folder / self._file, self.metadata, self.tensors)
+        self.file = f"{self.opened.source.short_name}-{self.kind}.gguf"
+        self._writer = GgufWriter(folder / self.file, self.metadata, self.tensors)
         for name, tensor in self.extra.items():
             self._writer.write(name, gguf.pack_dense(tensor.float(), "F32"))
         return self._writer.complete
@@ -135,7 +141,8 @@ class GgufTarget:
         there = self.there[f"{prefix}.weight"]
         q = self.places[there].packed(q)
         if self.form is None:
-            raw = gguf.pack_dense(q.dequantize(_dtype(self.kind)), self.kind)
+            stored, _ = rounded(q.dequantize(), _dtype(self.kind), prefix)
+            raw = gguf.pack_dense(stored, self.kind)
         else:
             raw = gguf.pack(q, self.kind)
         self.writer.write(there, raw)
@@ -184,7 +191,7 @@ class GgufTarget:
             self._writer.abandon()
 
     def reopened(self, folder: Path) -> Opened:
-        return GgufOpened(folder / self._file, Source(folder.name, folder, file=self._file))
+        return GgufOpened(folder / self.file, Source(folder.name, folder, file=self.file))
 
 
 def _as_stored(form: Form) -> Scheme:

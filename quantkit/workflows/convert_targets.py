@@ -21,7 +21,12 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq
 from quantkit.methods import fit
-from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.runtime.opened import (
+    Opened,
+    in_block,
+    open_checkpoint,
+    refuse_scaled_activations,
+)
 from quantkit.workflows.layout import natural
 
 DENSE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,6 +44,7 @@ class Target(Protocol):
 
     nbytes: int
     packs: bool  # the result has codes
+    requantizes: bool  # which somebody else chose
 
     def survey(self, progress: Progress) -> list[str]:
         """See that everything fits, and plan the output; returns what the user should know. Raises
@@ -86,7 +92,10 @@ def target(to: str, opened: Opened, *, lossy: bool, pre_tokenizer: str | None) -
     name, kind = parse(to)
     if name == "gguf":
         from quantkit.workflows.convert_gguf import GgufTarget
+        from quantkit.workflows.convert_kquants import TYPES, KQuantTarget
 
+        if (kind or "").upper() in TYPES:
+            return KQuantTarget(opened, (kind or "").upper(), pre_tokenizer)
         return GgufTarget(opened, kind, lossy, pre_tokenizer)
     if name == "dense":
         return DenseTarget(opened, kind)
@@ -99,11 +108,12 @@ class _Safetensors:
     def __init__(self, opened: Opened) -> None:
         self.opened = opened
         self.specs: dict[str, TensorSpec] = {}
+        self.ones: dict[str, TensorSpec] = {}  # AWQ's scales of activations, where it wants them
         self._writer: ShardWriter | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs.values())
+        return sum(spec.nbytes for spec in (self.specs | self.ones).values())
 
     @property
     def writer(self) -> ShardWriter:
@@ -111,7 +121,8 @@ class _Safetensors:
         return self._writer
 
     def begin(self, folder: Path, shard: int) -> bool:
-        specs = dict(sorted(self.specs.items(), key=lambda item: natural(item[0])))
+        everything = self.specs | self.ones
+        specs = dict(sorted(everything.items(), key=lambda item: natural(item[0])))
         self._writer = ShardWriter(folder, specs, shard)
         return self._writer.complete
 
@@ -150,7 +161,7 @@ class _Safetensors:
 class PackedTarget(_Safetensors):
     """A folder in one of formats.TARGETS."""
 
-    packs = True
+    packs, requantizes = True, False
 
     def __init__(self, opened: Opened, name: str, lossy: bool) -> None:
         super().__init__(opened)
@@ -178,6 +189,7 @@ class PackedTarget(_Safetensors):
                     raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
                 scheme, exact = fit.nearest_scheme(packed.scheme, self.form), False
                 scale = self.form.scales[0]
+            opened.release()
             if reason := self.format.refusal(packed.out, packed.width, scheme):
                 raise QuantkitError(f"{prefix} cannot be held: {reason}")
             rounded = rounded or ("" if exact else prefix)
@@ -204,32 +216,32 @@ class PackedTarget(_Safetensors):
         return replace(schemes[first], symmetric=symmetric)
 
     def _choose_groups(self) -> None:
-        """GGUF cuts every group into blocks of 32; where all of them allow it, they are joined
-        again."""
-        if self.opened.format != "gguf" or self.form.groups:
+        """One group size for all linears, where they do not have the same or the target has not:
+        the largest in which all of them can be written. GGUF has cut every group into blocks of 32,
+        which are joined again."""
+        own = {packed.scheme.group_size for packed in self.opened.linears.values()}
+        known = self.form.groups
+        if self.opened.format != "gguf" and len(own) == 1 and (not known or own <= set(known)):
+            self.form = replace(self.form, groups=tuple(own) if known else ())
             return
-        sizes = [-1, 1024, 512, 256, 128, 64]
+        sizes = sorted(known, reverse=True) or [-1, 1024, 512, 256, 128, 64, 32, 16]
         for prefix in self.opened.linears:
-            q = self.opened.qweight(prefix)
+            q = self.opened.survey(prefix)
             while sizes and q.regrouped(sizes[0]) is None:
                 sizes.pop(0)
-        own = next(iter(self.opened.linears.values())).scheme.group_size
-        self.form = replace(self.form, groups=(sizes[0] if sizes and sizes[0] != -1 else own,))
+        if sizes:
+            self.form = replace(self.form, groups=(sizes[0],))
 
     def _dense_specs(self) -> None:
         dense = self.opened.dense
-        ones = awq.activation_scale_names(dense)
-        for name in ones:
-            if not bool((dense.get(name) == 1).all()):
-                raise QuantkitError(
-                    f"{name} scales an activation, which only AWQ's readers do",
-                    "convert to awq, dense, or quantize the original again",
-                )
-        self.specs |= {name: dense.spec(name) for name in dense if name not in ones}
-        if self._name == "awq":
-            outputs = {prefix: packed.out for prefix, packed in self.opened.linears.items()}
-            kind = self.opened.model_config.get("model_type", "")
-            self.specs |= awq.activation_scales(kind, outputs)
+        dropped = refuse_scaled_activations(self.opened)
+        self.specs |= {name: dense.spec(name) for name in dense if name not in dropped}
+        if self._name != "awq":
+            return
+        outputs = {prefix: packed.out for prefix, packed in self.opened.linears.items()}
+        for name in self._left_dense():
+            outputs[name] = dense.spec(f"{name}.weight").shape[0]
+        self.ones = awq.activation_scales(self.opened.model_config.get("model_type", ""), outputs)
 
     def fitted(self, q: QWeight) -> fit.Fitted:
         assert self.scheme is not None
@@ -247,11 +259,8 @@ class PackedTarget(_Safetensors):
 
     def close(self, folder: Path, by: str) -> None:
         assert self.scheme is not None
-        outputs = {prefix: packed.out for prefix, packed in self.opened.linears.items()}
-        if self._name == "awq":
-            kind = self.opened.model_config.get("model_type", "")
-            for name, spec in awq.activation_scales(kind, outputs).items():
-                self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
+        for name, spec in self.ones.items():
+            self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         config = self._config()
         config |= self.format.configuration(self.scheme, self._left_dense(), by)
         write_json(folder / "config.json", config)
@@ -264,10 +273,9 @@ class PackedTarget(_Safetensors):
         found = []
         for name in self.opened.dense:
             module, _, leaf = name.rpartition(".")
-            in_block = any(part.isdigit() for part in module.split("."))
             head = module in ("lm_head", "embed_out")
             matrix = leaf == "weight" and len(self.opened.dense.spec(name).shape) == 2
-            if matrix and (in_block or head):
+            if matrix and (in_block(module) or head):
                 found.append(module)
         return found
 
@@ -279,14 +287,17 @@ def fit_or_round(q: QWeight, form: Form, lossy: bool) -> fit.Fitted:
     except fit.CannotHold as error:
         if not lossy:
             raise QuantkitError(f"a weight cannot be held: {error}", LOSSY) from error
+    try:
         return fit.Fitted(fit.nearest(q, form), False)
+    except fit.CannotHold as error:
+        raise QuantkitError(f"a weight cannot be held, not even rounded: {error}") from error
 
 
 class DenseTarget(_Safetensors):
     """A folder of plain weights. ``kind`` is their dtype; by default that of the source's other
     tensors."""
 
-    packs = False
+    packs, requantizes = False, False
 
     def __init__(self, opened: Opened, kind: str | None) -> None:
         super().__init__(opened)
@@ -305,7 +316,10 @@ class DenseTarget(_Safetensors):
         dense = self.opened.dense
         for prefix, packed in self.opened.linears.items():
             self.specs[f"{prefix}.weight"] = TensorSpec(self.dtype, (packed.out, packed.width))
+        dropped = refuse_scaled_activations(self.opened)
         for name in dense:
+            if name in dropped:
+                continue
             spec = dense.spec(name)
             dtype = self.dtype if spec.dtype.is_floating_point else spec.dtype
             self.specs[name] = TensorSpec(dtype, spec.shape)
@@ -316,9 +330,12 @@ class DenseTarget(_Safetensors):
         return fit.Fitted(q, exact)
 
     def put(self, prefix: str, q: QWeight) -> None:
-        self.writer.write(f"{prefix}.weight", q.dequantize(self.dtype))
+        stored, _ = rounded(q.dequantize(), self.dtype, prefix)
+        self.writer.write(f"{prefix}.weight", stored)
 
     def put_dense(self, name: str, tensor: Tensor) -> dict[str, Moved]:
+        if name not in self.specs:
+            return {}
         stored, error = rounded(tensor, self.specs[name].dtype, name)
         self.writer.write(name, stored)
         return {name: {"rounded": error} if error else {}}

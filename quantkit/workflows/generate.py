@@ -37,6 +37,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    model_basename: str | None = None,
     write: Callable[[str], None] | None = None,
 ) -> Generated:
     """Continue ``prompt``, or answer it when the model has a chat template (``chat=False``: never,
@@ -48,7 +49,9 @@ def generate(
     settings = sampling(temperature, top_p, top_k, repetition_penalty)
     if max_new_tokens < 1:
         raise UsageError("--max-new-tokens must be at least 1")
-    loaded, tokenizer = load(model, device=device, dtype=dtype, revision=revision)
+    loaded, tokenizer = load(
+        model, device=device, dtype=dtype, revision=revision, model_basename=model_basename
+    )
     ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -27,7 +27,7 @@ from quantkit.workflows.targets import Subject, Verdict, verdicts
 if TYPE_CHECKING:
     from quantkit.runtime.gguf_opened import GgufOpened
 
-_NESTED = 50  # levels in quantkit.json; a conversion of a conversion has four more each
+_NESTED = 50  # levels in quantkit.json; a conversion of a conversion has one more
 _BASE_MODEL = re.compile(r"^base_model:\s*['\"]?([\w./-]+)", re.MULTILINE)
 
 
@@ -240,13 +240,10 @@ def _describe_tensors(
 def _describe_origin(found: Inspection, look: Look) -> None:
     """Where it came from, by quantkit.json, else by what other tools leave behind."""
     made = found.provenance or {}
-    chain = [made]
-    while isinstance(chain[-1].get("made_from"), dict):  # what was converted had an origin as well
-        chain.append(chain[-1]["made_from"])
-    methods = [_text(step, "method") for step in chain]
-    method = next((name for name in methods if name and name != "convert"), None)
-    found.method = method or _text(look.opened.config, "quant_method")
-    found.made_from = ", from ".join(filter(None, map(_source, chain))) or None
+    found.method = _text(made, "method") or _text(look.opened.config, "quant_method")
+    # what was converted, and the original that it was quantized from
+    steps = [_named(made, "conversion", "from"), _named(made, "source")]
+    found.made_from = ", from ".join(dict.fromkeys(filter(None, steps))) or None
     version = _text(made, "versions", "quantkit")
     found.made_by = f"quantkit {version}" if version else None
     measured = made.get("measured")
@@ -264,8 +261,8 @@ def _describe_origin(found: Inspection, look: Look) -> None:
         found.made_by = ", ".join(map(str, tools)) if isinstance(tools, list) else str(tools)
 
 
-def _source(made: dict[str, Any]) -> str | None:
-    name, revision = _text(made, "source", "name"), _text(made, "source", "revision")
+def _named(made: dict[str, Any], *path: str) -> str | None:
+    name, revision = _text(made, *path, "name"), _text(made, *path, "revision")
     return f"{name} @ {revision[:12]}" if name and revision else name
 
 

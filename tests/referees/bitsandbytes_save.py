@@ -1,0 +1,32 @@
+"""Quantize a model on the CPU with transformers and bitsandbytes and save it, the way their users
+do. Run with a python that has bitsandbytes:
+
+    python bitsandbytes_save.py MODEL KIND OUT
+
+KIND is nf4 (double quantization) or int8. What transformers_logits.py says of OUT afterwards is
+what bitsandbytes makes of its own checkpoint.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+CONFIGS = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "int8": {"load_in_8bit": True},
+}
+model, kind, out = sys.argv[1:]
+quantized = AutoModelForCausalLM.from_pretrained(
+    model,
+    device_map="cpu",
+    dtype=torch.float32,
+    quantization_config=BitsAndBytesConfig(**CONFIGS[kind]),
+)
+quantized.save_pretrained(out)
+AutoTokenizer.from_pretrained(model).save_pretrained(out)

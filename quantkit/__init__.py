@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quantkit.runtime.load import load
+    from quantkit.workflows.convert import convert
     from quantkit.workflows.generate import generate
     from quantkit.workflows.inspect import inspect
     from quantkit.workflows.quantize import quantize
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "load": "quantkit.runtime.load",
+    "convert": "quantkit.workflows.convert",
     "quantize": "quantkit.workflows.quantize",
     "verify": "quantkit.workflows.verify",
     "generate": "quantkit.workflows.generate",
     "inspect": "quantkit.workflows.inspect",
 }
-__all__ = ["generate", "inspect", "load", "quantize", "verify"]
+__all__ = ["convert", "generate", "inspect", "load", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

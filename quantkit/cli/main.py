@@ -2,13 +2,14 @@
 
 import importlib
 import sys
+import warnings
 from typing import NoReturn
 
 import click
 
 from quantkit import __version__
 from quantkit.cli import process
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, QuantkitWarning
 
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {
@@ -59,10 +60,12 @@ def run() -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit."""
+    warnings.showwarning = _warn
     try:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
-        resumes = (sys.argv[1:] if arguments is None else arguments)[:1] == ["gptq"]
+        command = (sys.argv[1:] if arguments is None else arguments)[:1]
+        resumes = command in (["gptq"], ["convert"])
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.ClickException as error:
@@ -71,6 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     except QuantkitError as error:
         _say(error.message, error.hint)
         sys.exit(error.exit_code)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Warnings as sentences, without the line of code that they came from."""
+    name = "" if issubclass(category, QuantkitWarning) else f"{category.__name__}: "
+    click.secho("warning: ", fg="yellow", bold=True, err=True, nl=False)
+    click.echo(f"{name}{message}", err=True)
 
 
 def _say(message: str, hint: str | None) -> None:

@@ -70,6 +70,9 @@ def specs(
 def pack(q: QWeight, convention: Convention = "v1") -> dict[str, Tensor]:
     """The tensors of a linear, by suffix. Raises ValueError for a zero point that v1 cannot hold,
     scales that are not float16, and minimums in the place of zero points."""
+    reason = refusal(*q.shape, q.scheme)
+    if reason:
+        raise ValueError(reason)
     bits = q.scheme.bits
     if q.minimum is not None:
         raise ValueError("GPTQ has zero points, and this weight has minimums")
@@ -336,11 +339,19 @@ def legacy_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def configuration(
-    scheme: Scheme, dense: list[str], by: str, convention: Convention = "v1"
+    scheme: Scheme,
+    dense: list[str],
+    by: str,
+    convention: Convention = "v1",
+    ordered: bool = False,
 ) -> dict[str, Any]:
-    """Keys to set in config.json; see Format."""
+    """Keys to set in config.json; see Format. ``ordered``: some linear has a g_idx of its own,
+    which kernels for contiguous groups must be kept from."""
+    act_order = "group" if ordered else None
     return {
-        "quantization_config": quantization_config(scheme, convention, dense=dense, quantizer=by)
+        "quantization_config": quantization_config(
+            scheme, convention, dense=dense, quantizer=by, act_order=act_order
+        )
     }
 
 

@@ -168,6 +168,7 @@ class PackedTarget(_Safetensors):
         self.format, self.lossy = formats.by_name(name), lossy
         self.form: Form = self.format.FORM
         self.scheme: Scheme | None = None
+        self.ordered = False  # some linear has groups that are not contiguous
         self._name = name
 
     def survey(self, progress: Progress) -> list[str]:
@@ -184,6 +185,7 @@ class PackedTarget(_Safetensors):
             try:
                 q, exact = fit.fit(opened.survey(prefix), self.form)
                 scheme, scale = q.scheme, q.scale.dtype
+                self.ordered |= q.group_of is not None
             except fit.CannotHold as error:
                 if not self.lossy:
                     raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
@@ -262,7 +264,8 @@ class PackedTarget(_Safetensors):
         for name, spec in self.ones.items():
             self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         config = self._config()
-        config |= self.format.configuration(self.scheme, self._left_dense(), by)
+        more = {"ordered": True} if self.ordered else {}
+        config |= self.format.configuration(self.scheme, self._left_dense(), by, **more)
         write_json(folder / "config.json", config)
         for file, content in self.format.beside(config, self.opened.source.name).items():
             write_json(folder / file, content)

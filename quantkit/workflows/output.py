@@ -66,7 +66,8 @@ class Output:
     def check_space(self, needed: int) -> None:
         """Raises QuantkitError when ``needed`` bytes do not fit on the disk."""
         parent = next(p for p in self.folder.absolute().parents if p.exists())
-        held = sum(f.stat().st_blocks * 512 for f in self.partial.glob("*.safetensors"))
+        kept = [*self.partial.glob("*.safetensors"), *self.partial.glob("*.gguf")]
+        held = sum(f.stat().st_blocks * 512 for f in kept)
         free = shutil.disk_usage(parent).free + held
         if free < needed + _SLACK:
             raise QuantkitError(

@@ -5,8 +5,9 @@ a process stays in that process.
     python transformers_logits.py FOLDER IDS.json OUT.safetensors DTYPE PACKAGE [NEW]
 
 PACKAGE is whose layers there must be: gptqmodel, compressed_tensors, bitsandbytes; or torch, where
-all must be torch's own. REFEREE_BACKEND chooses one of GPTQModel's kernels. OUT holds ``logits``
-[rows, tokens, vocabulary] and ``greedy`` [rows, NEW].
+all must be torch's own. REFEREE_BACKEND chooses one of GPTQModel's kernels; ``dequantized`` has a
+checkpoint of bitsandbytes run as the plain weights that bitsandbytes makes of it. OUT holds
+``logits`` [rows, tokens, vocabulary] and ``greedy`` [rows, NEW].
 """
 
 import json
@@ -20,11 +21,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
+DEQUANTIZED = "dequantized"
+
 
 def configuration(folder: str) -> dict[str, Any]:
     """What to tell from_pretrained about the quantization."""
     backend = os.environ.get("REFEREE_BACKEND")
-    if not backend:
+    if not backend or backend == DEQUANTIZED:
         return {}
     config = json.loads((Path(folder) / "config.json").read_text())
     kind = {"gptq": GPTQConfig, "awq": AwqConfig}[config["quantization_config"]["quant_method"]]
@@ -58,6 +61,10 @@ def main(folder: str, ids: str, out: str, dtype: str, package: str, new: str = "
         folder, device_map="cpu", dtype=getattr(torch, dtype), **configuration(folder)
     )
     check_layers(model, package)
+    if os.environ.get("REFEREE_BACKEND") == DEQUANTIZED:
+        model.dequantize()
+    # transformers 5.17 leaves a head that it renamed (GPT-NeoX's embed_out) in the file's dtype
+    model.get_output_embeddings().to(getattr(torch, dtype))
     rows = torch.tensor(json.loads(Path(ids).read_text()))
     with torch.no_grad():
         logits = torch.cat([model(row[None]).logits.float() for row in rows])

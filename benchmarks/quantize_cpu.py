@@ -113,11 +113,15 @@ def _versions(args: argparse.Namespace) -> dict[str, str]:
         "gptqmodel": args.gptqmodel,
         "llmcompressor": args.llmcompressor,
     }
-    code = "import sys, importlib.metadata as m; print(*(m.version(n) for n in sys.argv[1:]))"
+    code = (
+        "import sys, importlib, importlib.metadata as m; name = sys.argv[1]; "
+        "own = importlib.import_module(name).__version__ if name == 'quantkit' else m.version(name)"
+        "; print(own, m.version('torch'))"
+    )
     found = {}
     for name, python in pythons.items():
         if python:
-            output = subprocess.check_output([python, "-c", code, name, "torch"], text=True)
+            output = subprocess.check_output([python, "-c", code, name], text=True)
             found[name] = "{}, torch {}".format(*output.split())
     return found
 

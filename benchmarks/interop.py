@@ -12,8 +12,11 @@ rows and 32 greedy tokens behind each, and they are compared with those of quant
     error     |theirs - ours| / |ours|, all logits of all rows
     KL        KL(ours || theirs), mean over tokens, nats
     greedy    rows whose continuation is the same to the last token
-    rounded   the error when quantkit's model rounds what that program rounds while it computes
-              (llama.cpp: inputs of linears, GELU; mlx-lm: GELU), so what is left unexplained
+    same roundings    the error when quantkit's model rounds what that program rounds while it
+              computes (llama.cpp: inputs of linears to 8 bits, and GELU; mlx-lm: GELU): of all
+              tokens, and of the first token of each row. What is computed in another order rounds
+              to another code now and then, and the tokens behind it go apart; the first ones have
+              little behind them, so theirs is what the file and the layout leave unexplained.
 
 --original NAME=FOLDER also has bitsandbytes quantize and save that model, and quantkit read it.
 """
@@ -197,7 +200,6 @@ def _versions(pythons: dict[str, str]) -> dict[str, str]:
 def converted(bench: Bench, path: str) -> None:
     """The whole chain of one model."""
     start = open_checkpoint(resolve(path))
-    opened_by_referees(bench, "gptq (the source)", path, "gptq")
     at = path
     for to in CHAIN:
         at = _step(bench, start, at, to)
@@ -210,7 +212,7 @@ def _step(bench: Bench, start: Opened, at: str, to: str) -> str:
     out = bench.scratch / to.replace(":", "-")
     done = convert(at, to, out, lossy=to == "gguf:f16")
     now = open_checkpoint(resolve(str(out)))
-    recorded = json.loads((out / provenance.FILE).read_text())["digest"]
+    recorded = json.loads((out / provenance.FILE).read_text())["conversion"]["digest"]
     step = f"{Path(at).name if Path(at).parent == bench.scratch else 'gptq'} -> {to}"
     bench.add(
         step,
@@ -295,7 +297,8 @@ def _judge(
     measured = compared(ours, theirs)
     if rounding:
         emulated = computed(folder, bench.rows, rounding, new=0)
-        measured["rounded"] = compared(emulated, theirs)["error"]
+        again = compared(emulated, theirs)
+        measured["same_roundings"] = {name: again[name] for name in ("error", "first_token")}
     bench.add(step, referee=referee.label, **measured, seconds=seconds)
 
 
@@ -361,6 +364,7 @@ def compared(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, An
     return {
         "error": float((b - a).norm() / a.norm()),
         "worst_row": float(error.max()),
+        "first_token": float((b - a)[:, 0].norm() / a[:, 0].norm()),
         "kl": float((p.exp() * (p - q)).sum(-1).mean()),
         "top1": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
         "greedy_rows": [int(same.sum()), len(same)],
@@ -374,7 +378,8 @@ def compared(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, An
 def _rounding(folder: str, referee: Referee, to: str) -> Roundings | None:
     """What makes quantkit's model compute like the referee's; None where nothing is known."""
     if referee is _LLAMACPP:
-        return partial(_like_llamacpp, kind=to.removeprefix("gguf:"))
+        kind = to.removeprefix("gguf:")
+        return None if kind in ("f16", "q4_1") else partial(_like_llamacpp, kind=kind)
     config = json.loads((Path(folder) / "config.json").read_text())
     if referee.label == "mlx-lm, float32" and config.get("hidden_act") == "gelu":
         return partial(_replace_gelu, new=nn.GELU(approximate="tanh"))
@@ -382,21 +387,26 @@ def _rounding(folder: str, referee: Referee, to: str) -> Roundings | None:
 
 
 def _like_llamacpp(model: nn.Module, kind: str) -> None:
-    """ggml casts the inputs of a product to what its kernel wants: 8 bits for blocks of codes, the
-    weight's own dtype for plain ones (ggml-cpu.c: type_traits_cpu, vec_dot_type). GELU is looked up
-    in a table of float16, of the tanh kind (vec.h: ggml_vec_gelu_f32)."""
+    """ggml casts the inputs of a product to what its kernel wants: 8 bits for blocks of codes
+    without a minimum, bfloat16 for the head that stayed so (ggml-cpu.c: type_traits_cpu,
+    vec_dot_type). GELU is looked up in a table of float16, of the tanh kind (vec.h:
+    ggml_vec_gelu_f32)."""
     _replace_gelu(model, TableGelu())
     for name, module in model.named_modules():
-        if hasattr(module, "in_features"):
+        if hasattr(module, "in_features") and kind != "f32":
             head = name in ("lm_head", "embed_out")
-            plain = {"f32": torch.float32, "f16": torch.float16}.get(kind)
-            dtype = plain or (torch.bfloat16 if head else None)
-            module.register_forward_pre_hook(partial(_round_input, dtype=dtype))
+            cast = _bfloat16 if head else eight_bits
+            module.register_forward_pre_hook(partial(_round_input, cast=cast))
 
 
-def _round_input(module: nn.Module, inputs: tuple[Tensor], dtype: torch.dtype | None) -> Tensor:
-    [x] = inputs
-    return eight_bits(x) if dtype is None else x.to(dtype).float()
+def _round_input(
+    module: nn.Module, inputs: tuple[Tensor], cast: Callable[[Tensor], Tensor]
+) -> Tensor:
+    return cast(inputs[0])
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
 
 
 def eight_bits(x: Tensor) -> Tensor:
@@ -453,7 +463,7 @@ Made by `benchmarks/interop.py`, which says what the columns mean: {rows} held-o
 tokens each, quantkit.load in float32 against each program in its own process. {machine}.
 Versions: {versions}.
 
-| model | step | opened by | error | KL | greedy rows | error, same roundings |
+| model | step | opened by | error | KL | greedy rows | same roundings |
 |---|---|---|---|---|---|---|
 """
 
@@ -474,7 +484,8 @@ def markdown(line: dict[str, Any]) -> str:
         return who + f"*{line['numbers']}, {same}, {dense}* | | | | |"
     if "failed" in line:
         return who + f"{line['referee']} | {line['failed']} | | | |"
-    rounded = f"{line['rounded']:.1e}" if "rounded" in line else ""
+    again = line.get("same_roundings")
+    rounded = f"{again['error']:.1e}, {again['first_token']:.1e}" if again else ""
     same, of = line["greedy_rows"]
     error = f"{line['error']:.1e} | {line['kl']:.1e} | {same}/{of}"
     return who + f"{line['referee']} | {error} | {rounded} |"

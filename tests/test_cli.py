@@ -54,7 +54,7 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
         "assert not {'torch', 'transformers', 'click', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-    assert set(quantkit.__all__) == {"quantize", "verify", "generate", "inspect", "load"}
+    assert set(quantkit.__all__) == {"convert", "quantize", "verify", "generate", "inspect", "load"}
     assert all(callable(getattr(quantkit, name)) for name in quantkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = quantkit.quantise

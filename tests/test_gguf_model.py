@@ -49,9 +49,6 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
-tiny.ARCHITECTURES["starcoder2"] = tiny.Architecture(
-    "starcoder2", {**tiny._GROUPED, "sliding_window": None}, [], (), (), tied=True
-)
 # architecture, changes of its configuration, largest difference of logits to llama.cpp's, relative
 # to the largest logit. GELU is a table of float16 there, which is why it is more than rounding.
 EXACT, GELU = 1e-5, 2e-3

@@ -1,7 +1,8 @@
 """Other toolkits load what quantkit writes (and quantkit what bitsandbytes does), and logits agree.
 
-Every referee is a program in a python of its own, named by an environment variable; without it the
-test is skipped, and says so. GPTQModel also runs where ``pip install 'quantkit[referees]'`` was done.
+Every referee is a program in a python of its own, named by an environment variable; without it
+the test is skipped, and says so. GPTQModel also runs where ``pip install 'quantkit[referees]'``
+was done.
 
     QUANTKIT_GPTQMODEL_PYTHON            gptqmodel, optimum, transformers 5: gptq, gptq_v2, awq
     QUANTKIT_AUTOGPTQ_PYTHON             auto-gptq 0.7.1, transformers 4.47: gptq

@@ -20,6 +20,7 @@ from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq, gptq
+from quantkit.formats.older_names import with_older_names
 from quantkit.runtime.load import load_model
 from quantkit.workflows import inspect_checks
 from quantkit.workflows import repair as repairing
@@ -70,7 +71,7 @@ def write(folder, name, kind="symmetric", group=32, bits=4, ordered=False, sourc
             outputs[prefix] = tensor.shape[0]
         else:
             tensors[key] = tensor.half()
-    config = read_json(folder / CONFIG)
+    config = with_older_names(read_json(folder / CONFIG))
     if name == "awq":
         for key, spec in awq.activation_scales(config["model_type"], outputs).items():
             tensors[key] = torch.ones(spec.shape, dtype=spec.dtype)
@@ -214,6 +215,8 @@ def test_a_gguf_file(tmp_path):
         assert result.findings == []
         loads = {v.target for v in result.targets if v.loads}
         assert loads == {"transformers", "vLLM", "llama.cpp"}
+        assert result.made_from.endswith("from demo")
+        assert (result.method, result.made_by) == ("gptq", f"quantkit {_version(result)}")
     with pytest.raises(QuantkitError, match="nothing that could be repaired"):
         inspect(str(file), repair=tmp_path / "copy")
 
@@ -593,6 +596,24 @@ def test_awq_of_gpt_neox_without_scales_of_its_activations(tmp_path):
     assert found(folder) == [("error", "act-scales")]
     loads = {v.target: v.loads for v in inspect(str(folder)).targets}
     assert not loads["transformers"] and loads["vLLM"]
+
+
+def test_awq_of_gpt_neox_as_transformers_wants_it(tmp_path):
+    folder = write(tmp_path / "model", "awq", "zero", source="gpt_neox")
+    verdicts = {v.target: v for v in inspect(str(folder)).targets}
+    assert verdicts["transformers"].loads and not verdicts["vLLM"].loads
+    assert "act.scales" in verdicts["vLLM"].reasons[0]
+
+
+def test_rotary_positions_that_only_transformers_5_finds(tmp_path):
+    folder = write(tmp_path / "model", "mlx", "minimum", source="gpt_neox")
+    edit(folder / CONFIG, rotary_pct=None, rotary_emb_base=None)
+    result = inspect(str(folder), repair=tmp_path / "repaired")
+    assert [(f.level, f.code) for f in result.findings if f.changes] == [("note", "rotary")]
+    assert "rope_parameters" not in str(result.repaired) and len(result.repaired) == 2
+    (before,) = (v for v in result.targets if v.target == "mlx")
+    (after,) = (v for v in inspect(str(tmp_path / "repaired")).targets if v.target == "mlx")
+    assert not before.loads and "rotary" in before.reasons[0] and after.loads
 
 
 def test_old_buffers_are_a_note(tmp_path):

@@ -24,9 +24,7 @@ _HEADS = {
 @click.command("inspect")
 @click.argument("model")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository.")
-@click.option(
-    "--model-basename", metavar="NAME", help="The weight file without its ending, if several."
-)
+@options.basename
 @click.option("--repair", metavar="OUT", help="Write a corrected copy to the folder OUT.")
 @options.as_json
 def command(as_json: bool, repair: str | None, **options: Any) -> None:

@@ -16,13 +16,14 @@ from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.core import pickled
+from quantkit.core.placed_file import PlacedFile
 from quantkit.errors import QuantkitError
 
 _INDEX = ".index.json"
@@ -192,6 +193,15 @@ class _Pickled:
         """Nothing: all tensors share one map, which is held for good."""
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file that has been opened before, so that it is known to be
+    sound."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header
+
+
 def _open(path: Path) -> WeightFile:
     if os.path.lexists(path) and not path.is_file():  # a FIFO would be waited for
         raise QuantkitError(
@@ -320,15 +330,15 @@ class ShardWriter:
             for i in range(1, total + 1)
         ]
         self._place: dict[str, tuple[int, int]] = {}
-        self._handles: list[BinaryIO] = []
+        self._open: list[PlacedFile] = []
         self._dirty: set[int] = set()
         self.complete = True
         for number, names in enumerate(shards):
             header, offsets = _header({name: self._specs[name] for name in names})
             end = len(header) + sum(self._specs[name].nbytes for name in names)
-            handle, kept = prepare(folder / self._files[number], header, end)
-            self._handles.append(handle)
-            self.complete &= kept
+            file = PlacedFile(folder / self._files[number], header, end)
+            self._open.append(file)
+            self.complete &= file.kept
             for name, offset in offsets.items():
                 self._place[name] = (number, len(header) + offset)
 
@@ -342,31 +352,21 @@ class ShardWriter:
         if TensorSpec.of(tensor) != spec:
             raise ValueError(f"{name} is {TensorSpec.of(tensor)}, planned was {spec}")
         number, offset = self._place[name]
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._handles[number].seek(offset)
-        self._handles[number].write(raw.data)
+        self._open[number].write(offset, tensor)
         self._dirty.add(number)
 
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine."""
         for number in sorted(self._dirty):
-            self._handles[number].flush()
-            os.fsync(self._handles[number].fileno())
+            self._open[number].sync()
         self._dirty.clear()
 
     def read(self, name: str) -> Tensor:
         """What the file now holds under ``name``: to check it, or to continue from it."""
         spec = self._specs[name]
         number, offset = self._place[name]
-        handle = self._handles[number]
-        handle.flush()
-        handle.seek(offset)
-        raw = bytearray(handle.read(spec.nbytes))
-        if len(raw) < spec.nbytes:
-            raise QuantkitError(f"{self._files[number]} ends before {name}")
-        if not raw:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        return torch.frombuffer(raw, dtype=spec.dtype).reshape(spec.shape)
+        raw = self._open[number].read(offset, spec.nbytes)
+        return raw.view(spec.dtype).reshape(spec.shape)
 
     def close(self) -> None:
         """Sync, write the index if there is more than one shard, and close the files."""
@@ -384,9 +384,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the files and leave them as they are."""
-        for handle in self._handles:
-            handle.close()
-        self._handles = []
+        for file in self._open:
+            file.close()
+        self._open = []
 
 
 def _divide(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
@@ -418,21 +418,6 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, offsets
-
-
-def prepare(path: Path, header: bytes, size: int) -> tuple[BinaryIO, bool]:
-    """Open the shard for reading and writing; start it anew unless it is this plan's already.
-    Returns whether it was."""
-    path.touch()
-    handle = open(path, "r+b")
-    kept = handle.read(len(header)) == header and path.stat().st_size == size
-    if not kept:
-        handle.truncate(0)
-        handle.seek(0)
-        handle.write(header)
-        handle.truncate(size)
-        handle.flush()
-    return handle, kept
 
 
 def read_json(path: Path) -> Any:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.core.checkpoint import prepare
+from quantkit.core.placed_file import PlacedFile
 from quantkit.errors import QuantkitError
 
 MAGIC = b"GGUF"
@@ -447,7 +447,8 @@ class GgufWriter:
         for name, (type, shape) in tensors.items():
             self.tensors[name] = GgufTensor(name, tuple(shape), type, at, nbytes(shape, type))
             at = _aligned(at + self.tensors[name].nbytes, alignment)
-        self._handle, self.complete = prepare(self.path, header, self.nbytes)
+        self._file = PlacedFile(self.path, header, self.nbytes)
+        self.complete = self._file.kept
 
     def write(self, name: str, raw: Tensor) -> None:
         """Put the bytes of a tensor, uint8 [rows, bytes of a row], where the plan wants them."""
@@ -455,22 +456,17 @@ class GgufWriter:
         planned = (tensor.rows, tensor.row_bytes)
         if raw.dtype != torch.uint8 or raw.shape != planned:
             raise ValueError(f"{name} is {raw.dtype} {tuple(raw.shape)}, planned was {planned}")
-        self._handle.seek(tensor.offset)
-        self._handle.write(raw.detach().cpu().contiguous().numpy().data)
+        self._file.write(tensor.offset, raw)
 
     def read(self, name: str) -> Tensor:
         """What the file now holds under ``name``: to check it, or to continue from it."""
         tensor = self.tensors[name]
-        self._handle.seek(tensor.offset)
-        raw = bytearray(self._handle.read(tensor.nbytes))
-        if len(raw) < tensor.nbytes:
-            raise QuantkitError(f"{self.path} ends before {name}")
-        return torch.frombuffer(raw, dtype=torch.uint8).reshape(tensor.rows, tensor.row_bytes)
+        raw = self._file.read(tensor.offset, tensor.nbytes)
+        return raw.reshape(tensor.rows, tensor.row_bytes)
 
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine."""
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Sync and close the file."""
@@ -479,7 +475,7 @@ class GgufWriter:
 
     def abandon(self) -> None:
         """Close the file and leave it as it is."""
-        self._handle.close()
+        self._file.close()
 
 
 def _check_plan(name: str, type: str, shape: tuple[int, ...]) -> None:

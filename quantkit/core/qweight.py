@@ -4,7 +4,7 @@ Methods and formats never meet. A method turns tensors into a QWeight and knows 
 format moves the QWeight's bits into named tensors and knows nothing of mathematics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -229,6 +229,25 @@ class QWeight:
         return all(
             a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
         )
+
+
+def stacked(parts: Iterable[QWeight], rows: int) -> QWeight:
+    """One weight of ``rows`` outputs: those of ``parts``, which are of one kind, below each other.
+    Parts are taken one by one, none is kept."""
+    whole: dict[str, Tensor | None] = {}
+    at = 0
+    for part in parts:
+        held = {name: getattr(part, name) for name in ("codes", "scale", "zero", "minimum")}
+        if not at:
+            whole = {
+                n: None if t is None else t.new_empty(rows, t.shape[1]) for n, t in held.items()
+            }
+        for name, tensor in held.items():
+            into = whole[name]
+            if into is not None:
+                into[at : at + len(tensor)] = tensor
+        at += part.shape[0]
+    return replace(part, **whole)  # type: ignore[arg-type]
 
 
 def _alike(tensor: Tensor, index: Tensor) -> bool:

@@ -26,7 +26,7 @@ Where that module is an activation function, the checkpoint has a tensor ``X.act
 :func:`activation_scales`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,8 @@ CODES = packbits.WORD // BITS
 MIDPOINT = 1 << (BITS - 1)
 # AutoAWQ's awq/modules/linear/gemv.py: zero points fill a multiple of so many words
 _GEMV_WORDS = {32: 4, 64: 2}
-_PIECE = 1 << 19  # words at a time, so that everything stays in the caches
+_PIECE = 1 << 18  # words at a time, so that everything stays in the caches
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a GEMM word the code of each of 8 outputs is
 _REQUIRED = ("qweight", "qzeros", "scales")
 # scaled_zeros are llm-awq's, and only looked for to say so
 _SUFFIXES = (*_REQUIRED, "scaled_zeros")
@@ -226,41 +227,32 @@ def _along_rows(packed: Tensor) -> Tensor:
 def _along_outputs(packed: Tensor) -> Tensor:
     """int32 [m, N / 8] in GEMM's order -> uint8 [N, m]"""
     m, words = packed.shape
-    codes = torch.empty(m * words, dtype=torch.int64, device=packed.device)
-    flat = packed.reshape(-1)
-    for start in range(0, len(flat), _PIECE):
-        x = flat[start : start + _PIECE].to(torch.int64)
-        even, odd = _spread(x & 0xFFFF), _spread((x >> 16) & 0xFFFF)
-        codes[start : start + _PIECE] = even | (odd << 8)
-    return codes.view(torch.uint8).reshape(m, -1).T.contiguous()
+    codes = torch.empty(words, CODES, m, dtype=torch.uint8, device=packed.device)
+    for at in _pieces(words, m):
+        word = packed[:, at].T.contiguous()
+        for output, place in enumerate(_PLACES):
+            codes[at, output] = (word >> (BITS * place)).bitwise_and_(15)
+    return codes.reshape(-1, m)
 
 
 def _packed_outputs(codes: Tensor) -> Tensor:
     """uint8 [N, m] -> int32 [m, N / 8] in GEMM's order"""
-    flat = codes.T.contiguous().reshape(-1).view(torch.int64)
-    packed = torch.empty(len(flat), dtype=torch.int32, device=codes.device)
-    for start in range(0, len(flat), _PIECE):
-        x = flat[start : start + _PIECE]
-        both = _squeezed(x) | (_squeezed(x >> 8) << 16)
-        packed[start : start + _PIECE] = both.to(torch.int32)
-    return packed.reshape(codes.shape[1], -1)
+    m = codes.shape[1]
+    source = codes.reshape(-1, CODES, m)
+    packed = torch.empty(m, len(source), dtype=torch.int32, device=codes.device)
+    for at in _pieces(len(source), m):
+        word = torch.zeros(len(source[at]), m, dtype=torch.int32, device=codes.device)
+        for output, place in enumerate(_PLACES):
+            word |= source[at, output].to(torch.int32) << (BITS * place)
+        packed[:, at] = word.T
+    return packed
 
 
-# GEMM's order puts outputs 0, 2, 4, 6 into the lower half of a word and 1, 3, 5, 7 into the upper.
-# Eight codes are the bytes of an int64, and a half of them is moved at once.
-
-
-def _squeezed(x: Tensor) -> Tensor:
-    """Codes in the bytes 0, 2, 4 and 6 -> the same in bits 0 to 15, all others 0."""
-    x = x & 0x000F000F000F000F
-    x = (x | (x >> 12)) & 0x000000FF000000FF
-    return (x | (x >> 24)).bitwise_and_(0xFFFF)
-
-
-def _spread(x: Tensor) -> Tensor:
-    """The inverse of :func:`_squeezed`."""
-    x = (x | (x << 24)) & 0x000000FF000000FF
-    return (x | (x << 12)).bitwise_and_(0x000F000F000F000F)
+def _pieces(words: int, m: int) -> Iterator[slice]:
+    """Words of so many outputs at a time that they stay in the caches."""
+    step = max(1, _PIECE // m)
+    for start in range(0, words, step):
+        yield slice(start, start + step)
 
 
 def refusal(out: int, width: int, scheme: Scheme) -> str | None:

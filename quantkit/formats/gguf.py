@@ -36,8 +36,9 @@ eight bits:
 Facts: ggml/src/ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ from torch import Tensor
 from quantkit.core.form import Form
 from quantkit.core.gguf_file import TYPES as TYPES
 from quantkit.core.gguf_file import nbytes as nbytes
-from quantkit.core.qweight import QWeight, Scheme
+from quantkit.core.qweight import QWeight, Scheme, stacked
 from quantkit.errors import QuantkitError
 
 SCALES = (torch.float16,)
@@ -77,6 +78,7 @@ _SIMPLE = {
     "Q8_0": _Simple(8, True),
 }
 _GROUP = 32
+_PIECE = 1 << 20
 WRITTEN = tuple(_SIMPLE)
 FORMS = {
     name: Form((bits,), "symmetric" if symmetric else "minimum", SCALES, (_GROUP,))
@@ -94,7 +96,8 @@ def unpack(raw: Tensor, type: str, shape: tuple[int, ...], name: str = "a tensor
             f"use a model in one of {', '.join(QUANTIZED)}",
         )
     blocks = _checked(raw, type, shape, name).reshape(raw.shape[0], -1, TYPES[type].nbytes)
-    return _unpack_simple(blocks, type) if type in _SIMPLE else _K[type](blocks)
+    read = _K.get(type) or partial(_unpack_simple, type=type)
+    return stacked((read(blocks[at]) for at in _pieces(*raw.shape)), len(blocks))
 
 
 def dense(raw: Tensor, type: str, shape: tuple[int, ...], name: str = "a tensor") -> Tensor:
@@ -147,6 +150,14 @@ def pack(q: QWeight, type: str) -> Tensor:
         raise ValueError(f"{type} has groups of {_GROUP} neighbours")
     if q.scale.dtype != torch.float16:
         raise ValueError(f"{type} stores float16 scales, not {q.scale.dtype}")
+    row = nbytes(q.shape[-1:], type)
+    raw = torch.empty(q.shape[0], row, dtype=torch.uint8, device=q.codes.device)
+    for at in _pieces(q.shape[0], row):
+        raw[at] = _pack_rows(q.rows(at.start, at.stop), type)
+    return raw
+
+
+def _pack_rows(q: QWeight, type: str) -> Tensor:
     bits, symmetric = _SIMPLE[type]
     parts = [_bytes_of(q.scale)]
     if not symmetric:
@@ -199,24 +210,45 @@ def _float32_minimum(q: QWeight) -> Tensor:
     return 0 - q.scale.float() * zero
 
 
+def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
+    """So many rows at a time that they stay in the caches."""
+    step = max(1, _PIECE // row_bytes)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
 # bytes and fields
 
 
 def _fields(part: Tensor, bits: int, run: int) -> Tensor:
     """uint8 [..., runs * run] -> [..., runs * run * 8 / bits]: the fields of every byte, those in
     the lowest bits of a run first."""
-    source = part.reshape(*part.shape[:-1], -1, 1, run)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=part.device)[:, None]
-    return (source >> shifts).bitwise_and_(2**bits - 1).flatten(-3)
+    whole, unit = _widest(part, run)
+    source = whole.reshape(*part.shape[:-1], -1, run // unit)
+    mask = int.from_bytes(bytes([2**bits - 1] * unit), "little")
+    fields = source.new_empty(*source.shape[:-1], 8 // bits, run // unit)
+    for k in range(8 // bits):
+        fields[..., k, :] = (source >> (bits * k)).bitwise_and_(mask)
+    return fields.view(torch.uint8).flatten(-3)
 
 
 def _packed(fields: Tensor, bits: int, run: int) -> Tensor:
     """The inverse of :func:`_fields`."""
-    source = fields.reshape(*fields.shape[:-1], -1, 8 // bits, run)
+    whole, unit = _widest(fields, run)
+    source = whole.reshape(*fields.shape[:-1], -1, 8 // bits, run // unit)
     packed = source[..., 0, :].clone()
     for k in range(1, 8 // bits):
         packed |= source[..., k, :] << (bits * k)
-    return packed.flatten(-2)
+    return packed.view(torch.uint8).flatten(-2)
+
+
+def _widest(part: Tensor, run: int) -> tuple[Tensor, int]:
+    """The bytes, flat, as the widest numbers that fill a run, and how many bytes those have: shifts
+    and masks treat eight bytes at once; what crosses a byte is masked away or was 0."""
+    flat = part.contiguous().reshape(-1)
+    if run % 8:
+        return flat, 1
+    return (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64), 8
 
 
 def _halves(part: Tensor) -> Tensor:

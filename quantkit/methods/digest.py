@@ -6,7 +6,7 @@ bits that a code has room for do not matter.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,16 +14,15 @@ from torch import Tensor
 from quantkit.core.qweight import QWeight
 from quantkit.methods import fit
 
+_PIECE = 1 << 20
+
 
 def of(q: QWeight) -> str:
     """sha256 of a weight, in hex."""
     if q.minimum is not None and fit.is_product(q):
         q = fit.zero_pointed(q)
     state = hashlib.sha256(f"{tuple(q.shape)} {q.scheme.grid}".encode())
-    levels = q.codes
-    if q.scheme.grid == "int" and q.minimum is None:
-        levels = _levels(q)
-    for tensor in (levels, *_steps(q)):
+    for tensor in (*_all_levels(q), *_steps(q)):
         state.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
@@ -34,6 +33,20 @@ def together(digests: Mapping[str, str]) -> str:
     for name in sorted(digests):
         state.update(f"{name} {digests[name]}\n".encode())
     return state.hexdigest()
+
+
+def _all_levels(q: QWeight) -> Iterator[Tensor]:
+    """Distances from the zero point, int8 if all of them fit; a few rows at a time, which stay in
+    the caches, where they always do."""
+    if q.scheme.grid != "int" or q.minimum is not None:
+        yield q.codes
+    elif q.zero is not None and q.scheme.bits == 8:
+        yield _levels(q)
+    else:
+        out, width = q.shape
+        step = max(1, _PIECE // width)
+        for start in range(0, out, step):
+            yield _levels(q.rows(start, start + step))
 
 
 def _levels(q: QWeight) -> Tensor:

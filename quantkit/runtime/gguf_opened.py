@@ -14,12 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.gguf_file import GgufFile, GgufTensor
@@ -29,6 +27,9 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import gguf, gguf_model, gguf_tokenizer
 from quantkit.formats.gguf_model import Place
 from quantkit.runtime.opened import Packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _SLICE = 1 << 24  # elements that are made dense at a time
 
@@ -108,7 +109,7 @@ class GgufOpened:
         places = {name: place for name, place in self.places.items() if name not in linears}
         return GgufDense(self.file, places, self.dtype)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer in the file. Raises QuantkitError when it is of another kind."""
         return load_tokenizer(self.metadata, self.model_config["max_position_embeddings"])
 
@@ -161,8 +162,11 @@ def _scheme(tensor: GgufTensor) -> Scheme:
     return gguf.unpack(zeros, tensor.type, (1, block.elements), tensor.name).scheme
 
 
-def load_tokenizer(metadata: dict[str, Any], length: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(metadata: dict[str, Any], length: int) -> "PreTrainedTokenizerFast":
     """The tokenizer in the plain metadata of a file, for texts of up to ``length`` tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast  # seconds, which only those pay who need it
+
     found = gguf_tokenizer.read(metadata)
     backend = Tokenizer.from_str(json.dumps(found.json))
     return PreTrainedTokenizerFast(

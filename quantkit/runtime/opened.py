@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from quantkit import formats
+from quantkit.core import provenance
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
+from quantkit.core.names import in_block
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, QuantkitWarning
@@ -190,11 +192,6 @@ class _Unpacked:
         return self.folder.qweight(self.quantized[name]).dequantize()
 
 
-def in_block(name: str) -> bool:
-    """Whether a tensor or module is one of many alike: of a decoder block."""
-    return any(part.isdigit() for part in name.split("."))
-
-
 def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
     """Look at the weights of ``source``, in the file called ``basename`` (without its ending) where
     it is given. Raises QuantkitError when there are none, when two formats lie in one folder, or
@@ -237,6 +234,16 @@ def refuse_scaled_activations(opened: Opened) -> list[str]:
                 "quantize the original model",
             )
     return found
+
+
+def recorded(opened: Opened) -> dict[str, Any]:
+    """quantkit.json of the source. A GGUF file may lie in the folder of another model."""
+    record = opened.source.read_json(provenance.FILE) or {}
+    if opened.format != "gguf":
+        return record
+    conversion = record.get("conversion")
+    target = conversion.get("to") if isinstance(conversion, dict) else None
+    return record if isinstance(target, str) and target.startswith("gguf") else {}
 
 
 def _gguf_file(source: Source, basename: str | None) -> Path | None:

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
 
 
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer. Raises QuantkitError when it has none."""
+    from transformers import AutoTokenizer  # seconds, which only those pay who need it
+
     hint = "put tokenizer.json (or tokenizer.model) and tokenizer_config.json beside config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)

@@ -7,7 +7,6 @@ is read back from the result and compared with the source.
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,20 @@ from quantkit import __version__
 from quantkit.core import provenance
 from quantkit.core.checkpoint import write_json
 from quantkit.core.ledger import Ledger
+from quantkit.core.names import natural
 from quantkit.core.progress import Progress, Step
+from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import digest, fit
-from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.runtime.opened import Opened, open_checkpoint, recorded
 from quantkit.workflows import convert_targets
+from quantkit.workflows.ahead import Ahead, ahead
 from quantkit.workflows.convert_targets import Moved, Target
-from quantkit.workflows.layout import natural
 from quantkit.workflows.output import Output, disk_errors
-from quantkit.workflows.plan import size_in_bytes
 
-_hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")  # hashing frees the interpreter
-_BATCH = 256 << 20  # bytes between two syncs of the output
+_BATCH = 1 << 30  # bytes being worked on between two syncs of the output
+_PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
 
 
 @dataclass
@@ -109,7 +109,7 @@ def convert(
     if dry_run:
         return result
     shard = size_in_bytes(max_shard_size)
-    with disk_errors(folder):
+    with disk_errors(folder), ahead() as workers:
         ledger = _begin(output, _fingerprint(opened, to, lossy, pre_tokenizer, shard))
         if not target.begin(output.partial, shard):
             ledger.forget()  # somebody removed files that it calls finished
@@ -117,7 +117,7 @@ def convert(
         if not opened.linears:  # an original, which verify will have to recognise
             hashes = provenance.hash_files(opened.files)
         try:
-            _move(opened, target, ledger, progress)
+            _move(opened, target, ledger, progress, workers)
             _beside(opened, output)
             target.close(output.partial, f"quantkit:{__version__}")
         finally:
@@ -126,7 +126,7 @@ def convert(
             _measure(opened, target, output.partial, result, progress)
         else:
             _gather(ledger, result)
-            _compare(opened, target, output.partial, ledger, progress)
+            _compare(opened, target, output.partial, ledger, progress, workers)
         result.seconds = time.perf_counter() - started
         files = hashes.result() if hashes else {}
         write_json(output.partial / provenance.FILE, _provenance(opened, result, files))
@@ -175,40 +175,50 @@ def _beside(opened: Opened, output: Output) -> None:
         output.copy_companions(opened.source)
 
 
-def _move(opened: Opened, target: Target, ledger: Ledger, progress: Progress) -> None:
+def _move(
+    opened: Opened, target: Target, ledger: Ledger, progress: Progress, workers: Ahead
+) -> None:
     """Everything from the source into the target, in batches that an interrupted run keeps."""
-    batches = list(_batches(opened))
+
+    def move(name: str) -> dict[str, Moved]:
+        if name in opened.linears:
+            moved = {name: _move_linear(opened, target, name)}
+        else:
+            moved = target.put_dense(name, opened.dense.get(name))
+        opened.release()
+        return moved
+
+    batches = list(_batches(_sizes(opened)))
     progress.begin("converting", len(batches))
     for index, batch in enumerate(batches):
         started = time.perf_counter()
-        part = batch[0]
+        part = next(iter(batch))
         if part not in ledger:
             done: dict[str, Moved] = {}
-            for name in batch:
-                if name in opened.linears:
-                    done[name] = _move_linear(opened, target, name)
-                else:
-                    done |= target.put_dense(name, opened.dense.get(name))
-                opened.release()
+            for _, moved in workers.map(move, batch):
+                done |= moved
             target.sync()
-            ledger.finish(part, _digested(done))
+            ledger.finish(part, done)
         spent = time.perf_counter() - started
         progress.step(Step(index + 1, len(batches), part, None, spent))
     progress.end()
 
 
-def _batches(opened: Opened) -> Iterator[list[str]]:
-    """Linears and dense tensors, some hundred MB at a time."""
+def _sizes(opened: Opened) -> dict[str, int]:
+    """Bytes that every linear and every dense tensor takes while it is being worked on."""
     sizes = {name: opened.dense.spec(name).nbytes for name in opened.dense}
     sizes |= {prefix: packed.out * packed.width for prefix, packed in opened.linears.items()}
-    batch: list[str] = []
-    size = 0
-    for name in sorted(sizes, key=natural):
-        if batch and size + sizes[name] > _BATCH:
+    return {name: sizes[name] for name in sorted(sizes, key=natural)}
+
+
+def _batches(sizes: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Tensors, some hundred MB at a time."""
+    batch: dict[str, int] = {}
+    for name, size in sizes.items():
+        if batch and sum(batch.values()) + size > _BATCH:
             yield batch
-            batch, size = [], 0
-        batch.append(name)
-        size += sizes[name]
+            batch = {}
+        batch[name] = size
     if batch:
         yield batch
 
@@ -219,19 +229,8 @@ def _move_linear(opened: Opened, target: Target, prefix: str) -> Moved:
     fitted, exact = target.fitted(q)
     target.put(prefix, fitted)
     if exact:
-        return {"digest": _hasher.submit(digest.of, q)}
+        return {"digest": digest.of(q)}
     return {"digest": digest.of(fitted), "error": target.error(q, fitted)}
-
-
-def _digested(done: dict[str, Moved]) -> dict[str, Moved]:
-    """With digests that have been computed beside the work in the place of promises of them."""
-    return {
-        name: {
-            key: value.result() if isinstance(value, Future) else value
-            for key, value in moved.items()
-        }
-        for name, moved in done.items()
-    }
 
 
 def _gather(ledger: Ledger, result: Conversion) -> None:
@@ -248,23 +247,36 @@ def _gather(ledger: Ledger, result: Conversion) -> None:
 
 
 def _compare(
-    opened: Opened, target: Target, folder: Path, ledger: Ledger, progress: Progress
+    opened: Opened,
+    target: Target,
+    folder: Path,
+    ledger: Ledger,
+    progress: Progress,
+    workers: Ahead,
 ) -> None:
     """Read the result as anybody would, and see that it holds what was meant."""
     again = target.reopened(folder)
     moved = {name: report for part in ledger for name, report in ledger.report(part).items()}
-    progress.begin("reading back", len(moved))
-    for index, (name, report) in enumerate(moved.items()):
-        started = time.perf_counter()
-        same = _same(opened, again, name, report)
+    sizes = _sizes(again)
+    sizes = {name: sizes.get(name) or sizes.get(f"{name}.weight", 0) for name in moved}
+
+    def same(name: str) -> bool:
+        found = _same(opened, again, name, moved[name])
         again.release()
         opened.release()
-        if not same:
+        return found
+
+    progress.begin("reading back", len(moved))
+    started = time.perf_counter()
+    for index, (name, is_same) in enumerate(workers.map(same, sizes)):
+        if not is_same:
             raise QuantkitError(
                 f"{name} was written, but reads back differently",
                 "the disk may be failing; please report it if it happens again",
             )
-        progress.step(Step(index + 1, len(moved), name, None, time.perf_counter() - started))
+        now = time.perf_counter()
+        progress.step(Step(index + 1, len(moved), name, None, now - started))
+        started = now
     progress.end()
 
 
@@ -298,8 +310,24 @@ def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:
     if "digest" in report:  # its numbers as a plain weight
         found = again.dense.get(f"{name}.weight")
         return _same_bits(found, opened.qweight(name).dequantize(found.dtype))
-    found = again.dense.get(name)
-    return _same_bits(found, opened.dense.get(name).to(found.dtype))
+    return _same_numbers(opened, again, name)
+
+
+def _same_numbers(opened: Opened, again: Opened, name: str) -> bool:
+    """Equality of plain tensors, a piece at a time: the largest are as large as a whole block."""
+    spec = again.dense.spec(name)
+    if opened.dense.spec(name).shape != spec.shape:
+        return False
+    rows = spec.shape[0] if spec.shape else 1
+    step = max(1, rows * _PIECE // max(1, spec.nbytes))
+    for start in range(0, rows, step):
+        at = slice(start, start + step) if spec.shape else ...
+        found, expected = again.dense.get(name)[at], opened.dense.get(name)[at]
+        if not _same_bits(found, expected.to(found.dtype)):
+            return False
+        again.release()
+        opened.release()
+    return True
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -311,7 +339,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _provenance(opened: Opened, result: Conversion, files: dict[str, str]) -> dict[str, Any]:
     """What the source's record says, and how it became what it is now. ``source`` is the original
     that was quantized; it is only known where the source was quantkit's, or is no quantized one."""
-    record = _recorded(opened)
+    record = recorded(opened)
     name, revision = opened.source.name, opened.source.revision
     conversion: dict[str, Any] = {
         "from": {"name": name, "revision": revision, "format": result.source_format},
@@ -335,13 +363,3 @@ def _provenance(opened: Opened, result: Conversion, files: dict[str, str]) -> di
     record.setdefault("versions", conversion["versions"])
     size = {"bytes": result.bytes, "linears": result.linears}
     return {**record, "size": size, "conversion": conversion}
-
-
-def _recorded(opened: Opened) -> dict[str, Any]:
-    """quantkit.json of the source. A GGUF file may lie in the folder of another model."""
-    record = opened.source.read_json(provenance.FILE) or {}
-    if opened.format != "gguf":
-        return record
-    conversion = record.get("conversion")
-    target = conversion.get("to") if isinstance(conversion, dict) else None
-    return record if isinstance(target, str) and target.startswith("gguf") else {}

@@ -113,16 +113,23 @@ class GgufTarget:
             if reason := gguf.refusal(packed.out, packed.width, _as_stored(self.form), self.kind):
                 raise QuantkitError(f"{prefix} cannot be held: {reason}")
             try:
-                # codes decide whether an asymmetric weight fits into symmetric blocks
-                symmetric = self.form.offset == "symmetric"
-                q = self.opened.qweight(prefix) if symmetric else self.opened.survey(prefix)
+                q = self.opened.survey(prefix)
+                if self._codes_decide(q.scheme):
+                    q = self.opened.qweight(prefix)
                 exact = fit.fit(q, self.form).exact
             except fit.CannotHold as error:
                 if not self.lossy:
                     raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
                 exact = False
+            self.opened.release()
             inexact = inexact or (None if exact else prefix)
         return [f"{inexact} will be rounded; the error is measured"] if inexact else []
+
+    def _codes_decide(self, scheme: Scheme) -> bool:
+        """Whether such a weight fits is only seen from its codes."""
+        assert self.form is not None
+        plain = scheme.symmetric and scheme.bits in self.form.bits
+        return self.form.offset == "symmetric" and not plain
 
     def begin(self, folder: Path, shard: int) -> bool:
         self.file = f"{self.opened.source.short_name}-{self.kind}.gguf"

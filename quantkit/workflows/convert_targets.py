@@ -15,22 +15,23 @@ from torch import Tensor
 from quantkit import formats
 from quantkit.core.checkpoint import ShardWriter, TensorSpec, write_json
 from quantkit.core.form import Form
+from quantkit.core.names import in_block, natural
 from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq
+from quantkit.formats.older_names import with_older_names
 from quantkit.methods import fit
 from quantkit.runtime.opened import (
     Opened,
-    in_block,
     open_checkpoint,
     refuse_scaled_activations,
 )
-from quantkit.workflows.layout import natural
 
 DENSE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+_PIECE = 1 << 22  # numbers that are compared at a time
 LOSSY = "use --lossy to round what does not fit; the error is measured and printed"
 
 
@@ -155,7 +156,7 @@ class _Safetensors:
                 counts[spec.dtype] = counts.get(spec.dtype, 0) + spec.nbytes
         dtype = max(counts, key=lambda d: counts[d], default=torch.float16)
         config["dtype"] = str(dtype).removeprefix("torch.")
-        return config
+        return with_older_names(config)
 
 
 class PackedTarget(_Safetensors):
@@ -355,12 +356,19 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, floa
     """The tensor in ``dtype``, and its relative error |t - t'|^2 / |t|^2. Raises QuantkitError for
     numbers that are too large for it."""
     stored = tensor.to(dtype)
-    if stored.dtype == tensor.dtype or torch.equal(stored.double(), tensor.double()):
+    if stored.dtype == tensor.dtype:
         return stored, 0.0
-    if not bool(stored.isfinite().all()):
-        raise QuantkitError(
-            f"{name} has values that do not fit into {str(dtype).removeprefix('torch.')}",
-            "choose bfloat16 or float32",
-        )
-    lost = (stored.float() - tensor.float()).square().sum()
-    return stored, float(lost / tensor.float().square().sum())
+    lost = total = 0.0
+    pieces = zip(stored.reshape(-1).split(_PIECE), tensor.reshape(-1).split(_PIECE), strict=True)
+    for after, before in pieces:
+        after, before = after.double(), before.double()
+        total += float(before.square().sum())
+        if torch.equal(after, before):
+            continue
+        if not bool(after.isfinite().all()):
+            raise QuantkitError(
+                f"{name} has values that do not fit into {str(dtype).removeprefix('torch.')}",
+                "choose bfloat16 or float32",
+            )
+        lost += float((after - before).square().sum())
+    return stored, lost / total if lost else 0.0

@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.core import ledger, provenance
+from quantkit.core import ledger
 from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import Tensors, gptq
-from quantkit.runtime.opened import Folder, open_checkpoint
+from quantkit.runtime.opened import Folder, open_checkpoint, recorded
 from quantkit.workflows import inspect_checks as checks
 from quantkit.workflows.inspect_checks import Finding, Look
 from quantkit.workflows.inspect_facts import (
@@ -169,7 +169,7 @@ def _described(look: Look) -> Inspection:
         tensors=sum(1 for _ in opened.tensors),
         tokenizer=checks.has_tokenizer(look),
         chat_template=checks.has_chat_template(look),
-        provenance=_flat_enough(source.read_json(provenance.FILE)),
+        provenance=_flat_enough(recorded(opened)),
     )
     dense = opened.tensors.without(look.linears.names)
     _describe_tensors(found, look.linears, look.structure, dense)
@@ -192,7 +192,9 @@ def _described_gguf(opened: "GgufOpened", linears: Linears, structure: Structure
         tokenizer="tokenizer.ggml.tokens" in opened.metadata,
         chat_template="tokenizer.chat_template" in opened.metadata,
         made_by=_text(dict(opened.metadata), "general.quantized_by"),
+        provenance=_flat_enough(recorded(opened)),
     )
+    _describe_record(found)
     _describe_tensors(found, linears, structure, opened.dense)
     types = (opened.tensor(name).type for prefix in linears.shapes for name in opened.names(prefix))
     found.types = dict(Counter(types))
@@ -239,18 +241,8 @@ def _describe_tensors(
 
 def _describe_origin(found: Inspection, look: Look) -> None:
     """Where it came from, by quantkit.json, else by what other tools leave behind."""
-    made = found.provenance or {}
-    found.method = _text(made, "method") or _text(look.opened.config, "quant_method")
-    # what was converted, and the original that it was quantized from
-    steps = [_named(made, "conversion", "from"), _named(made, "source")]
-    found.made_from = ", from ".join(dict.fromkeys(filter(None, steps))) or None
-    version = _text(made, "versions", "quantkit")
-    found.made_by = f"quantkit {version}" if version else None
-    measured = made.get("measured")
-    if isinstance(measured, dict):
-        numbers = {key: measured.get(key) for key in ("kl", "kl_error", "top1")}
-        if all(isinstance(value, int | float) for value in numbers.values()):
-            found.measured = numbers
+    found.method = _text(look.opened.config, "quant_method")
+    _describe_record(found)
     readme = look.opened.source.folder / "README.md"
     if not found.made_from and readme.is_file():
         base = _BASE_MODEL.search(readme.read_text("utf-8", errors="replace"))
@@ -259,6 +251,22 @@ def _describe_origin(found: Inspection, look: Look) -> None:
     tools = meta.get("quantizer") if isinstance(meta, dict) else None
     if not found.made_by and tools:
         found.made_by = ", ".join(map(str, tools)) if isinstance(tools, list) else str(tools)
+
+
+def _describe_record(found: Inspection) -> None:
+    """What quantkit.json says."""
+    made = found.provenance or {}
+    found.method = _text(made, "method") or found.method
+    # what was converted, and the original that it was quantized from
+    steps = [_named(made, "conversion", "from"), _named(made, "source")]
+    found.made_from = ", from ".join(dict.fromkeys(filter(None, steps))) or None
+    if version := _text(made, "versions", "quantkit"):
+        found.made_by = f"quantkit {version}"
+    measured = made.get("measured")
+    if isinstance(measured, dict):
+        numbers = {key: measured.get(key) for key in ("kl", "kl_error", "top1")}
+        if all(isinstance(value, int | float) for value in numbers.values()):
+            found.measured = numbers
 
 
 def _named(made: dict[str, Any], *path: str) -> str | None:
@@ -297,4 +305,6 @@ def _subject_of_folder(found: Inspection, look: Look) -> Subject:
         declared=any(place[0] == checks.CONFIG for place in look.declarations),
         standard_files=checks.standard_files(look),
         lacks_act_scales=checks.lacks_activation_scales(look),
+        has_act_scales=checks.has_activation_scales(look),
+        unsaid_rotary=bool(checks.unsaid_rotary(look)),
     )

@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from quantkit import __version__, formats
-from quantkit.core.checkpoint import INDEX
+from quantkit.core.checkpoint import INDEX, read_header
 from quantkit.errors import QuantkitError
 from quantkit.formats import awq, gptq
+from quantkit.formats.older_names import with_older_names
 from quantkit.runtime.opened import Folder
 from quantkit.workflows.inspect_facts import Linears, Structure
-from quantkit.workflows.repair import Change, Drop, Header, Put, Rename, read_header
+from quantkit.workflows.repair import Change, Drop, Header, Put, Rename
 
 Level = Literal["error", "warning", "note"]
 CONFIG = "config.json"
@@ -111,7 +112,7 @@ class Look:
 def check(look: Look) -> list[Finding]:
     """Everything that is wrong or worth knowing, the worst first."""
     checks = [_undeclared, _method, _facts, _convention, _mixed, _head, _activations]
-    checks += [_weight_files, _headers, _leaks, _generation, _tokenizer]
+    checks += [_rotary, _weight_files, _headers, _leaks, _generation, _tokenizer]
     found = [finding for one in checks for finding in one(look)]
     if not look.config:
         found.append(Finding("error", "no-config", "there is no config.json"))
@@ -447,6 +448,26 @@ def lacks_activation_scales(look: Look) -> bool:
     outputs = {prefix: out for prefix, (out, _) in look.linears.shapes.items()}
     needed = awq.activation_scales(look.model_type, outputs) if look.opened.format == "awq" else ()
     return any(name not in look.opened.tensors for name in needed)
+
+
+def has_activation_scales(look: Look) -> bool:
+    return bool(awq.activation_scale_names(look.opened.tensors))
+
+
+def unsaid_rotary(look: Look) -> dict[str, Any]:
+    """What readers of the older names of rotary settings do not find, and would not guess."""
+    older = with_older_names(look.config)
+    usual = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    return {k: v for k, v in older.items() if k not in look.config and usual.get(k) != v}
+
+
+def _rotary(look: Look) -> Iterator[Finding]:
+    unsaid = unsaid_rotary(look)
+    if unsaid:
+        text = "config.json has the rotary positions only as transformers 5 writes them; what "
+        text += f"reads the older names (mlx-lm, transformers 4) misses {', '.join(unsaid)}"
+        changes = tuple(Put(CONFIG, (key,), value) for key, value in unsaid.items())
+        yield Finding("note", "rotary", text, changes)
 
 
 # the files

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from quantkit.core.checkpoint import TensorSpec
+from quantkit.core.names import natural
 from quantkit.core.qweight import Scheme
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import gptq
@@ -141,10 +142,3 @@ def _check_groups(jobs: list[Job], scheme: Scheme) -> None:
 def _stored(spec: TensorSpec) -> TensorSpec:
     """Dense tensors keep 16-bit dtypes; float32 becomes float16, as quantized models are run."""
     return TensorSpec(torch.float16, spec.shape) if spec.dtype == torch.float32 else spec
-
-
-def natural(name: str) -> tuple[object, ...]:
-    """Sort key: numbers inside names count as numbers, tensors outside of blocks come first."""
-    parts = re.split(r"(\d+)", name)
-    block = int(parts[1]) if len(parts) > 1 else -1
-    return (block, [int(p) if p.isdigit() else p for p in parts])

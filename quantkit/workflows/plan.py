@@ -1,6 +1,5 @@
 """What is decided, and what can be refused, before the first byte is written."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from quantkit.workflows.gptq_block import Settings
 from quantkit.workflows.layout import Layout
 
 CHECKPOINT_FORMATS = ("auto", "gptq", "gptq_v2")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _BASE = 350 << 20  # Python, torch and transformers
 # Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
 # 3 % in KL and save a fifth of the time.
@@ -176,19 +174,6 @@ def zero_convention(checkpoint_format: str, sym: bool) -> Convention:
     if checkpoint_format == "auto":
         return "v1" if sym else "v2"
     return "v1" if checkpoint_format == "gptq" else "v2"
-
-
-def size_in_bytes(text: str) -> int:
-    """``5GB`` -> 5000000000. Raises UsageError."""
-    match = _SIZE.fullmatch(text.strip())
-    size = (
-        0
-        if match is None
-        else int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-    )
-    if size < 1000:
-        raise UsageError(f"'{text}' is not a size of a file", "write 5GB or 500MB")
-    return size
 
 
 def default_out(source: Source, settings: Settings) -> Path:

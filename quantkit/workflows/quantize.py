@@ -23,6 +23,7 @@ from quantkit.core.ledger import Ledger
 from quantkit.core.metrics import Comparison
 from quantkit.core.progress import Progress, Step
 from quantkit.core.qweight import QWeight
+from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import gptq as gptq_format
@@ -141,7 +142,7 @@ def quantize(
         tokens_per_input=tokens_per_input,
         convention=convention,
     )
-    shard = planning.size_in_bytes(max_shard_size)
+    shard = size_in_bytes(max_shard_size)
     on = pick_device(device)
     source = resolve(model, revision)
     output = Output(Path(out) if out else planning.default_out(source, settings), overwrite)

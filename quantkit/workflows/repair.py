@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.core import ledger
-from quantkit.core.checkpoint import write_json
+from quantkit.core.checkpoint import read_header, write_json
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.workflows.output import Output, disk_errors
@@ -146,15 +146,6 @@ def _link(path: Path, new: Path) -> None:
         os.link(path.resolve(), new)
     except OSError:
         shutil.copyfile(path, new)
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file that has been opened before, so that it is known to be
-    sound."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    return header
 
 
 def _rewrite(path: Path, new: Path, names: dict[str, str]) -> None:

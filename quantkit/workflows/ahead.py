@@ -1,0 +1,57 @@
+"""Working on several tensors at once, in bounded memory and in order."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+_WORKERS = min(4, os.cpu_count() or 1)
+_IN_FLIGHT = 450 << 20  # bytes of codes or plain numbers that are being worked on or wait
+
+
+class Ahead:
+    """Threads that each use one core: moving bits is bound by memory, and a thread of its own for
+    every tensor keeps cores busier than several for one operation after the other."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    def map(self, work: Callable[[str], T], sizes: Mapping[str, int]) -> Iterator[tuple[str, T]]:
+        """``work(name)`` for every name, in order. A tensor larger than what may be worked on at
+        once is worked on alone."""
+        running: deque[tuple[str, Future[T]]] = deque()
+        left = dict(sizes)
+        try:
+            for name in sizes:
+                while running and sum(left[n] for n, _ in running) + left[name] > _IN_FLIGHT:
+                    yield _finished(running)
+                running.append((name, self._pool.submit(work, name)))
+            while running:
+                yield _finished(running)
+        finally:
+            for _, future in running:
+                future.cancel()
+
+
+def _finished(running: "deque[tuple[str, Future[T]]]") -> tuple[str, T]:
+    name, future = running[0]
+    result = future.result()
+    running.popleft()
+    return name, result
+
+
+@contextmanager
+def ahead() -> Iterator[Ahead]:
+    """Threads for as long as this lasts. An error ends all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="ahead") as pool:
+            yield Ahead(pool)
+    finally:
+        torch.set_num_threads(threads)

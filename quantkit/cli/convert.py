@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, process
 
 
 @click.command("convert")
@@ -38,6 +38,7 @@ def command(quiet: bool, **settings: Any) -> None:
     from quantkit.cli.console import Drawn, stdout
     from quantkit.workflows.convert import convert
 
+    process.return_memory()
     progress = Drawn(quiet)
     try:
         result = convert(progress=progress, **settings)
@@ -50,7 +51,8 @@ def command(quiet: bool, **settings: Any) -> None:
         console.print(f"{result.linears} linears would take {result.bytes / 1e6:,.1f} MB in all")
         return
     if result.exact:
-        console.print(f"every number is the same; digest {result.digest or 'of no linears'}")
+        digest = f"; digest {result.digest}" if result.digest else ""
+        console.print(f"every number is the same{digest}")
     elif result.errors:
         name, error = result.worst or ("", 0.0)
         average = sum(result.errors.values()) / len(result.errors)

@@ -43,12 +43,21 @@ def _calm_libraries() -> None:
 def _keep_memory() -> None:
     """Let glibc reuse the memory of activations of some megabytes instead of asking the system for
     zeroed pages each time, and keep it in one heap."""
+    _tune({_M_ARENA_MAX: 1, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 256 << 20})
+
+
+def return_memory() -> None:
+    """For a command whose threads handle tensors of all sizes: holes in the one heap were 100 MB of
+    a conversion, and nothing was gained by them."""
+    _tune({_M_MMAP_THRESHOLD: 4 << 20})
+
+
+def _tune(settings: dict[int, int]) -> None:
     if not sys.platform.startswith("linux"):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
         return
-    mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+    for name, value in settings.items():
+        mallopt(name, value)

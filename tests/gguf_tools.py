@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.gguf_file import GgufWriter
+from quantkit.core.gguf_file import GgufWriter, Value
 from quantkit.core.qweight import QWeight
 from quantkit.core.source import Source
 from quantkit.formats import gguf, gguf_model, gguf_tokenizer
@@ -53,9 +53,10 @@ def write(
     path: Path,
     kind: str = "F32",
     packed: dict[str, tuple[str, QWeight]] | None = None,
+    more: dict[str, Value] | None = None,
 ) -> Path:
     """The model in ``folder`` as a GGUF file, its weights in the type ``kind``; ``packed`` are
-    quantized tensors that stand for dense ones, with their types."""
+    quantized tensors that stand for dense ones, with their types, ``more`` further metadata."""
     packed = packed or {}
     config = json.loads((folder / "config.json").read_text())
     checkpoint = Checkpoint(folder)
@@ -63,7 +64,7 @@ def write(
     places = gguf_model.plan(config, shapes)
     extra = gguf_model.extra_tensors(config)
     metadata = gguf_model.metadata(config, "test", kind)
-    metadata |= gguf_tokenizer.metadata(tokenizer_files(folder))
+    metadata |= gguf_tokenizer.metadata(tokenizer_files(folder)) | (more or {})
     planned = {name: ("F32", tuple(tensor.shape)) for name, tensor in extra.items()}
     for name, place in places.items():
         shape = shapes[place.source]

@@ -194,28 +194,6 @@ def test_a_minimum_that_overflows_is_not_packed():
     q = replace(q, scale=torch.full_like(q.scale, 600.0))  # times 128 is more than 65504
     with pytest.raises(ValueError, match="float16"):
         mlx.pack(q)
-    with pytest.raises(ValueError, match="too large"):
-        mlx.with_minimum(q, torch.float16)
-    assert mlx.pack(mlx.with_minimum(q, torch.bfloat16))["biases"].float().unique().numel() == 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["minimum", "symmetric", 255])
-def test_with_minimum_rounds_once(kind, dtype):
-    q = make(8, 64, kind=kind, dtype=torch.float16)
-    rounded = mlx.with_minimum(q, dtype)
-    assert rounded.scale.dtype == rounded.minimum.dtype == dtype
-    assert not rounded.scheme.symmetric
-    assert (
-        mlx.read(held(mlx.pack(rounded)), NAME, said(q.scheme))
-        .dequantize()
-        .equal(rounded.dequantize())
-    )
-    if kind == 255:
-        exact = -rounded.scale.double() * q.zero.double()
-        assert torch.equal(rounded.minimum, exact.to(dtype))
-    error = (rounded.dequantize() - q.dequantize()).abs().max() / q.dequantize().abs().max()
-    assert error < (0 if dtype == torch.float32 else torch.finfo(dtype).eps) + 1e-6
 
 
 # what the configuration says

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from quantkit import data
 from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.gguf_file import GgufFile, GgufWriter
+from quantkit.core.gguf_file import GgufFile, GgufWriter, Value
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
@@ -154,6 +154,14 @@ def test_llamacpp_writes_the_demo_s_texts(tmp_path, tokenizer, kind):
     )
     assert float(divergence.sum(-1).mean()) < (1e-6 if kind == "F32" else 1e-5)
     assert torch.equal(greedy, text[:, ids.shape[1] :])
+
+
+@needs_gguf
+def test_a_part_of_a_split_model_is_refused(tmp_path):
+    parts = {"split.count": Value("u16", 3)}
+    path = gguf_tools.write(data.demo(), tmp_path / "demo-00001-of-00003.gguf", more=parts)
+    with pytest.raises(QuantkitError, match="one of 3 parts"):
+        opened(path)
 
 
 @needs_gguf

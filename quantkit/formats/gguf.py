@@ -37,7 +37,6 @@ Facts: ggml/src/ggml-common.h and ggml-quants.c (dequantize_row_*) of llama.cpp.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -168,15 +167,6 @@ def _pack_rows(q: QWeight, type: str) -> Tensor:
     if bits == 5:
         parts.append(_packed(codes >> 4, 1, 1))
     return _joined([*parts, _packed(codes & 15 if bits == 5 else codes, 4, 16)])
-
-
-def with_minimum(q: QWeight) -> QWeight:
-    """The weight with a float16 minimum in the place of its zero point, rounded where it has to be:
-    what a conversion that may lose something does before :func:`pack` to Q4_1 or Q5_1."""
-    minimum = _float32_minimum(q).half()
-    if not bool(minimum.isfinite().all()):
-        raise ValueError("a minimum is too large for float16")
-    return replace(q, scheme=replace(q.scheme, symmetric=False), zero=None, minimum=minimum)
 
 
 def pack_dense(tensor: Tensor, type: str) -> Tensor:

@@ -171,7 +171,7 @@ def specs(
 def pack(q: QWeight) -> dict[str, Tensor]:
     """The tensors of a linear, by suffix; see Format. A zero point becomes the bias
     ``-zero * scale`` where that is a number of the scales' dtype (it always is for a symmetric
-    weight, short of overflow); :func:`with_minimum` rounds it beforehand."""
+    weight, short of overflow)."""
     reason = refusal(*q.shape, q.scheme)
     if reason:
         raise ValueError(reason)
@@ -193,18 +193,6 @@ def pack(q: QWeight) -> dict[str, Tensor]:
         "scales": q.scale.contiguous(),
         "biases": minimum.contiguous(),
     }
-
-
-def with_minimum(q: QWeight, dtype: torch.dtype) -> QWeight:
-    """``q`` in the form ``scale * code + minimum``, both rounded to ``dtype``. Raises ValueError
-    where a number is too large for it."""
-    scale = q.scale.to(dtype)
-    rounded = replace(q, scale=scale)
-    minimum = (_minimum(rounded) if q.minimum is None else q.minimum).to(dtype)
-    if not bool(torch.isfinite(scale).all() and torch.isfinite(minimum).all()):
-        raise ValueError(f"its scales or minimums are too large for {dtype}")
-    scheme = replace(q.scheme, symmetric=False)
-    return replace(q, scheme=scheme, scale=scale, zero=None, minimum=minimum)
 
 
 def _minimum(q: QWeight) -> Tensor:

@@ -48,6 +48,12 @@ class GgufOpened:
         self.source = source
         self.dtype = dtype
         self.metadata = self.file.metadata
+        parts = self.metadata.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            raise QuantkitError(
+                f"{path} is one of {parts} parts of a split model",
+                "join them first: llama-gguf-split --merge FIRST_PART OUT",
+            )
         shapes = {name: tensor.shape for name, tensor in self.file.tensors.items()}
         config = gguf_model.config_of(self.metadata, shapes)
         if gguf_model.ROPE_FACTORS in shapes:

@@ -30,7 +30,7 @@ _PLAIN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 class GgufTarget:
     """``kind``: q4_0, q4_1, q5_0, q5_1, q8_0 for the linears, or f16, bf16, f32 for everything."""
 
-    packs, requantizes = True, False
+    requantizes = False
 
     def __init__(
         self, opened: Opened, kind: str | None, lossy: bool, pre_tokenizer: str | None
@@ -41,7 +41,6 @@ class GgufTarget:
             known = ", ".join(f"gguf:{name.lower()}" for name in (*gguf.FORMS, *_PLAIN.values()))
             raise UsageError(f"'gguf:{kind or ''}' is no type that is written", f"use {known}")
         self.form = gguf.FORMS.get(self.kind)
-        self.packs = self.form is not None
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.metadata: dict[str, Value] = {}
         self._writer: GgufWriter | None = None

@@ -38,7 +38,7 @@ class KQuantTarget:
     """``kind`` is one of TYPES. The source may be plain weights, or codes that are rounded a second
     time."""
 
-    packs, requantizes = True, True
+    requantizes = True
 
     def __init__(self, opened: Opened, kind: str, pre_tokenizer: str | None) -> None:
         self.opened, self.kind = opened, kind

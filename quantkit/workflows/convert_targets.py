@@ -44,8 +44,7 @@ class Target(Protocol):
     """Where a conversion goes. Names are those of the source, as transformers has them."""
 
     nbytes: int
-    packs: bool  # the result has codes
-    requantizes: bool  # which somebody else chose
+    requantizes: bool  # somebody else chooses the codes
 
     def survey(self, progress: Progress) -> list[str]:
         """See that everything fits, and plan the output; returns what the user should know. Raises
@@ -162,7 +161,7 @@ class _Safetensors:
 class PackedTarget(_Safetensors):
     """A folder in one of formats.TARGETS."""
 
-    packs, requantizes = True, False
+    requantizes = False
 
     def __init__(self, opened: Opened, name: str, lossy: bool) -> None:
         super().__init__(opened)
@@ -301,7 +300,7 @@ class DenseTarget(_Safetensors):
     """A folder of plain weights. ``kind`` is their dtype; by default that of the source's other
     tensors."""
 
-    packs, requantizes = False, False
+    requantizes = False
 
     def __init__(self, opened: Opened, kind: str | None) -> None:
         super().__init__(opened)

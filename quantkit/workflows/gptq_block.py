@@ -15,6 +15,7 @@ alignment one pass of the original is enough: feeding quantized inputs forward c
 itself (measured: KL 0.0774 against 0.0782 on the demo model).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor
 
 from quantkit.core.qweight import Scheme
-from quantkit.core.stats import InputStats, Moments
+from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
 from quantkit.runtime import gather
 from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows.method import Originals, Outcome, Solved, put
+
+# target [out, in], Hessian [in, in], scheme -> the rounded target
+Rounding = Callable[[Tensor, Tensor, Scheme], gptq.Solution]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Gptq:
             "bias_correction": self.bias_correction,
             "tokens_per_input": self.tokens_per_input or "all",
         }
+
+    def rounding(self, target: Tensor, hessian: Tensor, scheme: Scheme) -> gptq.Solution:
+        return gptq.solve(target, hessian, scheme, self.options)
 
     def solve(
         self,
@@ -117,7 +124,9 @@ def _solve_groups(
     """Solve each group and fill the block in. Uses ``stats`` up, to free memory as it goes."""
     while stats:
         group, found = stats.popitem()
-        for name, result in _solve_group(group, originals, found, settings).items():
+        moments = found.moments(centred=corrects(group, originals, settings))
+        results = solve_group(group, originals, moments, settings, settings.rounding, "gptq")
+        for name, result in results.items():
             put(block, name, result.qweight, result.bias)
             solved[name] = result
 
@@ -143,44 +152,42 @@ def _stored(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.to(torch.float16)
 
 
-def _solve_group(
-    group: InputGroup, originals: Originals, stats: InputStats, settings: Gptq
+def solve_group(
+    group: InputGroup,
+    originals: Originals,
+    moments: Moments,
+    settings: Gptq,
+    rounding: Rounding,
+    method: str,
 ) -> dict[str, Solved]:
-    """Linears that share an input share its Hessian."""
-    biases = {name: originals.bias(name) for name in group.names}
-    correct = settings.bias_correction and all(bias is not None for bias in biases.values())
-    moments = stats.moments(centred=correct)
+    """Linears that share an input share its Hessian. ``rounding`` is what rounds them, and
+    ``method`` its name."""
     schemes: dict[Scheme, list[str]] = {}
     for name in group.names:
         schemes.setdefault(originals.schemes[name], []).append(name)
     results = {}
     for scheme, names in schemes.items():
         weights = {name: originals.weight(name) for name in names}
-        results |= _solve_together(weights, biases, scheme, moments, correct, settings)
+        target = torch.cat(list(weights.values()))
+        if moments.cross is not None:
+            target = align.aligned_target(target, moments, settings.align, settings.options.damp)
+        solution = rounding(target, moments.gram, scheme)
+        start = 0
+        for name, original in weights.items():
+            part = slice(start, start := start + len(original))
+            qweight = solution.qweight.rows(part.start, part.stop)
+            rounded = qweight.dequantize()
+            error = gptq.relative_error(target[part], rounded, moments.gram)
+            bias = originals.bias(name)
+            if bias is not None and corrects(group, originals, settings):
+                bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
+            results[name] = Solved(
+                qweight, _stored(bias), error, solution.damp, solution.dead, method
+            )
     return results
 
 
-def _solve_together(
-    weights: dict[str, Tensor],
-    biases: dict[str, Tensor | None],
-    scheme: Scheme,
-    moments: Moments,
-    correct: bool,
-    settings: Gptq,
-) -> dict[str, Solved]:
-    """Linears of one input and one scheme are one problem: their weights stacked, one Hessian."""
-    target = weight = torch.cat(list(weights.values()))
-    if moments.cross is not None:
-        target = align.aligned_target(weight, moments, settings.align, settings.options.damp)
-    solution = gptq.solve(target, moments.gram, scheme, settings.options)
-    results, start = {}, 0
-    for name, original in weights.items():
-        part = slice(start, start := start + len(original))
-        qweight = solution.qweight.rows(part.start, part.stop)
-        rounded = qweight.dequantize()
-        error = gptq.relative_error(target[part], rounded, moments.gram)
-        bias = biases[name]
-        if bias is not None and correct:
-            bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
-        results[name] = Solved(qweight, _stored(bias), error, solution.damp, solution.dead, "gptq")
-    return results
+def corrects(group: InputGroup, originals: Originals, settings: Gptq) -> bool:
+    """Whether the biases of the group take up mean errors: all linears need to have one."""
+    biases = (originals.bias(name) for name in group.names)
+    return settings.bias_correction and all(bias is not None for bias in biases)

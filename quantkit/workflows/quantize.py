@@ -63,6 +63,16 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     written: bool = False
 
+    def pairs(self) -> list[str]:
+        """Where inputs were scaled, by AWQ: every pair of its kind, and in how many blocks."""
+        seen: dict[str, list[bool]] = {}
+        for block in self.plan.layout.jobs:
+            notes = [self.layers.get(job.disk, {}) for job in block]
+            told = {note["pair"]: note["scaled"] for note in notes if "pair" in note}
+            for pair, scaled in told.items():
+                seen.setdefault(pair, []).append(scaled)
+        return [f"scaled in {sum(some)} of {len(some)} blocks: {n}" for n, some in seen.items()]
+
     @contextmanager
     def timing(self, phase: str) -> Iterator[None]:
         """Add the time that this takes to ``seconds``."""

@@ -57,12 +57,12 @@ def choose(
     """
     some = weight[:: max(1, len(weight) // _ROWS)].contiguous()
     plain = loss(some, torch.ones_like(hessian[0]), hessian, rounding)
-    best = Choice(None, 0.0, 0.0, 1.0)
+    best, lowest = Choice(None, 0.0, 0.0, 1.0), plain
     for energy, peak, ideal in candidates(weight, hessian, source):
         scale = stored(ideal)
-        found = loss(some, scale, hessian, rounding) / max(plain, torch.finfo(torch.float32).tiny)
-        if found < best.loss:
-            best = Choice(scale, energy, peak, found)
+        found = loss(some, scale, hessian, rounding)
+        if found < lowest:
+            best, lowest = Choice(scale, energy, peak, found / plain), found
     return best
 
 

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 import quantkit
 from quantkit import data
-from quantkit.cli import generate, gptq, verify
+from quantkit.cli import awq, generate, gptq, verify
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -81,11 +81,12 @@ ONLY_IN_PYTHON = {"progress", "write"}
     ("module", "function", "arguments"),
     [
         (gptq, quantize, ["demo"]),
+        (awq, quantkit.awq, ["demo"]),
         (verify, quantkit.verify, ["demo"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
     ],
-    ids=["gptq", "verify", "generate", "inspect"],
+    ids=["gptq", "awq", "verify", "generate", "inspect"],
 )
 def test_options_are_parameters_with_the_same_defaults(module, function, arguments):
     parameters = inspect.signature(function).parameters

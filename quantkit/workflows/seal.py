@@ -67,6 +67,7 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
         },
         "measured": None if report.measured is None else report.measured.described(),
         "layers": report.layers,
+        **({"scaled": pairs} if (pairs := report.pairs()) else {}),
         "fallbacks": report.fallbacks,
         "dropped_tensors": plan.layout.dropped,
         "versions": provenance.versions(),

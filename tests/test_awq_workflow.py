@@ -9,6 +9,7 @@ from tools import QUICK, command, model, read_json, sentence
 import quantkit
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.ledger import Ledger
+from quantkit.core.progress import Progress
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import awq as mathematics
@@ -126,3 +127,16 @@ def test_the_command_tells_which_pairs_it_kept(tmp_path, capsys):
     assert "of 2 blocks: input_layernorm -> query_key_value" in shown
     assert "of 2 blocks: query_key_value -> dense" in shown
     assert command("inspect", out) == 0
+
+
+def test_a_model_with_nothing_to_scale_is_told(tmp_path, monkeypatch):
+    heard = []
+
+    class Listening(Progress):
+        def warn(self, text):
+            heard.append(text)
+
+    monkeypatch.setattr("quantkit.runtime.folding.find", lambda *_: [])
+    report = awq(str(model("gpt_neox")), tmp_path / "out", progress=Listening(), **SMALL)
+    assert report.pairs() == []
+    assert any("nothing in this architecture could be scaled" in text for text in heard)

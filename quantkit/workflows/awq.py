@@ -79,4 +79,8 @@ def awq(
         dry_run=dry_run,
         revision=revision,
     )
-    return carry_out(task, Awq(refine, settings), progress or Progress())
+    progress = progress or Progress()
+    report = carry_out(task, Awq(refine, settings), progress)
+    if report.written and not report.pairs():
+        progress.warn("nothing in this architecture could be scaled: weights were only rounded")
+    return report

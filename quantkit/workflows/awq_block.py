@@ -39,6 +39,7 @@ class Awq:
     gptq: Gptq
 
     name = "awq"
+    copies = True
 
     def __post_init__(self) -> None:
         if self.refine not in get_args(Refine):

@@ -49,6 +49,7 @@ class Gptq:
     tokens_per_input: int | None = None
 
     name = "gptq"
+    copies = False
 
     @property
     def aligned(self) -> bool:

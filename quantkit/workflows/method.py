@@ -67,6 +67,7 @@ class Method(Protocol):
     name     as in ``quantkit NAME``
     aligned  whether the hidden states of the quantized model are carried along too
     damp     what is added to Hessians; a linear that needed more is reported
+    copies   whether it holds a block a second time, in float32, and all its Hessians at once
     """
 
     @property
@@ -75,6 +76,8 @@ class Method(Protocol):
     def aligned(self) -> bool: ...
     @property
     def damp(self) -> float: ...
+    @property
+    def copies(self) -> bool: ...
 
     def resolved(self) -> dict[str, Any]:
         """Its settings for reports; with the schemes they decide every byte of the result."""

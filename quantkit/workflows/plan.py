@@ -108,6 +108,8 @@ class Plan:
         widest = max(jobs, key=lambda job: job.width)
         grams = 4 * sum(w * w for w in {job.width for job in self.layout.jobs[0]})
         solving = 4 * (3 * widest.width**2 + 6 * max(job.out * job.width for job in jobs))
+        if self.method.copies:
+            solving += grams + 4 * max(blocks) // item
         return _BASE + states + max(blocks) + grams + solving
 
     def resolved(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each step of quantkit's GPTQ is worth, and how it compares: mean KL to the original.
+"""What each step of quantkit's GPTQ and AWQ is worth, and how it compares: mean KL to the original.
 
     python benchmarks/quality.py --model micro=PATH --model neox=PATH \
         --calib calib_512x128.jsonl --heldout heldout_512.jsonl --out results.json
@@ -23,6 +23,7 @@ from quantkit.core import provenance
 from quantkit.core.metrics import Comparison
 from quantkit.core.source import resolve
 from quantkit.runtime.load import load_model
+from quantkit.workflows.awq import awq
 from quantkit.workflows.quantize import quantize
 
 PLAIN = {
@@ -55,6 +56,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "3 bits": {"bits": 3},
     "3 bits, fast": {"bits": 3, "fast": True},
 }
+AWQ: dict[str, dict[str, Any]] = {
+    "awq, refine none": {"refine": "none"},
+    "awq, refine none, symmetric": {"refine": "none", "sym": True},
+    "awq, refine gptq without alignment": {"align": 0.0},
+    "awq, refine gptq": {},
+    "awq, refine gptq, symmetric": {"sym": True},
+}
 
 
 def main() -> None:
@@ -70,13 +78,14 @@ def main() -> None:
         name, _, path = named.partition("=")
         measured = result["models"][name] = {}
         original = _logits(path, held_out)
-        for label, options in (STEPS | ({} if args.steps_only else OTHERS)).items():
+        for label, options in (STEPS | ({} if args.steps_only else OTHERS | AWQ)).items():
             if args.only and not any(part in label for part in args.only):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 start = time.perf_counter()
-                quantize(path, out, calib=args.calib, check=False, **options)
+                run = awq if label in AWQ else quantize
+                run(path, out, calib=args.calib, check=False, **options)
                 seconds = time.perf_counter() - start
                 measured[label] = _measure(out, held_out, original) | {"seconds": seconds}
             _show(name, label, measured[label])

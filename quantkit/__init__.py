@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quantkit.runtime.load import load
+    from quantkit.workflows.awq import awq
     from quantkit.workflows.convert import convert
     from quantkit.workflows.generate import generate
     from quantkit.workflows.inspect import inspect
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "load": "quantkit.runtime.load",
+    "awq": "quantkit.workflows.awq",
     "convert": "quantkit.workflows.convert",
     "quantize": "quantkit.workflows.quantize",
     "verify": "quantkit.workflows.verify",
     "generate": "quantkit.workflows.generate",
     "inspect": "quantkit.workflows.inspect",
 }
-__all__ = ["convert", "generate", "inspect", "load", "quantize", "verify"]
+__all__ = ["awq", "convert", "generate", "inspect", "load", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

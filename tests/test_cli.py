@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 import quantkit
 from quantkit import data
-from quantkit.cli import generate, gptq, verify
+from quantkit.cli import awq, generate, gptq, verify
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -81,11 +81,12 @@ ONLY_IN_PYTHON = {"progress", "write"}
     ("module", "function", "arguments"),
     [
         (gptq, quantize, ["demo"]),
+        (awq, quantkit.awq, ["demo"]),
         (verify, quantkit.verify, ["demo"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
     ],
-    ids=["gptq", "verify", "generate", "inspect"],
+    ids=["gptq", "awq", "verify", "generate", "inspect"],
 )
 def test_options_are_parameters_with_the_same_defaults(module, function, arguments):
     parameters = inspect.signature(function).parameters
@@ -113,7 +114,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "--align 0.3 --refine 1 --no-scale-search --no-bias-correction -c a.txt=3 -c self "
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
-        "--checkpoint-format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
+        "--format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
         "--dry-run --revision v1 -q"
     )
     assert command(*options.split()) == 130
@@ -138,7 +139,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "seed": 5,
         "device": "cpu",
         "dtype": "float32",
-        "checkpoint_format": "gptq_v2",
+        "format": "gptq_v2",
         "max_shard_size": "1GB",
         "check": False,
         "strict": True,

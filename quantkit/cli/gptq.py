@@ -1,6 +1,5 @@
 """``quantkit gptq MODEL``"""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -65,37 +64,16 @@ from quantkit.cli import options
     help="Tokens in the statistics per feature of the widest input.  "
     "[default: all, with --fast 10]",
 )
-@click.option(
-    "--calib",
-    "-c",
-    multiple=True,
-    default=("bundled",),
-    show_default=True,
-    help="Calibration text, repeatable: bundled, bundled:ja=64,en=64, FILE "
-    "(.txt .jsonl .csv .parquet), FILE:column, hf:DATASET:CONFIG:SPLIT:COLUMN, wikitext2, c4, "
-    "c4-ja, wikipedia-ja, self; =N for N rows of it.",
-)
-@click.option("--calib-rows", type=int, default=128, show_default=True, help="Rows at most.")
-@click.option("--calib-seqlen", type=int, default=2048, show_default=True, help="Tokens in a row.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For shuffling the text.")
+@options.calibrating
 @options.running
 @click.option(
-    "--checkpoint-format",
-    type=click.Choice(["auto", "gptq", "gptq_v2"]),
+    "--format",
+    type=click.Choice(["auto", "gptq", "gptq_v2", "awq", "compressed-tensors"]),
     default="auto",
     show_default=True,
-    help="How zero points are stored. auto: gptq when symmetric, else gptq_v2.",
+    help="Of the files. auto: gptq when symmetric, else gptq_v2, which has all zero points.",
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
-@click.option(
-    "--check/--no-check",
-    default=True,
-    show_default=True,
-    help="Measure the result on held-out text along the way.",
-)
-@click.option("--strict", is_flag=True, help="Fail where a fallback would be taken.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit.")
-@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@options.writing
 @options.quiet
 def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
     """Quantize MODEL to GPTQ.
@@ -103,10 +81,8 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
     Blocks are solved one at a time, so memory holds one of them, whatever the model's size. A
     stopped run goes on when the same command is repeated.
     """
-    from rich.markup import escape
-
-    from quantkit.cli.console import Drawn, stdout
-    from quantkit.cli.tables import comparison_table
+    from quantkit.cli.console import Drawn
+    from quantkit.cli.quantized import tell
     from quantkit.workflows.quantize import quantize
 
     progress = Drawn(quiet)
@@ -114,18 +90,5 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         report = quantize(calib=list(calib), progress=progress, **options)
     finally:
         progress.end()
-    if not report.written or quiet:
-        return
-    console = stdout()
-    if report.measured is not None:
-        console.print(comparison_table(report.measured.described(), "on held-out text"))
-    for text in report.fallbacks:
-        console.print(f"[yellow]fallback:[/] {escape(text)}")
-    name = escape(str(report.folder))
-    console.print(f"wrote [bold]{name}[/] in {sum(report.seconds.values()):.0f} s")
-    original = Path(options["model"]).expanduser()
-    # the path of a folder is not recorded in what may be published
-    against = f" --against {escape(str(original))}" if original.is_dir() else ""
-    console.print(
-        f"next: [bold]quantkit verify {name}{against}[/], [bold]quantkit generate {name} ...[/]"
-    )
+    if report.written and not quiet:
+        tell(report, options["model"])

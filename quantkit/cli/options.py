@@ -26,6 +26,51 @@ def running(command: Command) -> Command:
     return command
 
 
+def calibrating(command: Command) -> Command:
+    """The text that a method looks at."""
+    for option in (
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="For shuffling the text."
+        ),
+        click.option(
+            "--calib-seqlen", type=int, default=2048, show_default=True, help="Tokens in a row."
+        ),
+        click.option(
+            "--calib-rows", type=int, default=128, show_default=True, help="Rows at most."
+        ),
+        click.option(
+            "--calib",
+            "-c",
+            multiple=True,
+            default=("bundled",),
+            show_default=True,
+            help="Calibration text, repeatable: bundled, bundled:ja=64,en=64, FILE "
+            "(.txt .jsonl .csv .parquet), FILE:column, hf:DATASET:CONFIG:SPLIT:COLUMN, wikitext2, "
+            "c4, c4-ja, wikipedia-ja, self; =N for N rows of it.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def writing(command: Command) -> Command:
+    """What is written, and when not."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Show the plan, write nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit."),
+        click.option("--strict", is_flag=True, help="Fail where a fallback would be taken."),
+        click.option(
+            "--check/--no-check",
+            default=True,
+            show_default=True,
+            help="Measure the result on held-out text along the way.",
+        ),
+        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file."),
+    ):
+        command = option(command)
+    return command
+
+
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 basename = click.option(

@@ -17,6 +17,7 @@ whatever transformers can build.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +103,24 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """When this ends, every parameter is the one that it was."""
+        kept = [(module, dict(module._parameters)) for module in self.module.modules()]
+        try:
+            yield
+        finally:
+            for module, parameters in kept:
+                module._parameters.update(parameters)
+
+    def exact(self) -> "Block":
+        """A copy that computes in float32, from float32 hidden states."""
+        calls = {
+            shape: Call(_in_float32(call.args), _in_float32(call.kwargs))
+            for shape, call in self._calls.items()
+        }
+        return Block(self.name, deepcopy(self.module).float(), calls)
 
     def trace(self, sample: Tensor) -> list[InputGroup]:
         """Which linears share inputs, in the order of their calls. ``sample`` is any hidden state;
@@ -313,6 +332,15 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for part in value for tensor in _tensors(part)]
     return [value] if isinstance(value, Tensor) else []
+
+
+def _in_float32(value: Any) -> Any:
+    """The same with all floating-point tensors inside in float32."""
+    if isinstance(value, dict):
+        return {key: _in_float32(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_in_float32(part) for part in value)
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -1,0 +1,31 @@
+"""What a quantization has come to, and what to do next."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from quantkit.cli.console import stdout
+from quantkit.cli.tables import comparison_table
+
+if TYPE_CHECKING:
+    from quantkit.workflows.quantize import Report
+
+
+def tell(report: "Report", model: str) -> None:
+    """Print it. ``model`` is the argument that was given."""
+    console = stdout()
+    if report.measured is not None:
+        console.print(comparison_table(report.measured.described(), "on held-out text"))
+    for line in report.pairs():
+        console.print(line, markup=False)
+    for text in report.fallbacks:
+        console.print(f"[yellow]fallback:[/] {escape(text)}")
+    name = escape(str(report.folder))
+    console.print(f"wrote [bold]{name}[/] in {sum(report.seconds.values()):.0f} s")
+    original = Path(model).expanduser()
+    # the path of a folder is not recorded in what may be published
+    against = f" --against {escape(str(original))}" if original.is_dir() else ""
+    console.print(
+        f"next: [bold]quantkit verify {name}{against}[/], [bold]quantkit generate {name} ...[/]"
+    )

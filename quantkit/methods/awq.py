@@ -11,12 +11,12 @@ arXiv:2306.00978, section 3.2). As there, one family of scales is searched, here
 
     s_j = energy_j^a / peak_j^b,      energy_j = sqrt(H_jj),   peak_j = rms of column j of W
 
-over a grid of exponents that has the identity, (0, 0), in it. Unlike there, every candidate is
+from the identity, (0, 0), along a, along b and along a again. Unlike there, every candidate is
 rounded the way it will be rounded in the end, with its own search for the range of every group
 (clipping): the two depend on each other. And the loss is the whole Hessian's, not the diagonal's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,25 +57,27 @@ def choose(
     """
     some = weight[:: max(1, len(weight) // _ROWS)].contiguous()
     plain = loss(some, torch.ones_like(hessian[0]), hessian, rounding)
-    best, lowest = Choice(None, 0.0, 0.0, 1.0), plain
-    for energy, peak, ideal in candidates(weight, hessian, source):
-        scale = stored(ideal)
-        found = loss(some, scale, hessian, rounding)
-        if found < lowest:
-            best, lowest = Choice(scale, energy, peak, found / plain), found
+    best = Choice(None, 0.0, 0.0, 1.0)
+    scales_of = family(weight, hessian, source)
+    tried = {(0.0, 0.0)}
+    for along in ("energy", "peak", "energy"):
+        for exponent in EXPONENTS:
+            pair = (exponent, best.peak) if along == "energy" else (best.energy, exponent)
+            if pair in tried:
+                continue
+            tried.add(pair)
+            scale = stored(scales_of(*pair))
+            found = loss(some, scale, hessian, rounding) / plain if plain else 1.0
+            if found < best.loss:
+                best = Choice(scale, *pair, found)
     return best
 
 
-def candidates(
-    weight: Tensor, hessian: Tensor, source: Tensor
-) -> Iterator[tuple[float, float, Tensor]]:
-    """(a, b, scales [in]) for all exponents but (0, 0)."""
+def family(weight: Tensor, hessian: Tensor, source: Tensor) -> Callable[[float, float], Tensor]:
+    """(a, b) -> scales [in]."""
     energy = _logarithm(hessian.diagonal().sqrt(), source)
     peak = _logarithm(weight.square().mean(0).sqrt(), source)
-    for a in EXPONENTS:
-        for b in EXPONENTS:
-            if a or b:
-                yield a, b, (a * energy - b * peak).exp()
+    return lambda a, b: (a * energy - b * peak).exp()
 
 
 def _logarithm(size: Tensor, source: Tensor) -> Tensor:

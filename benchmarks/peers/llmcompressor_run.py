@@ -1,4 +1,4 @@
-"""Quantize with llm-compressor's GPTQ as its users would; the benchmarks run it in its own venv.
+"""Quantize with llm-compressor's GPTQ (or AWQ) as its users would; the benchmarks run it in its own venv.
 
 pip install torch==2.13.0 llmcompressor==0.14.0.1 'transformers<=5.17'
 """
@@ -18,11 +18,13 @@ parser.add_argument("--out", required=True)
 parser.add_argument("--bits", type=int, default=4)
 parser.add_argument("--group", type=int, default=128)
 parser.add_argument("--act-order", choices=["none", "static"], default="static")
+parser.add_argument("--awq", action="store_true", help="AWQ, asymmetric, in the place of GPTQ")
 args = parser.parse_args()
 
 import torch  # noqa: E402  (the environment comes first)
 from datasets import Dataset  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
+from llmcompressor.modifiers.awq import AWQModifier  # noqa: E402
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -40,11 +42,14 @@ weights = {
     "group_size": args.group,
     "actorder": order,
 }
-recipe = GPTQModifier(
-    config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
-    ignore=["lm_head", "embed_out"],
-    actorder=order,
-)
+ignore = ["lm_head", "embed_out"]
+if args.awq:
+    weights |= {"symmetric": False, "actorder": None}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipe = AWQModifier(config_groups=groups, ignore=ignore)
+else:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipe = GPTQModifier(config_groups=groups, ignore=ignore, actorder=order)
 oneshot(
     model=model,
     dataset=data,

@@ -14,6 +14,9 @@ from quantkit.errors import QuantkitError, QuantkitWarning
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {
     "gptq": "Quantize a model to GPTQ.",
+    "rtn": "Round a model to nearest, without calibration.",
+    "bnb": "Quantize a model to bitsandbytes' NF4, FP4 or int8.",
+    "gguf": "Quantize a model to a GGUF file for llama.cpp.",
     "convert": "Convert between formats, without loss where possible.",
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
         command = (sys.argv[1:] if arguments is None else arguments)[:1]
-        resumes = command in (["gptq"], ["convert"])
+        resumes = command in [[name] for name in ("gptq", "rtn", "bnb", "gguf", "convert")]
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.ClickException as error:

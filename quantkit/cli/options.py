@@ -26,6 +26,21 @@ def running(command: Command) -> Command:
     return command
 
 
+def writing(command: Command) -> Command:
+    """What is written, and when."""
+    for option in (
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository."),
+        click.option("--dry-run", is_flag=True, help="Show the plan, write nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit."),
+    ):
+        command = option(command)
+    return command
+
+
+shard = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
+pre_tokenizer = click.option(
+    "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
+)
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 basename = click.option(

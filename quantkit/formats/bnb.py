@@ -44,6 +44,7 @@ from torch import Tensor
 
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.form import Form
+from quantkit.core.nested import Nested as Nested
 from quantkit.core.qweight import LEVELS, Grid, QWeight, Scheme
 from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors, unread
@@ -63,29 +64,6 @@ _MARKS = (".weight.absmax", *(f".{state}" for state in _STATES), ".SCB")
 _MAX_STATE = 4096  # bytes of JSON; bitsandbytes writes less than 200
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Nested:
-    """Scales of blocks that are quantized themselves, block after block.
-
-    codes      uint8 [blocks]
-    absmax     float32 [blocks / blocksize], rounded up
-    map        float32 [256]: what the codes mean
-    offset     is added to all of them
-    blocksize  scales in a block of scales
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    map: Tensor
-    offset: float
-    blocksize: int = 256
-
-    def dequantize(self) -> Tensor:
-        """float32 [blocks]: the scales, with the roundings of bitsandbytes."""
-        block = torch.arange(self.codes.numel()) // self.blocksize
-        return self.map[self.codes.long()] * self.absmax[block] + torch.tensor(self.offset)
 
 
 @dataclass(frozen=True)

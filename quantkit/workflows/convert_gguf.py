@@ -113,16 +113,20 @@ class GgufTarget:
             if reason := gguf.refusal(packed.out, packed.width, _as_stored(self.form), self.kind):
                 raise QuantkitError(f"{prefix} cannot be held: {reason}")
             try:
-                # codes decide whether an asymmetric weight fits into symmetric blocks
-                symmetric = self.form.offset == "symmetric"
-                q = self.opened.qweight(prefix) if symmetric else self.opened.survey(prefix)
-                exact = fit.fit(q, self.form).exact
+                exact = fit.fit(self._enough(prefix, self.form), self.form).exact
             except fit.CannotHold as error:
                 if not self.lossy:
                     raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
                 exact = False
             inexact = inexact or (None if exact else prefix)
         return [f"{inexact} will be rounded; the error is measured"] if inexact else []
+
+    def _enough(self, prefix: str, form: Form) -> QWeight:
+        """What decides whether a linear fits: its codes only where other codes, or an asymmetric
+        weight, have to go into symmetric blocks."""
+        q = self.opened.survey(prefix)
+        alike = q.scheme.symmetric and q.scheme.bits in form.bits
+        return q if alike or form.offset != "symmetric" else self.opened.qweight(prefix)
 
     def begin(self, folder: Path, shard: int) -> bool:
         self.file = f"{self.opened.source.short_name}-{self.kind}.gguf"

@@ -54,6 +54,7 @@ SCALES = (torch.float32,)
 FORM = Form((8,), "symmetric", (torch.float16, torch.bfloat16), (-1,))
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _INT8_MAX = 127
+_NESTED_BLOCK = 256
 _STATE = "weight.quant_state.bitsandbytes__"
 _STATES: dict[str, Grid] = {f"{_STATE}nf4": "nf4", f"{_STATE}fp4": "fp4"}
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
@@ -314,15 +315,18 @@ def specs(
     scheme: Scheme,
     scale: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float16,
+    offset: float | None = None,
 ) -> dict[str, TensorSpec]:
-    """What :func:`pack` will return for a weight [out, width] without nested scales."""
+    """What :func:`pack` will return for a weight [out, width]. Nested scales, in blocks of 256,
+    have an ``offset``, whose digits are in a text and decide its length."""
     if scheme.grid == "int":
         return {
             "weight": TensorSpec(torch.int8, (out, width)),
             "SCB": TensorSpec(torch.float32, (out,)),
             "weight_format": TensorSpec(torch.uint8, ()),
         }
-    return _planned(_State(scheme.grid, scheme.width(width), dtype, (out, width), None))
+    nested = None if offset is None else (_NESTED_BLOCK, offset)
+    return _planned(_State(scheme.grid, scheme.width(width), dtype, (out, width), nested))
 
 
 def pack(

@@ -37,17 +37,17 @@ def say_written(console: Console, result: "Conversion") -> None:
 
 
 def say_quantized(console: Console, result: "Conversion", model: str) -> None:
-    """The end of a quantization without calibration: how far the weights moved, and what next."""
+    """The end of a quantization: how far the weights moved where that is known, and what next."""
     if not result.written:
         say_planned(console, result)
         return
-    layers = result.layers or result.errors
-    name = max(layers, key=lambda name: layers[name])
-    average = sum(layers.values()) / len(layers)
-    console.print(
-        f"{len(layers)} linears: relative error of the weights {average:.2e} on average, "
-        f"{layers[name]:.2e} at most ({escape(name)})"
-    )
+    if layers := result.layers:
+        name = max(layers, key=lambda name: layers[name])
+        average = sum(layers.values()) / len(layers)
+        console.print(
+            f"{len(layers)} linears: relative error of the weights {average:.2e} on average, "
+            f"{layers[name]:.2e} at most ({escape(name)})"
+        )
     if result.dense:
         console.print(f"other tensors were rounded: relative error {result.dense:.2e} at most")
     say_written(console, result)

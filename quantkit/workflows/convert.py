@@ -88,10 +88,12 @@ def carry(
     max_shard_size: str = "5GB",
     dry_run: bool = False,
     progress: Progress | None = None,
+    fingerprint: dict[str, Any] | None = None,
 ) -> Conversion:
     """Everything that ``opened`` holds into ``target``. ``settings`` are what decides the output's
-    bytes beside the source's files and the target's name ``to``. A :class:`Rounded` source is
-    quantized on the way, and quantkit.json speaks of that instead of a conversion."""
+    bytes beside the source's files and the target's name ``to``; whoever has begun the output
+    already gives the whole ``fingerprint``. A :class:`Rounded` source is quantized on the way, and
+    quantkit.json speaks of that instead of a conversion."""
     progress = progress or Progress()
     started = time.perf_counter()
     folder = output.folder
@@ -105,7 +107,7 @@ def carry(
         return result
     shard = size_in_bytes(max_shard_size)
     with disk_errors(folder):
-        ledger = _begin(output, _fingerprint(opened, to, settings, shard))
+        ledger = begin(output, fingerprint or fingerprint_of(opened, to, settings, shard))
         if not target.begin(output.partial, shard):
             ledger.forget()  # somebody removed files that it calls finished
         hashes = None
@@ -134,7 +136,7 @@ def carry(
     return result
 
 
-def _begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
+def begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
     """Start in the partial folder, or go on there."""
     output.begin()
     try:
@@ -147,7 +149,7 @@ def _begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
         return Ledger(output.partial, fingerprint)
 
 
-def _fingerprint(opened: Opened, to: str, settings: dict[str, Any], shard: int) -> dict[str, Any]:
+def fingerprint_of(opened: Opened, to: str, settings: dict[str, Any], shard: int) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     files = {
         f"source file {path.name}": f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
@@ -298,6 +300,8 @@ def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:
         found = again.dense.get(f"{name}.weight")
         return _same_bits(found, opened.qweight(name).dequantize(found.dtype))
     found = again.dense.get(name)
+    if "sha256" in report:  # a table in codes, as a plain tensor
+        return digest.of_plain(found) == report["sha256"]
     return _same_bits(found, opened.dense.get(name).to(found.dtype))
 
 

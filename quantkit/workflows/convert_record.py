@@ -17,6 +17,7 @@ class Conversion:
     digest   of all quantized weights' numbers, in any format that holds them exactly
     errors   relative error |W - W'|^2 / |W|^2 of each linear that was rounded to fit the target
     layers   the same against the original, of each linear that was quantized on the way
+    measured the quantized model against the original on held-out text, where that was done
     dense    largest relative error of a tensor that is not quantized, and was rounded
     """
 
@@ -29,6 +30,7 @@ class Conversion:
     errors: dict[str, float] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
     dense: float = 0.0
+    measured: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     written: bool = False

@@ -71,6 +71,9 @@ def quantize_bnb(
     source = resolve(model, revision)
     settings: dict[str, Any] = {"type": type, "double_quant": nested}
     opened = Rounded(open_checkpoint(source), rounder, "bnb", settings)
+    for prefix, (rows, width) in opened.shapes.items():
+        if reason := bnb.refusal(rows, width, scheme):
+            raise QuantkitError(f"{prefix} cannot be held: {reason}")
     compute = _COMPUTE.get(compute_dtype) or _usual(opened)
     if type != "int8":
         settings["compute_dtype"] = str(compute).removeprefix("torch.")
@@ -119,8 +122,6 @@ class BnbTarget(SafetensorsTarget):
         """With double quantization this reads every weight once: the mean of its scales is written
         as a text, whose length has to be known."""
         for prefix, packed in self.rounded.linears.items():
-            if reason := bnb.refusal(packed.out, packed.width, self.scheme):
-                raise QuantkitError(f"{prefix} cannot be held: {reason}")
             offset = None
             if self.double_quant:
                 offset = nf4.offset(self.rounded.weight(prefix), self.scheme)

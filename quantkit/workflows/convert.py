@@ -98,6 +98,7 @@ def carry(
     started = time.perf_counter()
     folder = output.folder
     result = Conversion(folder, opened.format, to, linears=len(opened.linears))
+    result.settings = {key: value for key, value in settings.items() if value}
     for text in target.survey(progress):
         result.notes.append(text)
         progress.note(text)

@@ -18,6 +18,7 @@ class Conversion:
     errors   relative error |W - W'|^2 / |W|^2 of each linear that was rounded to fit the target
     layers   the same against the original, of each linear that was quantized on the way
     measured the quantized model against the original on held-out text, where that was done
+    settings what else decided it, for quantkit.json
     dense    largest relative error of a tensor that is not quantized, and was rounded
     """
 
@@ -32,6 +33,7 @@ class Conversion:
     dense: float = 0.0
     measured: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     written: bool = False
 
@@ -80,6 +82,8 @@ def provenance_of(opened: Opened, result: Conversion, files: dict[str, str]) -> 
         "versions": provenance.versions(),
         "seconds": round(result.seconds, 2),
     }
+    if result.settings:
+        conversion["settings"] = result.settings
     if result.worst:
         conversion["worst_error"] = {"linear": result.worst[0], "error": result.worst[1]}
     if "conversion" in record:

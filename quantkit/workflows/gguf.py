@@ -245,14 +245,19 @@ def _k_type(run: _Run, given: dict[str, Any], imatrix_out: str | Path | None) ->
         if imatrix_out:
             Path(imatrix_out).write_bytes(file.read_bytes())
     target = KQuantTarget(run.opened, run.kind, run.pre_tokenizer, run.types, imatrix.read(file))
-    return run.carry(run.opened, target, fingerprint=fingerprint)
+    used = {"importance": _public(given["calib"])}
+    return run.carry(run.opened, target, fingerprint=fingerprint, **used)
 
 
 def _look(run: _Run, target: KQuantTarget, given: dict[str, Any], file: Path) -> None:
     """The importance of every input, into ``file``."""
     found, rows, tokens = importance(run.source, progress=run.progress, **given)
     matrix = {target.plain.there[f"{prefix}.weight"]: values for prefix, values in found.items()}
-    names = [calibration.public_name(name) for name in given["calib"]]
     temporary = file.with_suffix(".tmp")
-    imatrix.write(temporary, matrix, names, rows, tokens)
+    imatrix.write(temporary, matrix, _public(given["calib"]), rows, tokens)
     temporary.replace(file)
+
+
+def _public(sources: list[str]) -> list[str]:
+    """Calibration sources without the paths of this machine."""
+    return [calibration.public_name(source) for source in sources]

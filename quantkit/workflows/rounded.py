@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.nested import Nested
-from quantkit.core.qweight import QWeight
+from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import Tensors, unread
 from quantkit.methods import fit
 from quantkit.runtime.opened import Opened, Packed
@@ -108,9 +108,20 @@ class Rounded:
     def linears(self) -> dict[str, Packed]:
         """Every linear of a decoder block, by its prefix in files."""
         return {
-            prefix: Packed(found.out, found.width, self._sample(found.width).scheme)
+            prefix: Packed(found.out, found.width, self._scheme(prefix))
             for prefix, found in self._found.items()
         }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of a decoder block, by its prefix in files."""
+        return {prefix: (found.out, found.width) for prefix, found in self._found.items()}
+
+    def _scheme(self, prefix: str) -> Scheme:
+        try:
+            return self._sample(self._found[prefix].width).scheme
+        except UsageError as error:
+            raise UsageError(f"{prefix}: {error.message}", error.hint) from error
 
     def _sample(self, width: int) -> QWeight:
         """What one row of zeros is rounded to: in everything but its numbers, what any is."""

@@ -1,4 +1,4 @@
-"""quantkit gguf: GPTQ in the file's own blocks, rounding, plain files; llama.cpp for the K types."""
+"""quantkit gguf: GPTQ in the file's own blocks, rounding, plain files; K types by llama.cpp."""
 
 from importlib.util import find_spec
 

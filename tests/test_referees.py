@@ -222,7 +222,8 @@ def test_bitsandbytes_writes_the_same_bytes(architecture, kind, tmp_path):
         one.pop("bnb_4bit_compute_dtype")  # theirs is float32 here
     assert settings[0] == settings[1]
     args = ("BITSANDBYTES", "bitsandbytes", ours, tmp_path)
-    assert relative(transformers_logits(*args, "dequantized"), our_logits(ours)) < 1e-5
+    # it dequantizes to the dtype of the original, which is bfloat16 for the demo
+    assert relative(transformers_logits(*args, "dequantized"), our_logits(ours)) < 5e-3
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])

@@ -1,4 +1,4 @@
-"""quantkit rtn: every weight to the nearest level, in every format, by the conversion's machinery."""
+"""quantkit rtn: every weight to the nearest level, in every format, by the machinery of convert."""
 
 import json
 

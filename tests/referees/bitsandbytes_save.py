@@ -3,8 +3,8 @@ do. Run with a python that has bitsandbytes:
 
     python bitsandbytes_save.py MODEL KIND OUT [DTYPE]
 
-KIND is nf4 (double quantization) or int8, DTYPE what the model is loaded in (float32). What transformers_logits.py says of OUT afterwards is
-what bitsandbytes makes of its own checkpoint.
+KIND is nf4 (double quantization) or int8, DTYPE what the model is loaded in (float32).
+What transformers_logits.py says of OUT afterwards is what bitsandbytes makes of its own checkpoint.
 """
 
 import sys

@@ -5,7 +5,8 @@
 
 Every file holds the state dict of one layer ``x``, as bitsandbytes saves it, and under
 ``foreign.weight`` what bitsandbytes says it means, in float32 (and under ``foreign.cast`` in the
-dtype of the original weight). The files exact-* hold the weight too, under ``original``. config.json is what transformers writes for such models.
+dtype of the original weight). The files exact-* hold the weight too, under ``original``.
+config.json is what transformers writes for such models.
 """
 
 import json

@@ -25,6 +25,7 @@ from quantkit.core.source import resolve
 from quantkit.runtime.load import load_model
 from quantkit.workflows.awq import awq
 from quantkit.workflows.quantize import quantize
+from quantkit.workflows.rtn import quantize_rtn
 
 PLAIN = {
     "align": 0.0,
@@ -32,6 +33,13 @@ PLAIN = {
     "scale_search": False,
     "act_order": "none",
     "bias_correction": False,
+}
+# the baseline: no calibration
+ROUNDED: dict[str, dict[str, Any]] = {
+    "round to nearest": {},
+    "round to nearest, asymmetric": {"sym": False},
+    "round to nearest, group 32": {"group": 32},
+    "round to nearest, 3 bits": {"bits": 3},
 }
 # each step on top of the one before
 STEPS: dict[str, dict[str, Any]] = {
@@ -78,14 +86,18 @@ def main() -> None:
         name, _, path = named.partition("=")
         measured = result["models"][name] = {}
         original = _logits(path, held_out)
-        for label, options in (STEPS | ({} if args.steps_only else OTHERS | AWQ)).items():
+        more = {} if args.steps_only else OTHERS | AWQ
+        for label, options in (ROUNDED | STEPS | more).items():
             if args.only and not any(part in label for part in args.only):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 start = time.perf_counter()
-                run = awq if label in AWQ else quantize
-                run(path, out, calib=args.calib, check=False, **options)
+                if label in ROUNDED:
+                    quantize_rtn(path, out, **options)
+                else:
+                    run = awq if label in AWQ else quantize
+                    run(path, out, calib=args.calib, check=False, **options)
                 seconds = time.perf_counter() - start
                 measured[label] = _measure(out, held_out, original) | {"seconds": seconds}
             _show(name, label, measured[label])

@@ -860,7 +860,7 @@ PLACES = [
     (checkpoint.os, "replace", 4, False),
     (workflow, "_compare", 1, False),
     (workflow, "_compare", 1, True),
-    (workflow, "_provenance", 1, False),
+    (workflow, "provenance_of", 1, False),
     (Output, "complete", 1, False),
 ]
 

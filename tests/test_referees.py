@@ -27,10 +27,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tools import model, quantized
+from tools import model, quantized, read_json
 
 from quantkit import data
 from quantkit.runtime.load import load
+from quantkit.workflows.bnb import quantize_bnb
 from quantkit.workflows.convert import convert
 from quantkit.workflows.quantize import quantize
 
@@ -216,6 +217,27 @@ def test_bitsandbytes_is_read_as_it_reads_itself(kind, tmp_path):
     assert relative(transformers_logits(*args, "dequantized"), found) < 1e-5
     # its kernels round the inputs, to 8 bits in int8
     assert relative(transformers_logits(*args), found) < 0.04
+
+
+@pytest.mark.parametrize("architecture, kind", [("llama", "nf4"), ("gpt_neox", "int8")])
+def test_bitsandbytes_writes_the_same_bytes(architecture, kind, tmp_path):
+    """Every tensor of the checkpoint, and config.json's account of it."""
+    python, theirs, ours = python_of("BITSANDBYTES"), tmp_path / "theirs", tmp_path / "ours"
+    original = str(data.demo() if architecture == "llama" else model(architecture))
+    script = str(SCRIPTS / "bitsandbytes_save.py")
+    subprocess.run([python, script, original, kind, theirs, "auto"], check=True)
+    quantize_bnb(original, ours, type=kind, compute_dtype="fp16")
+    wanted, found = (load_file(f / "model.safetensors") for f in (theirs, ours))
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert tensor.dtype == found[name].dtype and torch.equal(tensor, found[name]), name
+    settings = [read_json(f / "config.json")["quantization_config"] for f in (theirs, ours)]
+    for one in settings:
+        one.pop("bnb_4bit_compute_dtype")  # theirs is float32 here
+    assert settings[0] == settings[1]
+    args = ("BITSANDBYTES", "bitsandbytes", ours, tmp_path)
+    # it dequantizes to the dtype of the original, which is bfloat16 for the demo
+    assert relative(transformers_logits(*args, "dequantized"), our_logits(ours)) < 5e-3
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])

@@ -6,8 +6,6 @@ pip install torch==2.13.0 autoawq==0.2.9 transformers==4.51.3 --no-deps
 import argparse
 import json
 import os
-import sys
-import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -21,8 +19,6 @@ args = parser.parse_args()
 
 import torch  # noqa: E402  (the environment comes first)
 import transformers  # noqa: E402
-
-
 from awq import AutoAWQForCausalLM  # noqa: E402
 from awq.quantize import quantizer  # noqa: E402
 

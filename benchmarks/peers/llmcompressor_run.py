@@ -1,4 +1,4 @@
-"""Quantize with llm-compressor's GPTQ (or AWQ) as its users would; the benchmarks run it in its own venv.
+"""Quantize with llm-compressor's GPTQ or AWQ as its users would, in a venv of its own.
 
 pip install torch==2.13.0 llmcompressor==0.14.0.1 'transformers<=5.17'
 """

@@ -33,8 +33,7 @@ def command(quiet: bool, **settings: Any) -> None:
     What cannot be held is refused with the reason, unless --lossy. At the end everything is read
     back and compared.
     """
-    from rich.markup import escape
-
+    from quantkit.cli import written
     from quantkit.cli.console import Drawn, stdout
     from quantkit.workflows.convert import convert
 
@@ -48,21 +47,7 @@ def command(quiet: bool, **settings: Any) -> None:
         return
     console = stdout()
     if not result.written:
-        console.print(f"{result.linears} linears would take {result.bytes / 1e6:,.1f} MB in all")
+        written.say_planned(console, result)
         return
-    if result.exact:
-        digest = f"; digest {result.digest}" if result.digest else ""
-        console.print(f"every number is the same{digest}")
-    elif result.errors:
-        name, error = result.worst or ("", 0.0)
-        average = sum(result.errors.values()) / len(result.errors)
-        console.print(
-            f"{len(result.errors)} of {result.linears} linears were rounded: relative error "
-            f"{average:.2e} on average, {error:.2e} at most ({escape(name)})"
-        )
-    if result.dense:
-        console.print(f"other tensors were rounded: relative error {result.dense:.2e} at most")
-    console.print(
-        f"wrote [bold]{escape(str(result.folder))}[/], {result.bytes / 1e6:,.1f} MB, in "
-        f"{result.seconds:.1f} s"
-    )
+    written.say_exactness(console, result)
+    written.say_written(console, result)

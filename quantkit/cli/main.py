@@ -15,11 +15,16 @@ from quantkit.errors import QuantkitError, QuantkitWarning
 _COMMANDS = {
     "gptq": "Quantize a model to GPTQ.",
     "awq": "Quantize a model by AWQ.",
+    "rtn": "Round a model to nearest, without calibration.",
+    "bnb": "Quantize a model to bitsandbytes' NF4, FP4 or int8.",
+    "gguf": "Quantize a model to a GGUF file for llama.cpp.",
     "convert": "Convert between formats, without loss where possible.",
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "generate": "Continue or answer a prompt.",
 }
+
+_RESUMING = ("gptq", "awq", "rtn", "bnb", "gguf", "convert")
 
 
 class _Lazy(click.Group):
@@ -66,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
         command = (sys.argv[1:] if arguments is None else arguments)[:1]
-        resumes = command in (["gptq"], ["awq"], ["convert"])
+        resumes = command and command[0] in _RESUMING
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.ClickException as error:

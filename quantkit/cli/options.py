@@ -8,6 +8,12 @@ import click
 Command = Callable[..., Any]
 
 
+shard = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
+pre_tokenizer = click.option(
+    "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
+)
+
+
 def running(command: Command) -> Command:
     """Where and in which precision a model runs."""
     for option in (
@@ -65,7 +71,18 @@ def writing(command: Command) -> Command:
             show_default=True,
             help="Measure the result on held-out text along the way.",
         ),
-        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file."),
+        shard,
+    ):
+        command = option(command)
+    return command
+
+
+def carrying(command: Command) -> Command:
+    """What is carried over, and when not."""
+    for option in (
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository."),
+        click.option("--dry-run", is_flag=True, help="Show the plan, write nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit."),
     ):
         command = option(command)
     return command

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.form import Form
+from quantkit.core.nested import Nested as Nested
 from quantkit.core.qweight import LEVELS, Grid, QWeight, Scheme
 from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors, unread
@@ -53,6 +54,7 @@ SCALES = (torch.float32,)
 FORM = Form((8,), "symmetric", (torch.float16, torch.bfloat16), (-1,))
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _INT8_MAX = 127
+_NESTED_BLOCK = 256
 _STATE = "weight.quant_state.bitsandbytes__"
 _STATES: dict[str, Grid] = {f"{_STATE}nf4": "nf4", f"{_STATE}fp4": "fp4"}
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
@@ -63,29 +65,6 @@ _MARKS = (".weight.absmax", *(f".{state}" for state in _STATES), ".SCB")
 _MAX_STATE = 4096  # bytes of JSON; bitsandbytes writes less than 200
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Nested:
-    """Scales of blocks that are quantized themselves, block after block.
-
-    codes      uint8 [blocks]
-    absmax     float32 [blocks / blocksize], rounded up
-    map        float32 [256]: what the codes mean
-    offset     is added to all of them
-    blocksize  scales in a block of scales
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    map: Tensor
-    offset: float
-    blocksize: int = 256
-
-    def dequantize(self) -> Tensor:
-        """float32 [blocks]: the scales, with the roundings of bitsandbytes."""
-        block = torch.arange(self.codes.numel()) // self.blocksize
-        return self.map[self.codes.long()] * self.absmax[block] + torch.tensor(self.offset)
 
 
 @dataclass(frozen=True)
@@ -336,15 +315,18 @@ def specs(
     scheme: Scheme,
     scale: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float16,
+    offset: float | None = None,
 ) -> dict[str, TensorSpec]:
-    """What :func:`pack` will return for a weight [out, width] without nested scales."""
+    """What :func:`pack` will return for a weight [out, width]. Nested scales, in blocks of 256,
+    have an ``offset``, whose digits are in a text and decide its length."""
     if scheme.grid == "int":
         return {
             "weight": TensorSpec(torch.int8, (out, width)),
             "SCB": TensorSpec(torch.float32, (out,)),
             "weight_format": TensorSpec(torch.uint8, ()),
         }
-    return _planned(_State(scheme.grid, scheme.width(width), dtype, (out, width), None))
+    nested = None if offset is None else (_NESTED_BLOCK, offset)
+    return _planned(_State(scheme.grid, scheme.width(width), dtype, (out, width), nested))
 
 
 def pack(

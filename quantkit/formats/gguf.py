@@ -85,6 +85,12 @@ FORMS = {
 }
 
 
+def scheme_of(type: str) -> Scheme:
+    """What a weight in a type of :data:`WRITTEN` is."""
+    bits, symmetric = _SIMPLE[type]
+    return Scheme(bits, _GROUP, symmetric)
+
+
 def unpack(raw: Tensor, type: str, shape: tuple[int, ...], name: str = "a tensor") -> QWeight:
     """The quantized weight in ``raw``, uint8 [rows, bytes of a row]. A tensor of more dimensions
     (experts) becomes a weight of all its rows. Raises QuantkitError, naming ``name``, for types

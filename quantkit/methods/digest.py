@@ -27,6 +27,12 @@ def of(q: QWeight) -> str:
     return state.hexdigest()
 
 
+def of_plain(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes, in hex."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
 def together(digests: Mapping[str, str]) -> str:
     """sha256 of many weights, by their names."""
     state = hashlib.sha256()

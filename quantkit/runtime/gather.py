@@ -76,6 +76,28 @@ def observe_drift(
     return _checked(block, stats)
 
 
+def mean_squares(
+    block: Block, hidden: list[Tensor], groups: list[InputGroup]
+) -> dict[InputGroup, Tensor]:
+    """Run all rows once. Returns the mean square of every input of ``groups``, float32 [width];
+    ``hidden`` then holds the block's outputs. Raises QuantkitError for inputs that are not finite.
+    """
+    sums = {group: torch.zeros(group.width, device=hidden[0].device) for group in groups}
+    count = dict.fromkeys(groups, 0)
+
+    def add(group: InputGroup, x: Tensor) -> None:
+        rows = x.reshape(-1, group.width).float()
+        sums[group] += rows.square().sum(0)
+        count[group] += len(rows)
+
+    with block.watching({g.names[0]: lambda x, g=g: add(g, x) for g in groups}):
+        advance(block, hidden)
+    for group, found in sums.items():
+        if not bool(found.isfinite().all()):
+            raise _not_finite(block, group)
+    return {group: sums[group] / count[group] for group in groups if count[group]}
+
+
 def spacing(hidden: list[Tensor], width: int, tokens_per_input: int | None) -> int:
     """One token in how many leaves at least ``tokens_per_input`` (None: all) for each of ``width``
     features, and one of every micro-batch."""
@@ -105,8 +127,12 @@ def advance(block: Block, hidden: list[Tensor]) -> None:
 def _checked(block: Block, stats: Stats) -> Stats:
     for group, found in stats.items():
         if not found.finite:
-            raise QuantkitError(
-                f"the inputs of {block.name}.{group.names[0]} are not finite during calibration",
-                "run with --dtype float32, and check that the model itself generates sensible text",
-            )
+            raise _not_finite(block, group)
     return stats
+
+
+def _not_finite(block: Block, group: InputGroup) -> QuantkitError:
+    return QuantkitError(
+        f"the inputs of {block.name}.{group.names[0]} are not finite during calibration",
+        "run with --dtype float32, and check that the model itself generates sensible text",
+    )

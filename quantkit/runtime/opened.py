@@ -241,9 +241,12 @@ def recorded(opened: Opened) -> dict[str, Any]:
     record = opened.source.read_json(provenance.FILE) or {}
     if opened.format != "gguf":
         return record
-    conversion = record.get("conversion")
-    target = conversion.get("to") if isinstance(conversion, dict) else None
-    return record if isinstance(target, str) and target.startswith("gguf") else {}
+    for part, key in (("conversion", "to"), ("settings", "format")):
+        said = record.get(part)
+        target = said.get(key) if isinstance(said, dict) else None
+        if isinstance(target, str) and target.startswith("gguf"):
+            return record
+    return {}
 
 
 def _gguf_file(source: Source, basename: str | None) -> Path | None:

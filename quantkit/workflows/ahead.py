@@ -48,10 +48,16 @@ def _finished(running: "deque[tuple[str, Future[T]]]") -> tuple[str, T]:
 @contextmanager
 def ahead() -> Iterator[Ahead]:
     """Threads for as long as this lasts. An error ends all of them."""
+    with on_one_core(), ThreadPoolExecutor(_WORKERS, thread_name_prefix="ahead") as pool:
+        yield Ahead(pool)
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """torch uses one core for an operation; long sums come out as in the threads of ``ahead``."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="ahead") as pool:
-            yield Ahead(pool)
+        yield
     finally:
         torch.set_num_threads(threads)

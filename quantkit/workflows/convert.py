@@ -7,7 +7,6 @@ is read back from the result and compared with the source.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +22,16 @@ from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import digest, fit
-from quantkit.runtime.opened import Opened, open_checkpoint, recorded
+from quantkit.runtime.opened import Opened, open_checkpoint
 from quantkit.workflows import convert_targets
 from quantkit.workflows.ahead import Ahead, ahead
+from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
+from quantkit.workflows.rounded import Rounded
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
 _PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
-
-
-@dataclass
-class Conversion:
-    """What came of it.
-
-    exact    every weight means the very same number as before
-    digest   of all quantized weights' numbers, in any format that holds them exactly
-    errors   relative error |W - W'|^2 / |W|^2 of each linear that was rounded
-    dense    largest relative error of a tensor that is not quantized, and was rounded
-    """
-
-    folder: Path
-    source_format: str
-    target: str
-    linears: int = 0
-    bytes: int = 0
-    digest: str | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    dense: float = 0.0
-    notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    written: bool = False
-
-    @property
-    def exact(self) -> bool:
-        return not self.errors and not self.dense
-
-    @property
-    def worst(self) -> tuple[str, float] | None:
-        """The linear with the largest error."""
-        return max(self.errors.items(), key=lambda item: item[1]) if self.errors else None
 
 
 def convert(
@@ -89,8 +58,6 @@ def convert(
     Raises UsageError for a target that is not known, QuantkitError when something does not fit,
     both before anything is written. An interrupted call goes on when repeated.
     """
-    progress = progress or Progress()
-    started = time.perf_counter()
     opened = open_checkpoint(resolve(model, revision), model_basename)
     if not opened.model_config:
         raise QuantkitError(
@@ -99,8 +66,39 @@ def convert(
         )
     target = convert_targets.target(to, opened, lossy=lossy, pre_tokenizer=pre_tokenizer)
     folder = Path(out) if out else Path(f"{opened.source.short_name}-{to.replace(':', '-')}")
-    output = Output(folder, overwrite)
+    return carry(
+        opened,
+        target,
+        to,
+        Output(folder, overwrite),
+        settings={"lossy": lossy, "pre_tokenizer": pre_tokenizer},
+        max_shard_size=max_shard_size,
+        dry_run=dry_run,
+        progress=progress,
+    )
+
+
+def carry(
+    opened: Opened,
+    target: Target,
+    to: str,
+    output: Output,
+    *,
+    settings: dict[str, Any],
+    max_shard_size: str = "5GB",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    fingerprint: dict[str, Any] | None = None,
+) -> Conversion:
+    """Everything that ``opened`` holds into ``target``. ``settings`` are what decides the output's
+    bytes beside the source's files and the target's name ``to``; whoever has begun the output
+    already gives the whole ``fingerprint``. A :class:`Rounded` source is quantized on the way, and
+    quantkit.json speaks of that instead of a conversion."""
+    progress = progress or Progress()
+    started = time.perf_counter()
+    folder = output.folder
     result = Conversion(folder, opened.format, to, linears=len(opened.linears))
+    result.settings = {key: value for key, value in settings.items() if value}
     for text in target.survey(progress):
         result.notes.append(text)
         progress.note(text)
@@ -110,12 +108,12 @@ def convert(
         return result
     shard = size_in_bytes(max_shard_size)
     with disk_errors(folder), ahead() as workers:
-        ledger = _begin(output, _fingerprint(opened, to, lossy, pre_tokenizer, shard))
+        ledger = begin(output, fingerprint or fingerprint_of(opened, to, settings, shard))
         if not target.begin(output.partial, shard):
             ledger.forget()  # somebody removed files that it calls finished
         hashes = None
-        if not opened.linears:  # an original, which verify will have to recognise
-            hashes = provenance.hash_files(opened.files)
+        if not opened.linears or isinstance(opened, Rounded):
+            hashes = provenance.hash_files(opened.files)  # verify will have to recognise them
         try:
             _move(opened, target, ledger, progress, workers)
             _beside(opened, output)
@@ -129,13 +127,17 @@ def convert(
             _compare(opened, target, output.partial, ledger, progress, workers)
         result.seconds = time.perf_counter() - started
         files = hashes.result() if hashes else {}
-        write_json(output.partial / provenance.FILE, _provenance(opened, result, files))
+        if isinstance(opened, Rounded):
+            content = made(opened, result, files)
+        else:
+            content = provenance_of(opened, result, files)
+        write_json(output.partial / provenance.FILE, content)
         output.complete()
     result.written = True
     return result
 
 
-def _begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
+def begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
     """Start in the partial folder, or go on there."""
     output.begin()
     try:
@@ -148,9 +150,7 @@ def _begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
         return Ledger(output.partial, fingerprint)
 
 
-def _fingerprint(
-    opened: Opened, to: str, lossy: bool, pre_tokenizer: str | None, shard: int
-) -> dict[str, Any]:
+def fingerprint_of(opened: Opened, to: str, settings: dict[str, Any], shard: int) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     files = {
         f"source file {path.name}": f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
@@ -159,8 +159,7 @@ def _fingerprint(
     return {
         "model": opened.source.name,
         "to": to,
-        "lossy": lossy,
-        "pre_tokenizer": pre_tokenizer,
+        **settings,
         "max_shard_size": shard,
         "quantkit version": __version__,
         **files,
@@ -228,9 +227,10 @@ def _move_linear(opened: Opened, target: Target, prefix: str) -> Moved:
     q = opened.qweight(prefix)
     fitted, exact = target.fitted(q)
     target.put(prefix, fitted)
+    quantized = {"layer": opened.error(prefix, fitted)} if isinstance(opened, Rounded) else {}
     if exact:
-        return {"digest": digest.of(q)}
-    return {"digest": digest.of(fitted), "error": target.error(q, fitted)}
+        return {"digest": digest.of(q), **quantized}
+    return {"digest": digest.of(fitted), "error": target.error(q, fitted), **quantized}
 
 
 def _gather(ledger: Ledger, result: Conversion) -> None:
@@ -241,6 +241,8 @@ def _gather(ledger: Ledger, result: Conversion) -> None:
                 digests[name] = moved["digest"]
                 if "error" in moved:
                     result.errors[name] = moved["error"]
+                if "layer" in moved:
+                    result.layers[name] = moved["layer"]
             result.dense = max(result.dense, moved.get("rounded", 0.0))
     if digests:
         result.digest = digest.together(digests)
@@ -310,6 +312,8 @@ def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:
     if "digest" in report:  # its numbers as a plain weight
         found = again.dense.get(f"{name}.weight")
         return _same_bits(found, opened.qweight(name).dequantize(found.dtype))
+    if "sha256" in report:  # a table in codes, as a plain tensor
+        return digest.of_plain(again.dense.get(name)) == report["sha256"]
     return _same_numbers(opened, again, name)
 
 
@@ -334,32 +338,3 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality to which a NaN is a number like any other."""
     flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
-
-
-def _provenance(opened: Opened, result: Conversion, files: dict[str, str]) -> dict[str, Any]:
-    """What the source's record says, and how it became what it is now. ``source`` is the original
-    that was quantized; it is only known where the source was quantkit's, or is no quantized one."""
-    record = recorded(opened)
-    name, revision = opened.source.name, opened.source.revision
-    conversion: dict[str, Any] = {
-        "from": {"name": name, "revision": revision, "format": result.source_format},
-        "to": result.target,
-        "exact": result.exact,
-        "digest": result.digest,
-        "worst_error": None,
-        "worst_dense_error": result.dense or None,
-        "versions": provenance.versions(),
-        "seconds": round(result.seconds, 2),
-    }
-    if result.worst:
-        conversion["worst_error"] = {"linear": result.worst[0], "error": result.worst[1]}
-    if "conversion" in record:
-        conversion["before"] = record["conversion"]
-    if not result.exact:  # then it was measured on another model
-        conversion["measured_before"] = record.pop("measured", None)
-        record.pop("layers", None)
-    if not record and not opened.linears:
-        record["source"] = {"name": name, "revision": revision, "files": files}
-    record.setdefault("versions", conversion["versions"])
-    size = {"bytes": result.bytes, "linears": result.linears}
-    return {**record, "size": size, "conversion": conversion}

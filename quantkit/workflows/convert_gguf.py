@@ -6,6 +6,7 @@ as well as plain weights. Embeddings, heads and norms stay as precise as they we
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,13 +29,21 @@ _PLAIN = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 class GgufTarget:
-    """``kind``: q4_0, q4_1, q5_0, q5_1, q8_0 for the linears, or f16, bf16, f32 for everything."""
+    """``kind``: q4_0, q4_1, q5_0, q5_1, q8_0 for the linears, or f16, bf16, f32 for everything.
+    ``types`` are those of other tensors by their names in GGUF, where they should not keep theirs.
+    """
 
     requantizes = False
 
     def __init__(
-        self, opened: Opened, kind: str | None, lossy: bool, pre_tokenizer: str | None
+        self,
+        opened: Opened,
+        kind: str | None,
+        lossy: bool,
+        pre_tokenizer: str | None,
+        types: Mapping[str, str] | None = None,
     ) -> None:
+        self.types = dict(types or {})
         self.opened, self.lossy, self.pre_tokenizer = opened, lossy, pre_tokenizer
         self.kind = (kind or "").upper()
         if self.kind not in gguf.FORMS and self.kind not in _PLAIN.values():
@@ -67,10 +76,8 @@ class GgufTarget:
             )
         self.tensors = {name: ("F32", tuple(t.shape)) for name, t in self.extra.items()}
         for there, place in self.places.items():
-            self.tensors[there] = (
-                self._type(place.source, shapes[place.source]),
-                shapes[place.source],
-            )
+            shape = shapes[place.source]
+            self.tensors[there] = self._type(there, place.source, shape), shape
         files = _tokenizer_files(opened)
         name = opened.source.short_name
         self.metadata = gguf_model.metadata(config, name, self.kind)
@@ -78,17 +85,18 @@ class GgufTarget:
         notes += self._see_that_all_fit()
         return notes
 
-    def _type(self, name: str, shape: tuple[int, ...]) -> str:
+    def _type(self, there: str, name: str, shape: tuple[int, ...]) -> str:
         """What a tensor of the source is stored as."""
         if gguf_model.keeps_float32(shape):
             return "F32"
-        if self._is_packed(name):
-            width = shape[-1]
-            if width % _BLOCK:
-                raise QuantkitError(
-                    f"{name} cannot be held: rows of {width} are not whole blocks of {_BLOCK}"
-                )
-            return self.kind
+        packed = self._is_packed(name)
+        kind = self.kind if packed else self.types.get(there)
+        if (packed or kind in gguf.FORMS) and shape[-1] % _BLOCK:
+            raise QuantkitError(
+                f"{name} cannot be held: rows of {shape[-1]} are not whole blocks of {_BLOCK}"
+            )
+        if kind is not None:
+            return kind
         if self.form is None:
             return self.kind
         dtype = self.opened.dense.spec(name).dtype
@@ -112,10 +120,7 @@ class GgufTarget:
             if reason := gguf.refusal(packed.out, packed.width, _as_stored(self.form), self.kind):
                 raise QuantkitError(f"{prefix} cannot be held: {reason}")
             try:
-                q = self.opened.survey(prefix)
-                if self._codes_decide(q.scheme):
-                    q = self.opened.qweight(prefix)
-                exact = fit.fit(q, self.form).exact
+                exact = fit.fit(self._enough(prefix, self.form), self.form).exact
             except fit.CannotHold as error:
                 if not self.lossy:
                     raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
@@ -124,11 +129,12 @@ class GgufTarget:
             inexact = inexact or (None if exact else prefix)
         return [f"{inexact} will be rounded; the error is measured"] if inexact else []
 
-    def _codes_decide(self, scheme: Scheme) -> bool:
-        """Whether such a weight fits is only seen from its codes."""
-        assert self.form is not None
-        plain = scheme.symmetric and scheme.bits in self.form.bits
-        return self.form.offset == "symmetric" and not plain
+    def _enough(self, prefix: str, form: Form) -> QWeight:
+        """What decides whether a linear fits: its codes only where other codes, or an asymmetric
+        weight, have to go into symmetric blocks."""
+        q = self.opened.survey(prefix)
+        alike = q.scheme.symmetric and q.scheme.bits in form.bits
+        return q if alike or form.offset != "symmetric" else self.opened.qweight(prefix)
 
     def begin(self, folder: Path, shard: int) -> bool:
         self.file = f"{self.opened.source.short_name}-{self.kind}.gguf"
@@ -165,11 +171,12 @@ class GgufTarget:
                 continue
             kind, _ = self.tensors[there]
             if kind in gguf.FORMS:
-                moved |= self._put_rounded(there, name, tensor)
+                put = self._put_rounded if self._is_packed(name) else self._put_lookup
+                moved = put(there, name, tensor) | moved
                 continue
             stored, error = rounded(tensor, _dtype(kind), name)
             self.writer.write(there, gguf.pack_dense(place.dense(stored), kind))
-            moved[name] = {"rounded": error} if error else {}
+            moved.setdefault(name, {"rounded": error} if error else {})
         return moved
 
     def _put_rounded(self, there: str, name: str, tensor: Tensor) -> dict[str, Moved]:
@@ -180,6 +187,15 @@ class GgufTarget:
         self.put(prefix, q)
         error = fit.relative_error(tensor.float(), q.dequantize())
         return {prefix: {"digest": digest.of(q), "error": error}}
+
+    def _put_lookup(self, there: str, name: str, tensor: Tensor) -> dict[str, Moved]:
+        """An embedding or a head, which readers make dense again, into codes."""
+        kind, _ = self.tensors[there]
+        q = fit.nearest_to(tensor, gguf.FORMS[kind])
+        self.writer.write(there, gguf.pack(self.places[there].packed(q), kind))
+        meant = q.dequantize()
+        error = fit.relative_error(tensor.float(), meant)
+        return {name: {"rounded": error, "sha256": digest.of_plain(meant)}}
 
     @property
     def writer(self) -> GgufWriter:

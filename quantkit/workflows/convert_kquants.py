@@ -6,6 +6,7 @@ linear by linear on the result.
 """
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
+from quantkit.formats import gguf
 from quantkit.methods import fit
 from quantkit.runtime.gguf_opened import GgufOpened
 from quantkit.runtime.opened import Opened
@@ -32,16 +34,32 @@ TYPES = {
     "Q5_K_M": 17,
     "Q6_K": 18,
 }
+# fields of llama_model_quantize_params
+_FIELDS = {"token_embd.weight": "token_embedding_type", "output.weight": "output_tensor_type"}
 
 
 class KQuantTarget:
     """``kind`` is one of TYPES. The source may be plain weights, or codes that are rounded a second
-    time."""
+    time.
+
+    types       of embedding and head (token_embd.weight, output.weight), where llama.cpp should not
+                choose them itself
+    importance  mean square of every input of a tensor, float32 [in], by names in GGUF: llama.cpp
+                rounds with these weights
+    """
 
     requantizes = True
 
-    def __init__(self, opened: Opened, kind: str, pre_tokenizer: str | None) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        kind: str,
+        pre_tokenizer: str | None,
+        types: Mapping[str, str] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.opened, self.kind = opened, kind
+        self.types, self.importance = dict(types or {}), dict(importance or {})
         self.plain = GgufTarget(opened, "f32", False, pre_tokenizer)
 
     @property
@@ -50,7 +68,12 @@ class KQuantTarget:
         return self.plain.nbytes + self.plain.nbytes * 7 // 32
 
     def survey(self, progress: Progress) -> list[str]:
-        _library()
+        library = _library()
+        if self.importance and not hasattr(library, "llama_model_imatrix_data"):
+            raise QuantkitError(
+                "this llama-cpp-python takes no importance matrix from other programs",
+                "install 0.3.36 or newer, or use --calib none",
+            )
         return self.plain.survey(progress)
 
     def begin(self, folder: Path, shard: int) -> bool:
@@ -77,6 +100,12 @@ class KQuantTarget:
         library = _library()
         params = library.llama_model_quantize_default_params()
         params.ftype = TYPES[self.kind]
+        for name, field in _FIELDS.items():
+            if name in self.types:
+                setattr(params, field, gguf.TYPES[self.types[name]].id)
+        held = _importance(library, self.importance)  # has to outlive the call
+        if held:
+            params.imatrix = held
         plain, made = folder / self.plain.file, folder / self._file
         failed = library.llama_model_quantize(
             str(plain).encode(), str(made).encode(), ctypes.byref(params)
@@ -97,6 +126,20 @@ class KQuantTarget:
 
     def reopened(self, folder: Path) -> Opened:
         return GgufOpened(folder / self._file, Source(folder.name, folder, file=self._file))
+
+
+def _importance(library, matrix):  # type: ignore[no-untyped-def]
+    """An array of llama.cpp's ``llama_model_imatrix_data``, ended by one without a name; None for
+    an empty matrix."""
+    if not matrix:
+        return None
+    entry = library.llama_model_imatrix_data
+    entries = (entry * (len(matrix) + 1))()
+    for place, (name, values) in zip(entries, matrix.items()):
+        numbers = (ctypes.c_float * len(values))(*values.tolist())
+        place.name, place.size = name.encode(), len(values)
+        place.data = ctypes.cast(numbers, ctypes.POINTER(ctypes.c_float))
+    return entries
 
 
 def _library():  # type: ignore[no-untyped-def]  # llama_cpp has no stubs

@@ -102,7 +102,7 @@ def target(to: str, opened: Opened, *, lossy: bool, pre_tokenizer: str | None) -
     return PackedTarget(opened, name, lossy)
 
 
-class _Safetensors:
+class SafetensorsTarget:
     """What both kinds of folders share."""
 
     def __init__(self, opened: Opened) -> None:
@@ -142,7 +142,7 @@ class _Safetensors:
     def reopened(self, folder: Path) -> Opened:
         return open_checkpoint(Source(folder.name, folder))
 
-    def _config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         config = {
             key: value
             for key, value in self.opened.model_config.items()
@@ -157,8 +157,19 @@ class _Safetensors:
         config["dtype"] = str(dtype).removeprefix("torch.")
         return with_older_names(config)
 
+    def left_dense(self) -> list[str]:
+        """Modules with a matrix that is not quantized, in blocks or as a head."""
+        found = []
+        for name in self.opened.dense:
+            module, _, leaf = name.rpartition(".")
+            head = module in ("lm_head", "embed_out")
+            matrix = leaf == "weight" and len(self.opened.dense.spec(name).shape) == 2
+            if matrix and (in_block(module) or head):
+                found.append(module)
+        return found
 
-class PackedTarget(_Safetensors):
+
+class PackedTarget(SafetensorsTarget):
     """A folder in one of formats.TARGETS."""
 
     requantizes = False
@@ -241,7 +252,7 @@ class PackedTarget(_Safetensors):
         if self._name != "awq":
             return
         outputs = {prefix: packed.out for prefix, packed in self.opened.linears.items()}
-        for name in self._left_dense():
+        for name in self.left_dense():
             outputs[name] = dense.spec(f"{name}.weight").shape[0]
         self.ones = awq.activation_scales(self.opened.model_config.get("model_type", ""), outputs)
 
@@ -263,25 +274,14 @@ class PackedTarget(_Safetensors):
         assert self.scheme is not None
         for name, spec in self.ones.items():
             self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
-        config = self._config()
+        config = self.config()
         config |= self.format.configuration(
-            self.scheme, self._left_dense(), by, act_order="group" if self.ordered else None
+            self.scheme, self.left_dense(), by, act_order="group" if self.ordered else None
         )
         write_json(folder / "config.json", config)
         for file, content in self.format.beside(config, self.opened.source.name).items():
             write_json(folder / file, content)
         self.writer.close()
-
-    def _left_dense(self) -> list[str]:
-        """Modules with a matrix that is not quantized, in blocks or as a head."""
-        found = []
-        for name in self.opened.dense:
-            module, _, leaf = name.rpartition(".")
-            head = module in ("lm_head", "embed_out")
-            matrix = leaf == "weight" and len(self.opened.dense.spec(name).shape) == 2
-            if matrix and (in_block(module) or head):
-                found.append(module)
-        return found
 
 
 def fit_or_round(q: QWeight, form: Form, lossy: bool) -> fit.Fitted:
@@ -297,7 +297,7 @@ def fit_or_round(q: QWeight, form: Form, lossy: bool) -> fit.Fitted:
         raise QuantkitError(f"a weight cannot be held, not even rounded: {error}") from error
 
 
-class DenseTarget(_Safetensors):
+class DenseTarget(SafetensorsTarget):
     """A folder of plain weights. ``kind`` is their dtype; by default that of the source's other
     tensors."""
 
@@ -348,7 +348,7 @@ class DenseTarget(_Safetensors):
         return fit.relative_error(q.dequantize(), q.dequantize(self.dtype).float())
 
     def close(self, folder: Path, by: str) -> None:
-        write_json(folder / "config.json", self._config())
+        write_json(folder / "config.json", self.config())
         self.writer.close()
 
 

@@ -83,7 +83,7 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str) -> Layout:
     _refuse_quantized(skeleton)
     model, disk_names = skeleton.model, skeleton.disk_names
     prefix, blocks = find_blocks(model)
-    _refuse_fused(prefix, blocks.named_parameters())
+    refuse_fused(prefix, blocks.named_parameters())
     skeleton.check()
     packer = formats.by_name(format)
     jobs: list[list[Job]] = []
@@ -142,7 +142,8 @@ def _refuse_quantized(skeleton: Skeleton) -> None:
         )
 
 
-def _refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+def refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    """Raises QuantkitError, naming it, for a parameter that holds several experts."""
     for name, parameter in parameters:
         if parameter.dim() == 3:
             raise QuantkitError(

@@ -94,8 +94,14 @@ class Output:
                 shutil.copyfile(path, temporary)
                 temporary.replace(self.partial / path.name)
 
+    @property
+    def scratch(self) -> Path:
+        """For what is only needed on the way, in the partial folder."""
+        return self.partial / "scratch"
+
     def complete(self) -> None:
         """The partial folder becomes the result, in one step."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
         sync_folder(self.partial)
         old = self.folder.with_name(self.folder.name + ".old")
         if self.folder.exists():

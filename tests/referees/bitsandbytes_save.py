@@ -1,10 +1,10 @@
 """Quantize a model on the CPU with transformers and bitsandbytes and save it, the way their users
 do. Run with a python that has bitsandbytes:
 
-    python bitsandbytes_save.py MODEL KIND OUT
+    python bitsandbytes_save.py MODEL KIND OUT [DTYPE]
 
-KIND is nf4 (double quantization) or int8. What transformers_logits.py says of OUT afterwards is
-what bitsandbytes makes of its own checkpoint.
+KIND is nf4 (double quantization) or int8, DTYPE what the model is loaded in (float32).
+What transformers_logits.py says of OUT afterwards is what bitsandbytes makes of its own checkpoint.
 """
 
 import sys
@@ -21,11 +21,11 @@ CONFIGS = {
     },
     "int8": {"load_in_8bit": True},
 }
-model, kind, out = sys.argv[1:]
+model, kind, out, dtype = [*sys.argv[1:], "float32"][:4]
 quantized = AutoModelForCausalLM.from_pretrained(
     model,
     device_map="cpu",
-    dtype=torch.float32,
+    dtype=dtype,
     quantization_config=BitsAndBytesConfig(**CONFIGS[kind]),
 )
 quantized.save_pretrained(out)

@@ -5,7 +5,8 @@
 
 Every file holds the state dict of one layer ``x``, as bitsandbytes saves it, and under
 ``foreign.weight`` what bitsandbytes says it means, in float32 (and under ``foreign.cast`` in the
-dtype of the original weight). config.json is what transformers writes for such models.
+dtype of the original weight). The files exact-* hold the weight too, under ``original``.
+config.json is what transformers writes for such models.
 """
 
 import json
@@ -35,6 +36,15 @@ FOUR_BITS = {
     "nf4-ragged": ("nf4", 5, 96, 64, torch.float32, False),  # blocks reach over the ends of rows
     "nf4-odd": ("nf4", 3, 35, 64, torch.float32, False),
 }
+
+
+# kind, double quantization, dtype of the weights that are rounded
+EXACT = [
+    ("nf4", False, torch.float32),
+    ("nf4", True, torch.bfloat16),
+    ("fp4", True, torch.float32),
+    ("int8", False, torch.float32),
+]
 
 
 def four_bits(kind, out, width, block, dtype, nested, storage=torch.uint8):
@@ -69,6 +79,35 @@ def eight_bits(out, width):
     return held
 
 
+def hard_weights(dtype):
+    """Weights of every kind that could be rounded another way: random ones, halves of levels and
+    their neighbours, ties between codes, a row of zeros, very small ones; 672 blocks of 64."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(84, 512, generator=generator) * torch.rand(84, 1, generator=generator)
+    rows[20:30] = (rows[20:30] * 8).round() / 8
+    rows[30] = 0
+    rows[31:34] *= 1e-6
+    for first, kind in ((40, "nf4"), (50, "fp4")):
+        levels = functional.get_4bit_type(kind, device="cpu").sort().values
+        middle = (levels[:-1] + levels[1:]) / 2
+        near = torch.cat([torch.nextafter(middle, middle + step) for step in (-1, 0, 1)] + [middle])
+        rows[first : first + 8, :60] = near
+        rows[first : first + 8, 60:64] = 1  # the block's largest
+        rows[first + 4 : first + 8] *= 0.37
+    return rows.to(dtype)
+
+
+def exactly(kind, nested, dtype):
+    """A weight and what bitsandbytes makes of it, bit for bit."""
+    weight = hard_weights(dtype)
+    if kind == "int8":
+        codes, largest, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return {"original": weight, "x.weight": codes, "x.SCB": largest}
+    packed, state = functional.quantize_4bit(weight, compress_statistics=nested, quant_type=kind)
+    held = {f"x.weight.{name}": t for name, t in state.as_dict(packed=True).items()}
+    return {"original": weight, "x.weight": packed, **held}
+
+
 def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -77,6 +116,9 @@ def main():
     wide = four_bits("nf4", 6, 128, 64, torch.bfloat16, True, torch.bfloat16)
     save_file(wide, HERE / "nf4-storage.safetensors", VERSIONS)
     save_file(eight_bits(9, 200), HERE / "int8.safetensors", VERSIONS)
+    for kind, nested, dtype in EXACT:
+        name = f"exact-{kind}{'-nested' if nested else ''}"
+        save_file(exactly(kind, nested, dtype), HERE / f"{name}.safetensors", VERSIONS)
     maps = {kind: functional.get_4bit_type(kind, device="cpu") for kind in ("nf4", "fp4")}
     save_file(maps, HERE / "maps.safetensors", VERSIONS)
     configs = {

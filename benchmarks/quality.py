@@ -23,7 +23,7 @@ from quantkit.core import provenance
 from quantkit.core.metrics import Comparison
 from quantkit.core.source import resolve
 from quantkit.runtime.load import load_model
-from quantkit.workflows.awq import awq
+from quantkit.workflows.awq import quantize_awq
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.rtn import quantize_rtn
 
@@ -96,7 +96,7 @@ def main() -> None:
                 if label in ROUNDED:
                     quantize_rtn(path, out, **options)
                 else:
-                    run = awq if label in AWQ else quantize
+                    run = quantize_awq if label in AWQ else quantize
                     run(path, out, calib=args.calib, check=False, **options)
                 seconds = time.perf_counter() - start
                 measured[label] = _measure(out, held_out, original) | {"seconds": seconds}

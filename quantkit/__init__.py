@@ -13,23 +13,40 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quantkit.runtime.load import load
-    from quantkit.workflows.awq import awq
+    from quantkit.workflows.awq import quantize_awq
+    from quantkit.workflows.bnb import quantize_bnb
     from quantkit.workflows.convert import convert
     from quantkit.workflows.generate import generate
+    from quantkit.workflows.gguf import quantize_gguf
     from quantkit.workflows.inspect import inspect
     from quantkit.workflows.quantize import quantize
+    from quantkit.workflows.rtn import quantize_rtn
     from quantkit.workflows.verify import verify
 
 _HOMES = {
     "load": "quantkit.runtime.load",
-    "awq": "quantkit.workflows.awq",
     "convert": "quantkit.workflows.convert",
     "quantize": "quantkit.workflows.quantize",
+    "quantize_awq": "quantkit.workflows.awq",
+    "quantize_bnb": "quantkit.workflows.bnb",
+    "quantize_gguf": "quantkit.workflows.gguf",
+    "quantize_rtn": "quantkit.workflows.rtn",
     "verify": "quantkit.workflows.verify",
     "generate": "quantkit.workflows.generate",
     "inspect": "quantkit.workflows.inspect",
 }
-__all__ = ["awq", "convert", "generate", "inspect", "load", "quantize", "verify"]
+__all__ = [
+    "convert",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+    "quantize_awq",
+    "quantize_bnb",
+    "quantize_gguf",
+    "quantize_rtn",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import awq as mathematics
 from quantkit.runtime.opened import open_checkpoint
-from quantkit.workflows.awq import awq
+from quantkit.workflows.awq import quantize_awq
 
 FEW = {key: value for key, value in QUICK.items() if key != "fast"}
 SMALL = {**FEW, "group": 32, "calib_seqlen": 32}
@@ -43,7 +43,7 @@ def test_every_scale_is_folded_right(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mathematics, "choose", wild)
     out = tmp_path / "out"
-    report = awq(str(model(name)), out, bits=8, refine="none", dtype="float32", **SMALL)
+    report = quantize_awq(str(model(name)), out, bits=8, refine="none", dtype="float32", **SMALL)
     assert report.pairs() and all(
         line.startswith(("scaled in 2 of 2", "scaled in 3 of 3")) for line in report.pairs()
     )
@@ -56,7 +56,7 @@ def test_every_scale_is_folded_right(name, tmp_path, monkeypatch):
 
 def test_the_file_is_awq_and_says_so(tmp_path):
     out = tmp_path / "out"
-    report = awq(str(model("gpt_neox")), out, **SMALL)
+    report = quantize_awq(str(model("gpt_neox")), out, **SMALL)
     said = read_json(out / "config.json")["quantization_config"]
     assert (said["quant_method"], said["bits"], said["group_size"]) == ("awq", 4, 32)
     record = read_json(out / "quantkit.json")
@@ -79,7 +79,7 @@ def test_the_file_is_awq_and_says_so(tmp_path):
 def test_killed_at_every_block(tmp_path, refine):
     """In the middle of writing one, and behind it: norms that were folded are put back too."""
     source, settings = str(model("llama")), {**SMALL, "refine": refine, "max_shard_size": "1MB"}
-    awq(source, tmp_path / "whole" / "out", **settings)
+    quantize_awq(source, tmp_path / "whole" / "out", **settings)
     expected = content(tmp_path / "whole" / "out")
     out = tmp_path / "killed" / "out"
     for owner, name, call in (
@@ -91,10 +91,10 @@ def test_killed_at_every_block(tmp_path, refine):
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, owner, name, call, late=name == "finish")
             with pytest.raises(Killed):
-                awq(source, out, **settings)
+                quantize_awq(source, out, **settings)
     done = read_json(tmp_path / "killed" / "out.partial" / "ledger.json")["done"]
     assert any(part.get("others") for part in done.values())
-    awq(source, out, **settings)
+    quantize_awq(source, out, **settings)
     assert_same(out, expected)
     assert_only(out)
 
@@ -102,19 +102,19 @@ def test_killed_at_every_block(tmp_path, refine):
 def test_eight_bits_go_into_gptq_s_files(tmp_path):
     for sym, form in ((False, "gptq_v2"), (True, "gptq")):
         out = tmp_path / form
-        awq(str(model("gpt_neox")), out, bits=8, sym=sym, **SMALL)
+        quantize_awq(str(model("gpt_neox")), out, bits=8, sym=sym, **SMALL)
         assert read_json(out / "config.json")["quantization_config"]["checkpoint_format"] == form
 
 
 def test_what_makes_no_sense_is_refused(tmp_path, capsys):
     source, out = str(model("gpt_neox")), tmp_path / "out"
     with pytest.raises(UsageError, match="align has no meaning"):
-        awq(source, out, refine="none", align=0.5)
+        quantize_awq(source, out, refine="none", align=0.5)
     with pytest.raises(UsageError, match="refine 'more' is unknown"):
-        awq(source, out, refine="more")
+        quantize_awq(source, out, refine="more")
     with pytest.raises(QuantkitError, match="already quantized"):
-        awq(source, out, **SMALL)
-        awq(str(out), tmp_path / "again", **SMALL)
+        quantize_awq(source, out, **SMALL)
+        quantize_awq(str(out), tmp_path / "again", **SMALL)
     assert command("awq", source, "-b", 3, "--format", "awq", "-o", tmp_path / "x") == 2
     assert sentence(capsys.readouterr().err)[0] == "3 bits are not supported in the format awq"
 
@@ -137,6 +137,6 @@ def test_a_model_with_nothing_to_scale_is_told(tmp_path, monkeypatch):
             heard.append(text)
 
     monkeypatch.setattr("quantkit.runtime.folding.find", lambda *_: [])
-    report = awq(str(model("gpt_neox")), tmp_path / "out", progress=Listening(), **SMALL)
+    report = quantize_awq(str(model("gpt_neox")), tmp_path / "out", progress=Listening(), **SMALL)
     assert report.pairs() == []
     assert any("nothing in this architecture could be scaled" in text for text in heard)

@@ -54,7 +54,9 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
         "assert not {'torch', 'transformers', 'click', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-    assert set(quantkit.__all__) == {"convert", "quantize", "verify", "generate", "inspect", "load"}
+    methods = {"quantize", *(f"quantize_{name}" for name in ("awq", "bnb", "gguf", "rtn"))}
+    others = {"convert", "verify", "generate", "inspect", "load"}
+    assert set(quantkit.__all__) == methods | others
     assert all(callable(getattr(quantkit, name)) for name in quantkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = quantkit.quantise
@@ -81,7 +83,7 @@ ONLY_IN_PYTHON = {"progress", "write"}
     ("module", "function", "arguments"),
     [
         (gptq, quantize, ["demo"]),
-        (awq, quantkit.awq, ["demo"]),
+        (awq, quantkit.quantize_awq, ["demo"]),
         (verify, quantkit.verify, ["demo"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),

@@ -60,11 +60,11 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
     """
     from quantkit.cli.console import Drawn
     from quantkit.cli.quantized import tell
-    from quantkit.workflows.awq import awq
+    from quantkit.workflows.awq import quantize_awq
 
     progress = Drawn(quiet)
     try:
-        report = awq(calib=list(calib), progress=progress, **options)
+        report = quantize_awq(calib=list(calib), progress=progress, **options)
     finally:
         progress.end()
     if report.written and not quiet:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, process
 
 
 @click.command("bnb")
@@ -43,6 +43,7 @@ def command(quiet: bool, **settings: Any) -> None:
     from quantkit.cli.written import say_quantized
     from quantkit.workflows.bnb import quantize_bnb
 
+    process.return_memory()
     progress = Drawn(quiet)
     try:
         result = quantize_bnb(progress=progress, **settings)

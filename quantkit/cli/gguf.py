@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, process
 
 
 @click.command("gguf")
@@ -65,6 +65,7 @@ def command(quiet: bool, calib: tuple[str, ...], **settings: Any) -> None:
     from quantkit.cli.written import say_quantized
     from quantkit.workflows.gguf import quantize_gguf
 
+    process.return_memory()
     progress = Drawn(quiet)
     try:
         result = quantize_gguf(calib=list(calib), progress=progress, **settings)

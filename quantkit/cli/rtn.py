@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import options, process
 
 
 @click.command("rtn")
@@ -41,6 +41,7 @@ def command(quiet: bool, **settings: Any) -> None:
     from quantkit.cli.written import say_quantized
     from quantkit.workflows.rtn import quantize_rtn
 
+    process.return_memory()
     progress = Drawn(quiet)
     try:
         result = quantize_rtn(progress=progress, **settings)

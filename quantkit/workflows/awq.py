@@ -11,7 +11,7 @@ from quantkit.workflows.awq_block import Awq
 from quantkit.workflows.quantize import Report, Task, carry_out
 
 
-def awq(
+def quantize_awq(
     model: str,
     out: str | Path | None = None,
     *,

@@ -15,6 +15,7 @@ from typing import Any
 from quantkit.core import calibration
 from quantkit.core.progress import Progress
 from quantkit.core.provenance import FILE
+from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import Source, resolve
 from quantkit.errors import UsageError
 from quantkit.formats import gguf as blocks
@@ -27,7 +28,6 @@ from quantkit.workflows.convert_kquants import TYPES, KQuantTarget
 from quantkit.workflows.convert_record import Conversion
 from quantkit.workflows.importance import importance
 from quantkit.workflows.output import Output, disk_errors
-from quantkit.workflows.plan import size_in_bytes
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.rounded import Rounded, Rounding
 

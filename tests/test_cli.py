@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 import quantkit
 from quantkit import data
-from quantkit.cli import awq, generate, gptq, verify
+from quantkit.cli import awq, bnb, convert, generate, gguf, gptq, rtn, verify
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -84,11 +84,15 @@ ONLY_IN_PYTHON = {"progress", "write"}
     [
         (gptq, quantize, ["demo"]),
         (awq, quantkit.quantize_awq, ["demo"]),
+        (rtn, quantkit.quantize_rtn, ["demo"]),
+        (bnb, quantkit.quantize_bnb, ["demo"]),
+        (gguf, quantkit.quantize_gguf, ["demo"]),
+        (convert, quantkit.convert, ["demo", "--to", "awq"]),
         (verify, quantkit.verify, ["demo"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
     ],
-    ids=["gptq", "awq", "verify", "generate", "inspect"],
+    ids=["gptq", "awq", "rtn", "bnb", "gguf", "convert", "verify", "generate", "inspect"],
 )
 def test_options_are_parameters_with_the_same_defaults(module, function, arguments):
     parameters = inspect.signature(function).parameters
@@ -99,7 +103,8 @@ def test_options_are_parameters_with_the_same_defaults(module, function, argumen
             continue
         wanted = parameter.default
         # one source and a list of one are the same
-        assert given[name] == ((wanted,) if name == "calib" else wanted), name
+        several = (wanted,) if name == "calib" and wanted else wanted or None
+        assert (given[name] or None) == several, name
 
 
 def test_options_arrive(monkeypatch, tmp_path):

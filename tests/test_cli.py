@@ -27,7 +27,9 @@ from quantkit.workflows.quantize import quantize
 # light
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["gptq", "-h"], ["verify", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["gptq", "-h"], ["verify", "-h"], ["run", "--list"]]
+)
 def test_help_imports_neither_torch_nor_transformers(arguments):
     program = (
         "import sys\n"

@@ -18,6 +18,7 @@ _COMMANDS = {
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "generate": "Continue or answer a prompt.",
+    "run": "Run a recipe: commands and their options in a file.",
 }
 
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(cli.main(arguments, standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
         command = (sys.argv[1:] if arguments is None else arguments)[:1]
-        resumes = command in (["gptq"], ["convert"])
+        resumes = command in (["gptq"], ["convert"], ["run"])
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.ClickException as error:

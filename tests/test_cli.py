@@ -115,7 +115,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "--align 0.3 --refine 1 --no-scale-search --no-bias-correction -c a.txt=3 -c self "
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
-        "--checkpoint-format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
+        "--format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
         "--dry-run --revision v1 -q"
     )
     assert command(*options.split()) == 130
@@ -140,7 +140,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "seed": 5,
         "device": "cpu",
         "dtype": "float32",
-        "checkpoint_format": "gptq_v2",
+        "format": "gptq_v2",
         "max_shard_size": "1GB",
         "check": False,
         "strict": True,

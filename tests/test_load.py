@@ -122,7 +122,7 @@ def test_it_has_the_model_s_own_generation_settings(tmp_path):
 KINDS = {
     "symmetric": ("llama", {"group": 32}),
     "asymmetric": ("llama", {"group": 32, "sym": False}),
-    "asymmetric-v1": ("llama", {"group": 32, "sym": False, "checkpoint_format": "gptq"}),
+    "asymmetric-v1": ("llama", {"group": 32, "sym": False, "format": "gptq"}),
     "g_idx": ("llama", {"group": 32, "act_order": "group"}),
     "g_idx-asymmetric": ("gpt_neox", {"group": 16, "act_order": "group", "sym": False}),
     "2-bits": ("llama", {"group": 16, "bits": 2}),
@@ -273,7 +273,7 @@ def test_every_scheme_finds_its_layer(scheme, kind):
 
 def test_v1_and_v2_files_are_the_same_model():
     v1 = quantized(model("llama"), group=32)
-    v2 = quantized(model("llama"), group=32, checkpoint_format="gptq_v2")
+    v2 = quantized(model("llama"), group=32, format="gptq_v2")
     name = "model.layers.0.mlp.up_proj.qzeros"
     stored = [load_file(folder / "model.safetensors")[name] for folder in (v1, v2)]
     assert not torch.equal(*stored)
@@ -284,7 +284,7 @@ def test_v1_and_v2_files_are_the_same_model():
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
 def test_tensors_are_believed_about_symmetric_zero_points(tmp_path, form):
     """Files that say v1 and hold v2 zeros are out there, and the other way round."""
-    truth = quantized(model("llama"), group=32, checkpoint_format=form)
+    truth = quantized(model("llama"), group=32, format=form)
     wrong = tmp_path / "model"
     shutil.copytree(truth, wrong)
     for name in ("config.json", "quantize_config.json"):

@@ -357,13 +357,14 @@ def test_asymmetric_is_v2_with_true_zeros_or_v1_with_zeros_from_one(tmp_path):
     source = str(one_sided(tmp_path / "one-sided"))
     settings = {**QUICK, "sym": False, "group": 32, "scale_search": False}
     quantize(source, tmp_path / "v2", **settings)
-    quantize(source, tmp_path / "v1", **settings, checkpoint_format="gptq")
+    quantize(source, tmp_path / "v1", **settings, format="gptq")
     formats = {}
     for name in ("v1", "v2"):
         said = read_json(tmp_path / name / "config.json")["quantization_config"]
         formats[name] = said["checkpoint_format"]
         assert not said["sym"]
-        assert read_json(tmp_path / name / "quantkit.json")["settings"]["zero_convention"] == name
+        settings = read_json(tmp_path / name / "quantkit.json")["settings"]
+        assert settings["format"] == formats[name]
     assert formats == {"v1": "gptq", "v2": "gptq_v2"}
     assert (zeros_of(tmp_path / "v2") == 0).any()  # v2 holds the zeros that v1 cannot
     # v1 stores zero - 1: a stored 15 would be the zero point 0, which readers disagree about
@@ -377,7 +378,7 @@ def test_asymmetric_is_v2_with_true_zeros_or_v1_with_zeros_from_one(tmp_path):
 
 def test_symmetric_zero_points_are_the_middle_in_either_convention(demo):
     assert set(zeros_of(demo).tolist()) == {7}
-    v2 = quantized(model("gpt_neox"), group=32, checkpoint_format="gptq_v2")
+    v2 = quantized(model("gpt_neox"), group=32, format="gptq_v2")
     assert set(zeros_of(v2).tolist()) == {8}
 
 

@@ -55,7 +55,7 @@ def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("referee") / request.param
     options = {
         "symmetric": {},
-        "asymmetric": {"sym": False, "checkpoint_format": "gptq"},
+        "asymmetric": {"sym": False, "format": "gptq"},
         "g_idx": {"act_order": "group"},
     }[request.param]
     quantize("demo", folder, fast=True, calib="bundled:ja=2", calib_seqlen=128, **options)

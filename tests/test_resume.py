@@ -22,8 +22,7 @@ from quantkit.core import checkpoint
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.ledger import Ledger
 from quantkit.errors import UsageError
-from quantkit.workflows import quantize as workflow
-from quantkit.workflows import seal
+from quantkit.workflows import gptq_block, seal
 from quantkit.workflows.gptq_block import solve_block
 from quantkit.workflows.output import Output
 from quantkit.workflows.quantize import quantize
@@ -78,7 +77,7 @@ def solved(monkeypatch):
         names.append(block.name)
         return solve_block(block, *arguments)
 
-    monkeypatch.setattr(workflow, "solve_block", counting)
+    monkeypatch.setattr(gptq_block, "solve_block", counting)
     return names
 
 
@@ -144,9 +143,9 @@ SMALL = {**QUICK, "group": 32, "fast": False, "refine": 1, "scale_search": False
 SMALL |= {"calib_seqlen": 32, "max_shard_size": "1MB"}
 PLACES = [
     # owner, function, which call, behind it
-    (workflow, "solve_block", 1, False),
-    (workflow, "solve_block", 2, False),
-    (workflow, "solve_block", 2, True),
+    (gptq_block, "solve_block", 1, False),
+    (gptq_block, "solve_block", 2, False),
+    (gptq_block, "solve_block", 2, True),
     (ShardWriter, "write", 5, False),
     (ShardWriter, "sync", 1, False),
     (ShardWriter, "sync", 3, False),
@@ -302,7 +301,7 @@ def quantize_begun(folder: Path, **settings) -> None:
     [
         ({"bits": 8}, ["bits was 4, is now 8"]),
         ({"group": 64}, ["group was 32, is now 64"]),
-        ({"sym": False}, ["sym was True, is now False", "zero_convention was v1, is now v2"]),
+        ({"sym": False}, ["sym was True, is now False", "format was gptq, is now gptq_v2"]),
         ({"act_order": "none"}, ["act_order was static, is now none"]),
         ({"damp": 0.02}, ["damp was 0.01, is now 0.02"]),
         (
@@ -316,7 +315,7 @@ def quantize_begun(folder: Path, **settings) -> None:
         ({"scale_search": False}, ["scale_search was True, is now False"]),
         ({"bias_correction": False}, ["bias_correction was True, is now False"]),
         ({"dtype": "float32", "max_shard_size": "1MB"}, ["max_shard_size was 5000000000, is now"]),
-        ({"checkpoint_format": "gptq_v2"}, ["zero_convention was v1, is now v2"]),
+        ({"format": "gptq_v2"}, ["format was gptq, is now gptq_v2"]),
         ({"calib": ("bundled:ja=2",)}, ["calibration was "]),
         ({"calib_seqlen": 32}, ["calibration was "]),
     ],

@@ -28,8 +28,9 @@ from quantkit.methods import gptq
 from quantkit.runtime import gather
 from quantkit.runtime.skeleton import Skeleton, read_config
 from quantkit.runtime.walk import Block, Walk, is_linear
-from quantkit.workflows.gptq_block import Settings, Solved, solve_block
+from quantkit.workflows.gptq_block import Gptq, solve_block
 from quantkit.workflows.layout import Layout, lay_out
+from quantkit.workflows.method import Originals, Solved
 
 SCHEME = Scheme(4, 32)
 
@@ -245,7 +246,7 @@ def test_tied_head_on_disk_is_read_as_transformers_reads_it(
     path = variant("llama_tied", change)
     assert_same_logits(path)
     skeleton = tiny.skeleton(path)
-    lay_out(skeleton, SCHEME)
+    lay_out(skeleton, SCHEME, "gptq")
     Walk(skeleton).embed(tiny.batches())
     assert resident(skeleton) == set()
 
@@ -256,7 +257,7 @@ def test_neox_head_has_its_own_name_on_disk(folder: Callable[[str], Path]) -> No
     assert "lm_head.weight" not in skeleton.checkpoint
     assert skeleton.live_names["embed_out.weight"] == "lm_head.weight"
     assert skeleton.disk_names["lm_head.weight"] == "embed_out.weight"
-    assert "embed_out.weight" in lay_out(skeleton, SCHEME).dense
+    assert "embed_out.weight" in lay_out(skeleton, SCHEME, "gptq").dense
 
 
 def old_neox(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,7 +273,7 @@ def old_neox(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_old_neox_buffers_are_dropped(variant: Callable[..., Path]) -> None:
     path = variant("gpt_neox", old_neox)
     assert_same_logits(path)
-    layout = lay_out(tiny.skeleton(path), SCHEME)
+    layout = lay_out(tiny.skeleton(path), SCHEME, "gptq")
     assert len(layout.dropped) == 3 * tiny.LAYERS
     assert all(
         re.search(r"attention\.(bias|masked_bias|rotary_emb.inv_freq)$", n) for n in layout.dropped
@@ -291,7 +292,7 @@ def test_base_model_names_without_prefix(variant: Callable[..., Path]) -> None:
 
     path = variant("gpt2", change)
     assert_same_logits(path)
-    layout = lay_out(tiny.skeleton(path), SCHEME)
+    layout = lay_out(tiny.skeleton(path), SCHEME, "gptq")
     assert layout.dropped == [f"h.{index}.attn.bias" for index in range(tiny.LAYERS)]
     assert layout.jobs[1][0].disk == "h.1.attn.c_attn"
     assert_partition(path, layout)
@@ -317,7 +318,7 @@ def assert_partition(path: Path, layout: Layout) -> None:
 def test_layout(name: str, folder: Callable[[str], Path]) -> None:
     expected, path = ARCHITECTURES[name], folder(name)
     skeleton = tiny.skeleton(path)
-    layout = lay_out(skeleton, SCHEME)
+    layout = lay_out(skeleton, SCHEME, "gptq")
     assert_partition(path, layout)
     assert layout.dropped == layout.kept == []
     prefix = Walk(skeleton).prefix
@@ -330,7 +331,7 @@ def test_layout(name: str, folder: Callable[[str], Path]) -> None:
         conv = isinstance(skeleton.model.get_submodule(job.name), Conv1D)
         assert (job.out, job.width) == (shape[::-1] if conv else shape)
         assert job.bias == (f"{job.disk}.bias" in skeleton.checkpoint)
-    specs = layout.specs(SCHEME)
+    specs = layout.specs()
     assert set(layout.dense) < set(specs)
     assert all(f"{job.disk}.qweight" in specs for job in layout.all_jobs())
     assert not any(f"{job.disk}.weight" in specs for job in layout.all_jobs())
@@ -339,7 +340,7 @@ def test_layout(name: str, folder: Callable[[str], Path]) -> None:
 
 def test_blocks_stay_together_in_the_output(tmp_path: Path) -> None:
     path = tiny.build("llama", tmp_path / "deep", num_hidden_layers=11)
-    names = list(lay_out(tiny.skeleton(path), SCHEME).specs(SCHEME))
+    names = list(lay_out(tiny.skeleton(path), SCHEME, "gptq").specs())
     numbers = [int(m[1]) if (m := re.search(r"layers\.(\d+)\.", n)) else -1 for n in names]
     assert numbers == sorted(numbers)
     assert set(numbers) == {-1, *range(11)}
@@ -352,14 +353,14 @@ def test_dense_tensors_are_stored_in_16_bits(
     before: torch.dtype, after: torch.dtype, tmp_path: Path
 ) -> None:
     path = tiny.build("qwen2", tmp_path / "model", dtype=before)
-    layout = lay_out(tiny.skeleton(path), SCHEME)
+    layout = lay_out(tiny.skeleton(path), SCHEME, "gptq")
     assert {spec.dtype for spec in layout.dense.values()} == {after}
 
 
 def test_linears_that_do_not_fill_words_stay_dense(tmp_path: Path) -> None:
     path = tiny.build("llama", tmp_path / "narrow", num_key_value_heads=1, head_dim=4)
     # q writes and o reads 16 features, k and v write 4: half of a packed word
-    layout = lay_out(tiny.skeleton(path), Scheme(4, 16))
+    layout = lay_out(tiny.skeleton(path), Scheme(4, 16), "gptq")
     assert len(layout.kept) == 2 * ARCHITECTURES["llama"].layers
     assert all(re.search(r"self_attn\.[kv]_proj$", name) for name in layout.kept)
     assert all(f"{name}.weight" in layout.dense for name in layout.kept)
@@ -369,25 +370,25 @@ def test_linears_that_do_not_fill_words_stay_dense(tmp_path: Path) -> None:
 def test_group_that_does_not_divide_is_refused_with_the_widths(tmp_path: Path) -> None:
     path = tiny.build("llama", tmp_path / "odd", intermediate_size=96)
     with pytest.raises(UsageError, match=r"group size 128 .* 64, 96 .*q_proj") as caught:
-        lay_out(tiny.skeleton(path), Scheme(4, 128))
+        lay_out(tiny.skeleton(path), Scheme(4, 128), "gptq")
     assert caught.value.hint == "use --group 32"
     with pytest.raises(UsageError, match=r"widths 96 .*down_proj"):
-        lay_out(tiny.skeleton(path), Scheme(4, 64))
-    lay_out(tiny.skeleton(path), Scheme(4, -1))
+        lay_out(tiny.skeleton(path), Scheme(4, 64), "gptq")
+    lay_out(tiny.skeleton(path), Scheme(4, -1), "gptq")
 
 
 def test_quantized_input_is_refused(variant: Callable[..., Path]) -> None:
     name = "model.layers.0.mlp.up_proj.qweight"
     path = variant("llama", lambda t: {**t, name: torch.zeros(8, 128, dtype=torch.int32)})
     with pytest.raises(QuantkitError, match=re.escape(f"already quantized ({name})")):
-        lay_out(tiny.skeleton(path), SCHEME)
+        lay_out(tiny.skeleton(path), SCHEME, "gptq")
 
 
 def test_quantization_config_is_refused(variant: Callable[..., Path]) -> None:
     path = variant("llama", lambda tensors: tensors)
     edit_config(path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
     with pytest.raises(QuantkitError, match=r"already quantized \(config\.json"):
-        lay_out(tiny.skeleton(path), SCHEME)
+        lay_out(tiny.skeleton(path), SCHEME, "gptq")
 
 
 def test_fused_experts_are_refused(tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     )
     path = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "mixtral")
     with pytest.raises(QuantkitError, match=r"mlp\.experts\.\w+ holds 4 experts") as caught:
-        lay_out(tiny.skeleton(path), SCHEME)
+        lay_out(tiny.skeleton(path), SCHEME, "gptq")
     assert "mixture-of-experts" in str(caught.value.hint)
     assert_same_logits(path)  # the walk itself can run them
 
@@ -425,7 +426,7 @@ def test_missing_tensor_is_refused_before_any_work(
 ) -> None:
     path = variant(architecture, without(name))
     with pytest.raises(QuantkitError, match=rf"lacks the tensor {re.escape(name)}"):
-        lay_out(tiny.skeleton(path), SCHEME)
+        lay_out(tiny.skeleton(path), SCHEME, "gptq")
 
 
 def test_missing_tensor_is_refused_when_it_is_needed(variant: Callable[..., Path]) -> None:
@@ -443,7 +444,7 @@ def test_wrong_shape_is_refused(name: str, variant: Callable[..., Path]) -> None
     path = variant("llama", lambda t: {**t, name: t[name][:-8].clone()})
     wanted = rf"{re.escape(name)} has the shape \((120|56),.* the model needs \((128|64),"
     with pytest.raises(QuantkitError, match=wanted):
-        lay_out(tiny.skeleton(path), SCHEME)
+        lay_out(tiny.skeleton(path), SCHEME, "gptq")
     with pytest.raises(QuantkitError, match=wanted):
         walked(tiny.skeleton(path), tiny.batches())
 
@@ -545,6 +546,10 @@ def assert_drift(stats: InputStats, xs: list[Tensor], ds: list[Tensor]) -> None:
 # ---- one block through GPTQ
 
 
+def _no_other(name: str) -> tuple[Tensor, torch.dtype]:
+    raise AssertionError(f"GPTQ changes linears alone, not {name}")
+
+
 def solve(
     path: Path,
     aligned: bool,
@@ -571,10 +576,11 @@ def solve(
 
         full = [x.clone() for x in start]
         quantized = [x.clone() for x in start] if aligned else None
-        settings = Settings(scheme, gptq.Options())
+        settings = Gptq(gptq.Options())
         if names is None:
             names = [n for n, module in block.module.named_modules() if is_linear(module)]
-        solved = solve_block(block, names, weights, full, quantized, settings, biases)
+        originals = Originals(dict.fromkeys(names, scheme), weights, biases, _no_other)
+        solved = solve_block(block, originals, full, quantized, settings)
         assert all(torch.equal(a, b) for a, b in zip(full, wanted, strict=True))
         after = [block.forward(x) for x in start]
         if quantized is not None:
@@ -636,11 +642,12 @@ def test_linears_that_no_token_reaches_are_rounded(
     with walk.block(0) as block:
         block.module.add_module("spare", spare)
         wanted = [block.forward(x) for x in hidden]
-        settings = Settings(SCHEME, gptq.Options())
+        settings = Gptq(gptq.Options())
         second = [x.clone() for x in hidden] if aligned else None
-        solved = solve_block(
-            block, ["spare"], lambda _: original, hidden, second, settings, lambda _: spare.bias
+        originals = Originals(
+            {"spare": SCHEME}, lambda _: original, lambda _: spare.bias, _no_other
         )
+        solved = solve_block(block, originals, hidden, second, settings)
         assert set(solved) == {"spare"}
         assert solved["spare"].method == "rtn"
         assert torch.equal(spare.weight, solved["spare"].qweight.dequantize())

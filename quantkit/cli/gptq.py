@@ -80,11 +80,11 @@ from quantkit.cli import options
 @click.option("--seed", type=int, default=0, show_default=True, help="For shuffling the text.")
 @options.running
 @click.option(
-    "--checkpoint-format",
-    type=click.Choice(["auto", "gptq", "gptq_v2"]),
+    "--format",
+    type=click.Choice(["auto", "gptq", "gptq_v2", "awq", "compressed-tensors"]),
     default="auto",
     show_default=True,
-    help="How zero points are stored. auto: gptq when symmetric, else gptq_v2.",
+    help="Of the files. auto: gptq when symmetric, else gptq_v2, which has all zero points.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 @click.option(

@@ -75,9 +75,18 @@ class Format(Protocol):
         """The tensors of a linear by suffix. Never rounds: raises ValueError, with the reason, for
         numbers that the format cannot hold."""
 
-    def configuration(self, scheme: Scheme, dense: list[str], by: str) -> dict[str, Any]:
+    def configuration(
+        self,
+        scheme: Scheme,
+        dense: list[str],
+        by: str,
+        *,
+        act_order: str | None = None,
+        damp: float | None = None,
+    ) -> dict[str, Any]:
         """Keys to set in config.json. ``dense`` names linears that were left as they were, ``by``
-        who wrote the checkpoint."""
+        who wrote the checkpoint. How columns were ordered (``group``: they are in groups of their
+        own, g_idx) and the damping are written down where they are known and there is a key."""
 
     def beside(self, config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
         """Further JSON files of a checkpoint with this config.json, of the model ``name``."""

@@ -307,9 +307,16 @@ def pack(q: QWeight) -> dict[str, Tensor]:
     }
 
 
-def configuration(scheme: Scheme, dense: list[str], by: str) -> dict[str, Any]:
+def configuration(
+    scheme: Scheme,
+    dense: list[str],
+    by: str,
+    *,
+    act_order: str | None = None,
+    damp: float | None = None,
+) -> dict[str, Any]:
     """Keys to set in config.json; see Format. ``zero_point`` says that there are qzeros, which
-    there always are."""
+    there always are. There is no key for anything but the layout."""
     return {
         "quantization_config": {
             "quant_method": "awq",

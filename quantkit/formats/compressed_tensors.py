@@ -305,9 +305,16 @@ def pack(q: QWeight) -> dict[str, Tensor]:
     return packed
 
 
-def configuration(scheme: Scheme, dense: list[str], by: str) -> dict[str, Any]:
+def configuration(
+    scheme: Scheme,
+    dense: list[str],
+    by: str,
+    *,
+    act_order: str | None = None,
+    damp: float | None = None,
+) -> dict[str, Any]:
     """Keys to set in config.json; see Format. compressed-tensors forbids keys that it does not
-    know, so there is none for ``by``."""
+    know, so there is none for ``by`` and ``damp``."""
     whole = scheme.group_size == -1
     weights = {
         "num_bits": scheme.bits,
@@ -317,7 +324,7 @@ def configuration(scheme: Scheme, dense: list[str], by: str) -> dict[str, Any]:
         "group_size": None if whole else scheme.group_size,
         "block_structure": None,
         "dynamic": False,
-        "actorder": None,
+        "actorder": "static" if act_order == "static" else None,
         "observer": "minmax",
         "observer_kwargs": {},
     }

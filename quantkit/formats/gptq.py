@@ -343,14 +343,15 @@ def configuration(
     dense: list[str],
     by: str,
     convention: Convention = "v1",
-    ordered: bool = False,
+    *,
+    act_order: str | None = None,
+    damp: float | None = None,
 ) -> dict[str, Any]:
-    """Keys to set in config.json; see Format. ``ordered``: some linear has a g_idx of its own,
-    which kernels for contiguous groups must be kept from."""
-    act_order = "group" if ordered else None
+    """Keys to set in config.json; see Format. With a g_idx of their own (``act_order`` group)
+    linears must be kept from kernels for contiguous groups."""
     return {
         "quantization_config": quantization_config(
-            scheme, convention, dense=dense, quantizer=by, act_order=act_order
+            scheme, convention, dense=dense, quantizer=by, act_order=act_order, damp=damp
         )
     }
 

@@ -213,7 +213,14 @@ def _minimum(q: QWeight) -> Tensor:
     return -(q.scale.double() * zero)
 
 
-def configuration(scheme: Scheme, dense: list[str], by: str) -> dict[str, Any]:
+def configuration(
+    scheme: Scheme,
+    dense: list[str],
+    by: str,
+    *,
+    act_order: str | None = None,
+    damp: float | None = None,
+) -> dict[str, Any]:
     """Keys to set in config.json; see Format. mlx-lm writes both names, and takes what has no
     scales for dense."""
     said = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}

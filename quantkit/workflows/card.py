@@ -8,9 +8,11 @@ _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 def model_card(content: dict[str, Any]) -> str:
     """README.md from the content of quantkit.json."""
     source, settings, size = content["source"], content["settings"], content["size"]
-    title = f"{source['name'].rpartition('/')[2]}, GPTQ {settings['bits']}-bit"
+    title = (
+        f"{source['name'].rpartition('/')[2]}, {content['method'].upper()} {settings['bits']}-bit"
+    )
     parts = [
-        _front_matter(source["name"], settings),
+        _front_matter(source["name"], content["method"], settings),
         f"# {title}",
         f"`{source['name']}`{_at(source)} quantized with quantkit "
         f"{content['versions']['quantkit']}. {size['linears']} linear layers hold "
@@ -19,7 +21,7 @@ def model_card(content: dict[str, Any]) -> str:
         _quality(content["measured"]),
         _settings_table(settings, content["calibration"]),
         _fallbacks(content["fallbacks"]),
-        _use(),
+        _use(settings["format"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -28,11 +30,11 @@ def _at(source: dict[str, Any]) -> str:
     return f" (revision `{source['revision'][:12]}`)" if source["revision"] else ""
 
 
-def _front_matter(name: str, settings: dict[str, Any]) -> str:
+def _front_matter(name: str, method: str, settings: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if "/" in name:
         lines += [f"base_model: {name}", "base_model_relation: quantized"]
-    lines += ["tags:", "- quantkit", "- gptq", f"- {settings['bits']}-bit", "---"]
+    lines += ["tags:", "- quantkit", f"- {method}", f"- {settings['bits']}-bit", "---"]
     return "\n".join(lines)
 
 
@@ -81,13 +83,14 @@ def _fallbacks(fallbacks: list[str]) -> str:
     return "## Done differently than asked\n\n" + "\n".join(f"- {text}" for text in fallbacks)
 
 
-def _use() -> str:
+def _use(format: str) -> str:
+    needed = "compressed-tensors" if format == "compressed-tensors" else "GPTQModel"
     return (
         "## Use\n\n"
         "```python\n"
         "import quantkit\n\n"
         'model, tokenizer = quantkit.load("this-folder-or-repository")\n'
         "```\n\n"
-        "It also loads with `transformers.AutoModelForCausalLM.from_pretrained` (with GPTQModel "
+        f"It also loads with `transformers.AutoModelForCausalLM.from_pretrained` (with {needed} "
         "installed). Per-layer errors, hashes and versions are in `quantkit.json`."
     )

@@ -264,8 +264,9 @@ class PackedTarget(_Safetensors):
         for name, spec in self.ones.items():
             self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         config = self._config()
-        more = {"ordered": True} if self.ordered else {}
-        config |= self.format.configuration(self.scheme, self._left_dense(), by, **more)
+        config |= self.format.configuration(
+            self.scheme, self._left_dense(), by, act_order="group" if self.ordered else None
+        )
         write_json(folder / "config.json", config)
         for file, content in self.format.beside(config, self.opened.source.name).items():
             write_json(folder / file, content)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit import formats
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.qweight import Scheme
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats import gptq
+from quantkit.formats import awq
+from quantkit.methods.scales import SCALE_DTYPE
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features, find_blocks, is_linear
 
@@ -23,6 +25,7 @@ class Job:
     name   in the model
     inner  inside its decoder block
     disk   the prefix of its tensors in files
+    scheme what it is quantized to
     """
 
     name: str
@@ -31,44 +34,57 @@ class Job:
     out: int
     width: int
     bias: bool
+    scheme: Scheme
 
 
 @dataclass(frozen=True)
 class Layout:
-    """jobs     by block index
+    """format   what linears are packed in, as formats.by_name knows it
+    prefix   of the blocks' names in the model
+    jobs     by block index
     dense    tensors that are copied: name on disk -> what it will be stored as
     kept     linears inside the blocks that stay dense, because their shape cannot be packed
     dropped  tensors on disk that the model has no use for (old mask buffers and the like)
+    ones     tensors of ones that a file in this format must have (see formats/awq.py)
     """
 
+    format: str
+    prefix: str
     jobs: list[list[Job]]
     dense: dict[str, TensorSpec]
     kept: list[str]
     dropped: list[str]
+    ones: dict[str, TensorSpec]
 
     def all_jobs(self) -> list[Job]:
         return [job for block in self.jobs for job in block]
 
-    def specs(self, scheme: Scheme) -> dict[str, TensorSpec]:
+    def packed(self, job: Job) -> dict[str, TensorSpec]:
+        """The tensors of a quantized weight by suffix."""
+        packer = formats.by_name(self.format)
+        return packer.specs(job.out, job.width, job.scheme, SCALE_DTYPE)
+
+    def specs(self) -> dict[str, TensorSpec]:
         """Every tensor of the output, in an order that keeps blocks together."""
-        found = dict(self.dense)
+        found = self.dense | self.ones
         for job in self.all_jobs():
-            for suffix, spec in gptq.specs(job.out, job.width, scheme).items():
+            for suffix, spec in self.packed(job).items():
                 found[f"{job.disk}.{suffix}"] = spec
             if job.bias:
                 found[f"{job.disk}.bias"] = TensorSpec(torch.float16, (job.out,))
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
 
-def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
-    """Plan the output. Raises QuantkitError for a checkpoint that is already quantized, keeps its
-    experts fused, lacks tensors or holds some of another shape; UsageError when the group does not
-    divide some linear's width."""
+def lay_out(skeleton: Skeleton, scheme: Scheme, format: str) -> Layout:
+    """Plan the output, packed in the format called ``format``. Raises QuantkitError for a
+    checkpoint that is already quantized, keeps its experts fused, lacks tensors or holds some of
+    another shape; UsageError when the group does not divide some linear's width."""
     _refuse_quantized(skeleton)
     model, disk_names = skeleton.model, skeleton.disk_names
     prefix, blocks = find_blocks(model)
     _refuse_fused(prefix, blocks.named_parameters())
     skeleton.check()
+    packer = formats.by_name(format)
     jobs: list[list[Job]] = []
     kept: list[str] = []
     taken: set[str] = set()
@@ -85,14 +101,14 @@ def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
                     f"the weight of {name} is not one tensor in the checkpoint",
                     "please report the architecture",
                 )
-            if gptq.refusal(out, width, scheme):
+            if packer.refusal(out, width, scheme):
                 kept.append(name)
                 continue
             bias = disk_names.get(f"{name}.bias") if module.bias is not None else None
             taken.update(filter(None, (weight, bias)))
             disk = weight.removesuffix(".weight")
-            jobs[-1].append(Job(name, inner, disk, out, width, bias is not None))
-    _check_groups([job for block in jobs for job in block], scheme)
+            jobs[-1].append(Job(name, inner, disk, out, width, bias is not None, scheme))
+    _check_groups([job for block in jobs for job in block])
     expected = model.state_dict().keys()
     dropped = [disk for disk, live in skeleton.live_names.items() if live not in expected]
     dense = {
@@ -100,7 +116,19 @@ def lay_out(skeleton: Skeleton, scheme: Scheme) -> Layout:
         for name in skeleton.checkpoint
         if name not in taken and name not in dropped
     }
-    return Layout(jobs, dense, kept, dropped)
+    ones = _ones(skeleton, jobs, dense) if format == "awq" else {}
+    return Layout(format, prefix, jobs, dense, kept, dropped, ones)
+
+
+def _ones(
+    skeleton: Skeleton, jobs: list[list[Job]], dense: dict[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """Scales of activations that are not scaled, which AWQ's readers want for some models."""
+    outputs = {job.disk: job.out for block in jobs for job in block}
+    for name, spec in dense.items():
+        if name.endswith(".weight") and len(spec.shape) == 2:
+            outputs[name.removesuffix(".weight")] = spec.shape[0]
+    return awq.activation_scales(skeleton.config.model_type, outputs)
 
 
 def _refuse_quantized(skeleton: Skeleton) -> None:
@@ -123,17 +151,17 @@ def _refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Paramete
             )
 
 
-def _check_groups(jobs: list[Job], scheme: Scheme) -> None:
+def _check_groups(jobs: list[Job]) -> None:
     if not jobs:
         raise QuantkitError("the model has no linear that could be quantized")
-    group = scheme.group_size
-    wrong = sorted({job.width for job in jobs if group != -1 and job.width % group})
+    wrong = [job for job in jobs if job.width % job.scheme.width(job.width)]
     if wrong:
-        example = next(job.name for job in jobs if job.width == wrong[0])
+        wrong.sort(key=lambda job: job.width)
+        widths = sorted({job.width for job in wrong})
         fitting = [g for g in (128, 64, 32, 16) if not any(job.width % g for job in jobs)]
         raise UsageError(
-            f"group size {group} does not divide the input widths {', '.join(map(str, wrong))} "
-            f"(for example {example})",
+            f"group size {wrong[0].scheme.group_size} does not divide the input widths "
+            f"{', '.join(map(str, widths))} (for example {wrong[0].name})",
             f"use --group {fitting[0]}" if fitting else "use --group -1, one scale a row",
         )
 

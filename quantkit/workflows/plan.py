@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__
+from quantkit import __version__, formats
 from quantkit.core import provenance
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import Scheme
 from quantkit.core.source import Source
 from quantkit.errors import UsageError
-from quantkit.formats import gptq as gptq_format
-from quantkit.formats.gptq import Convention
+from quantkit.formats import Format
 from quantkit.methods import gptq
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.workflows.gptq_block import Settings
+from quantkit.workflows.gptq_block import Gptq
 from quantkit.workflows.layout import Layout
+from quantkit.workflows.method import Method
 
-CHECKPOINT_FORMATS = ("auto", "gptq", "gptq_v2")
+FORMATS = ("auto", "gptq", "gptq_v2", "awq", "compressed-tensors")
+_BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of the numbers
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _BASE = 350 << 20  # Python, torch and transformers
 # Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
@@ -34,8 +35,8 @@ _CUDA_TOKENS, _CPU_TOKENS = 16384, 2048
 class Plan:
     """A quantization that can be carried out.
 
-    settings   how blocks are solved
-    convention how zero points are stored
+    scheme     that of linears in general; each job has its own
+    method     how blocks are solved
     specs      every tensor of the output, by its name on disk
     shard      most bytes in one file
     """
@@ -43,14 +44,14 @@ class Plan:
     source: Source
     skeleton: Skeleton
     layout: Layout
-    settings: Settings
-    convention: Convention
+    scheme: Scheme
+    method: Method
     specs: dict[str, TensorSpec]
     shard: int
 
     @property
-    def aligned(self) -> bool:
-        return self.settings.align > 0
+    def packer(self) -> Format:
+        return formats.by_name(self.layout.format)
 
     @property
     def tokens_at_once(self) -> int:
@@ -66,11 +67,35 @@ class Plan:
         """Bits of all packed tensors per quantized weight: codes, scales, zeros."""
         jobs = self.layout.all_jobs()
         packed = sum(
-            self.specs[f"{job.disk}.{suffix}"].nbytes
+            spec.nbytes
             for job in jobs
-            for suffix in ("qweight", "qzeros", "scales")
+            for suffix, spec in self.layout.packed(job).items()
+            if suffix not in _BOOKKEEPING
         )
         return 8 * packed / sum(job.out * job.width for job in jobs)
+
+    def disk_name(self, index: int, inner: str) -> str:
+        """The name on disk of a parameter of block ``index``."""
+        return self.skeleton.disk_names[f"{self.layout.prefix}.{index}.{inner}"]
+
+    def configuration(self) -> dict[str, Any]:
+        """What the format says in config.json."""
+        resolved = self.method.resolved()
+        return self.packer.configuration(
+            self.scheme,
+            self._left_dense(),
+            f"quantkit:{__version__}",
+            act_order=resolved.get("act_order"),
+            damp=resolved.get("damp"),
+        )
+
+    def _left_dense(self) -> list[str]:
+        """Linears that are not quantized. GPTQ has a key of its own for the head."""
+        if self.layout.format in ("gptq", "gptq_v2"):
+            return self.layout.kept
+        heads = {"embed_out", "lm_head"}
+        found = {name.removesuffix(".weight") for name in self.layout.dense} & heads
+        return self.layout.kept + sorted(found | {"lm_head"} if found else found)
 
     def peak_memory(self, tokens: int) -> int:
         """Bytes that calibrating with ``tokens`` tokens takes at most, roughly: the hidden states,
@@ -78,7 +103,7 @@ class Plan:
         skeleton, jobs = self.skeleton, self.layout.all_jobs()
         item = skeleton.dtype.itemsize
         hidden = skeleton.config.get_text_config().hidden_size
-        states = tokens * hidden * item * (3 if self.aligned else 1)
+        states = tokens * hidden * item * (3 if self.method.aligned else 1)
         blocks = [sum(job.out * job.width for job in block) * item for block in self.layout.jobs]
         widest = max(jobs, key=lambda job: job.width)
         grams = 4 * sum(w * w for w in {job.width for job in self.layout.jobs[0]})
@@ -87,19 +112,12 @@ class Plan:
 
     def resolved(self) -> dict[str, Any]:
         """The settings as they were resolved, for reports."""
-        scheme, options = self.settings.scheme, self.settings.options
         return {
-            "bits": scheme.bits,
-            "group": scheme.group_size,
-            "sym": scheme.symmetric,
-            "act_order": options.act_order,
-            "damp": options.damp,
-            "align": self.settings.align,
-            "refine": options.rounds,
-            "scale_search": options.search,
-            "bias_correction": self.settings.bias_correction,
-            "tokens_per_input": self.settings.tokens_per_input or "all",
-            "zero_convention": self.convention,
+            "bits": self.scheme.bits,
+            "group": self.scheme.group_size,
+            "sym": self.scheme.symmetric,
+            **self.method.resolved(),
+            "format": shown(self.layout.format),
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "device": self.skeleton.device.type,
         }
@@ -114,6 +132,7 @@ class Plan:
         return {
             "model": self.source.name,
             "revision": self.source.revision,
+            "method": self.method.name,
             **self.resolved(),
             "max_shard_size": self.shard,
             "calibration": calibration,
@@ -129,11 +148,8 @@ def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:
     return [source.folder / name for name in names]
 
 
-def block_settings(
+def gptq_method(
     *,
-    bits: int,
-    group: int,
-    sym: bool,
     act_order: str,
     damp: float,
     fast: bool,
@@ -142,16 +158,14 @@ def block_settings(
     scale_search: bool,
     bias_correction: bool,
     tokens_per_input: int | None,
-    convention: Convention,
-) -> Settings:
-    """Settings from options. ``fast`` leaves out alignment and refinement and thins the statistics
-    out, unless they are given."""
+    zero_min: int,
+) -> Gptq:
+    """The method from options. ``fast`` leaves out alignment and refinement and thins the
+    statistics out, unless they are given."""
     if tokens_per_input is None and fast:
         tokens_per_input = _FAST_TOKENS
     if tokens_per_input is not None and tokens_per_input < 1:
         raise UsageError("tokens-per-input must be at least 1", "10 is few, 50 are many")
-    if bits not in gptq_format.BITS:
-        raise UsageError(f"{bits} bits are not supported", "use 2, 3, 4 or 8")
     align = (0.0 if fast else 0.5) if align is None else align
     refine = (0 if fast else 2) if refine is None else refine
     if not 0 <= align <= 1:
@@ -161,21 +175,40 @@ def block_settings(
         damp=damp,
         search=scale_search,
         rounds=refine,
-        zero_min=1 if convention == "v1" and not sym else 0,
+        zero_min=zero_min,
     )
-    return Settings(Scheme(bits, group, sym), options, align, bias_correction, tokens_per_input)
+    return Gptq(options, align, bias_correction, tokens_per_input)
 
 
-def zero_convention(checkpoint_format: str, sym: bool) -> Convention:
-    """``auto``: v1, which everything reads, for symmetric weights, v2 for asymmetric ones (v1 has
-    no zero point 0)."""
-    if checkpoint_format not in CHECKPOINT_FORMATS:
+def format_name(wanted: str, scheme: Scheme, usual: str = "gptq", ordered: bool = False) -> str:
+    """The format called ``wanted``, as formats.by_name knows it. ``auto`` is ``usual``, but only
+    gptq_v2 has all bits and all zero points: v1, which everything reads, for symmetric weights.
+    Raises UsageError for a format that has no place for the scheme, or for inputs that belong to
+    groups out of order (``ordered``)."""
+    if wanted not in FORMATS:
+        raise UsageError(f"format '{wanted}' is unknown", f"use {', '.join(FORMATS)}")
+    name = wanted.replace("-", "_")
+    if wanted == "auto":
+        other = usual != "gptq" and scheme.bits in formats.by_name(usual).FORM.bits
+        name = usual if other else "gptq" if scheme.symmetric else "gptq_v2"
+    form = formats.by_name(name).FORM
+    if scheme.bits not in form.bits:
+        known = [str(bits) for bits in form.bits]
         raise UsageError(
-            f"checkpoint format '{checkpoint_format}' is unknown", "use auto, gptq or gptq_v2"
+            f"{scheme.bits} bits are not supported in the format {shown(name)}",
+            f"use {' or '.join(filter(None, [', '.join(known[:-1]), known[-1]]))}",
         )
-    if checkpoint_format == "auto":
-        return "v1" if sym else "v2"
-    return "v1" if checkpoint_format == "gptq" else "v2"
+    if ordered and not form.ordered:
+        raise UsageError(
+            f"the format {shown(name)} has no groups that follow the activations (g_idx)",
+            "use --act-order static, or --format gptq",
+        )
+    return name
+
+
+def shown(format: str) -> str:
+    """A format's name as users write it."""
+    return format.replace("compressed_tensors", "compressed-tensors")
 
 
 def size_in_bytes(text: str) -> int:
@@ -191,11 +224,10 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-def default_out(source: Source, settings: Settings) -> Path:
+def default_out(source: Source, method: str, scheme: Scheme) -> Path:
     """``weblab-10b-gptq-4bit-128g`` in the current folder."""
-    scheme = settings.scheme
     group = "row" if scheme.group_size == -1 else f"{scheme.group_size}g"
-    return Path(f"{source.name.rpartition('/')[2]}-gptq-{scheme.bits}bit-{group}")
+    return Path(f"{source.name.rpartition('/')[2]}-{method}-{scheme.bits}bit-{group}")
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:
@@ -210,7 +242,7 @@ def stored_dtype(plan: Plan) -> torch.dtype:
 
 def describe(plan: Plan, rows: Calibration) -> list[str]:
     """The plan in a few lines, for people."""
-    scheme, jobs = plan.settings.scheme, plan.layout.all_jobs()
+    scheme, jobs = plan.scheme, plan.layout.all_jobs()
     weights = sum(job.out * job.width for job in jobs)
     tokens = sum(len(row) for row in rows.rows)
     labels = ", ".join(f"{label} {count:,}" for label, count in rows.tokens.items())

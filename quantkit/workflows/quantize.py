@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from quantkit import formats
 from quantkit.core import provenance
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
 from quantkit.core.metrics import Comparison
 from quantkit.core.progress import Progress, Step
-from quantkit.core.qweight import QWeight
+from quantkit.core.qweight import Scheme
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats import gptq as gptq_format
 from quantkit.runtime import gather
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.kernels import cpu_attention
@@ -33,11 +33,11 @@ from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import plan as planning
-from quantkit.workflows import seal
+from quantkit.workflows import seal, stored
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
-from quantkit.workflows.gptq_block import Solved, put, solve_block
 from quantkit.workflows.layout import Job, lay_out
+from quantkit.workflows.method import Method, Originals, Outcome
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.plan import Plan
 
@@ -94,7 +94,7 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    checkpoint_format: str = "auto",
+    format: str = "auto",
     max_shard_size: str = "5GB",
     check: bool = True,
     strict: bool = False,
@@ -103,7 +103,7 @@ def quantize(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize ``model`` (``demo``, a folder, or a Hub repository) to GPTQ and write it to ``out``.
+    """Quantize ``model`` (``demo``, a folder, or a Hub repository) by GPTQ and write it to ``out``.
 
     bits             2, 3, 4 or 8
     group            inputs that share a scale: 16 to 1024, or -1 for the whole row
@@ -117,6 +117,8 @@ def quantize(
     tokens_per_input statistics from so many tokens per feature of a block's widest input (all)
     calib            calibration sources (see core/calibration.py)
     device, dtype    where, and in which precision, the model is run
+    format           of the files: gptq, gptq_v2, awq or compressed-tensors; auto is gptq, for
+                     asymmetric weights gptq_v2, which has all zero points
     check            measure the result on held-out text along the way
     strict           raise where a fallback would be taken
     dry_run          plan and calibrate, write nothing
@@ -124,13 +126,9 @@ def quantize(
     Raises UsageError for options that cannot work and QuantkitError for input that cannot be used,
     both before anything is written. An interrupted call goes on when repeated.
     """
-    progress = progress or Progress()
-    started = time.perf_counter()
-    convention = planning.zero_convention(checkpoint_format, sym)
-    settings = planning.block_settings(
-        bits=bits,
-        group=group,
-        sym=sym,
+    scheme = Scheme(bits, group, sym)
+    form = planning.format_name(format, scheme, "gptq", ordered=act_order == "group")
+    method = planning.gptq_method(
         act_order=act_order,
         damp=damp,
         fast=fast,
@@ -139,16 +137,63 @@ def quantize(
         scale_search=scale_search,
         bias_correction=bias_correction,
         tokens_per_input=tokens_per_input,
-        convention=convention,
+        zero_min=formats.by_name(form).FORM.zero_min,
     )
-    shard = planning.size_in_bytes(max_shard_size)
-    on = pick_device(device)
-    source = resolve(model, revision)
-    output = Output(Path(out) if out else planning.default_out(source, settings), overwrite)
-    skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(dtype, on))
-    layout = lay_out(skeleton, settings.scheme)
-    specs = layout.specs(settings.scheme)
-    plan = Plan(source, skeleton, layout, settings, convention, specs, shard)
+    task = Task(
+        model=model,
+        out=out,
+        scheme=scheme,
+        format=form,
+        calib=(calib,) if isinstance(calib, str) else tuple(calib),
+        calib_rows=calib_rows,
+        calib_seqlen=calib_seqlen,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        check=check,
+        strict=strict,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        revision=revision,
+    )
+    return carry_out(task, method, progress or Progress())
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked for, whatever the method: see :func:`quantize`. ``format`` is a name of
+    formats.by_name."""
+
+    model: str
+    out: str | Path | None
+    scheme: Scheme
+    format: str
+    calib: tuple[str, ...]
+    calib_rows: int
+    calib_seqlen: int
+    seed: int
+    device: str
+    dtype: str
+    max_shard_size: str
+    check: bool
+    strict: bool
+    overwrite: bool
+    dry_run: bool
+    revision: str | None
+
+
+def carry_out(task: Task, method: Method, progress: Progress) -> Report:
+    """Quantize with any method. Raises and resumes as :func:`quantize` does."""
+    started = time.perf_counter()
+    shard = planning.size_in_bytes(task.max_shard_size)
+    on = pick_device(task.device)
+    source = resolve(task.model, task.revision)
+    default = planning.default_out(source, method.name, task.scheme)
+    output = Output(Path(task.out) if task.out else default, task.overwrite)
+    skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
+    layout = lay_out(skeleton, task.scheme, task.format)
+    plan = Plan(source, skeleton, layout, task.scheme, method, layout.specs(), shard)
     output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
@@ -156,24 +201,24 @@ def quantize(
     rows = calibrate(
         source,
         tokenizer,
-        [calib] if isinstance(calib, str) else list(calib),
-        rows=calib_rows,
-        seqlen=calib_seqlen,
+        [*task.calib],
+        rows=task.calib_rows,
+        seqlen=task.calib_seqlen,
         longest=longest,
-        seed=seed,
+        seed=task.seed,
         device=on,
     )
     report = Report(output.folder, plan, rows)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
     report.fallbacks += rows.short
-    if strict and report.fallbacks:
+    if task.strict and report.fallbacks:
         raise QuantkitError(f"--strict: {report.fallbacks[0]}", "leave out --strict to allow it")
     report.seconds["prepare"] = time.perf_counter() - started
     for line in planning.describe(plan, rows):
         progress.note(line)
     for text in report.fallbacks:
         progress.warn(text)
-    if dry_run:
+    if task.dry_run:
         return report
 
     hashes = provenance.hash_files(planning.source_files(source, skeleton.checkpoint))
@@ -181,18 +226,15 @@ def quantize(
         writer, ledger = _begin(plan, rows, output)
         try:
             _copy_dense(plan, writer, ledger, report)
-            rides = held_out(tokenizer, tokens=min(TOKENS, longest or TOKENS)) if check else {}
-            _quantize_blocks(plan, writer, ledger, report, rides, strict, progress)
+            tokens = min(TOKENS, longest or TOKENS)
+            rides = held_out(tokenizer, tokens=tokens) if task.check else {}
+            _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress)
             with report.timing("seal"):
-                seal.seal(report, output, writer, [*_names(calib)], hashes.result())
+                seal.seal(report, output, writer, [*task.calib], hashes.result())
         finally:
             writer.abandon()
     report.written = True
     return report
-
-
-def _names(calib: str | list[str] | tuple[str, ...]) -> list[str]:
-    return [calib] if isinstance(calib, str) else list(calib)
 
 
 def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, Ledger]:
@@ -221,13 +263,15 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
     with report.timing("copy"):
         for name, spec in plan.layout.dense.items():
             tensor = plan.skeleton.checkpoint.get(name)
-            stored = tensor.to(spec.dtype)
-            if stored.dtype != tensor.dtype and not bool(stored.isfinite().all()):
+            cast = tensor.to(spec.dtype)
+            if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
                 raise QuantkitError(
                     f"{name} has values that do not fit into {spec.dtype}",
                     "save the model in bfloat16 first",
                 )
-            writer.write(name, stored)
+            writer.write(name, cast)
+        for name, spec in plan.layout.ones.items():
+            writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         writer.sync()
     ledger.finish(_DENSE, {})
 
@@ -250,7 +294,7 @@ def _quantize_blocks(
     full = gather.copied(hidden[: len(rows)])
     ride.start(hidden[len(rows) :])
     del hidden
-    quantized = gather.copied(full) if plan.aligned else None
+    quantized = gather.copied(full) if plan.method.aligned else None
     solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
@@ -263,20 +307,21 @@ def _quantize_blocks(
             if part in ledger:
                 with report.timing("replay"):
                     gather.advance(block, full)
-                    _put_finished(plan, jobs, block, writer)
+                    stored.put_finished(plan, index, block, writer, ledger.report(part)["others"])
             else:
                 with report.timing("solve"):
-                    solved = _solve(plan, jobs, block, full, quantized)
+                    outcome = _solve(plan, index, block, full, quantized)
                 with report.timing("write"):
-                    _write(plan, jobs, solved, writer)
-                ledger.finish(part, _described(jobs, solved))
+                    stored.write(plan, index, outcome, writer)
+                ledger.finish(part, _described(jobs, outcome))
             if quantized is not None and index + 1 < len(walk):
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
             ride.after(block)
-        report.layers |= ledger.report(part)
-        _count_fallbacks(jobs, ledger.report(part), plan, report, strict, progress)
-        errors = [ledger.report(part)[job.disk]["error"] for job in jobs]
+        layers = ledger.report(part)["layers"]
+        report.layers |= layers
+        _count_fallbacks(jobs, layers, plan, report, strict, progress)
+        errors = [layers[job.disk]["error"] for job in jobs]
         loss = sum(errors) / len(errors) if errors else None
         progress.step(Step(index + 1, len(walk), part, loss, time.perf_counter() - started))
     progress.end()
@@ -286,66 +331,45 @@ def _quantize_blocks(
 
 
 def _solve(
-    plan: Plan, jobs: list[Job], block: Block, full: list[Tensor], quantized: list[Tensor] | None
-) -> dict[str, Solved]:
-    """Every job of the block, by its name in the block."""
+    plan: Plan, index: int, block: Block, full: list[Tensor], quantized: list[Tensor] | None
+) -> Outcome:
+    """The method on a block, with the checkpoint's own weights at hand."""
     skeleton = plan.skeleton
-    names = {job.inner: job for job in jobs}
+    jobs = {job.inner: job for job in plan.layout.jobs[index]}
+
+    def get(disk: str) -> Tensor:
+        return skeleton.checkpoint.get(disk).to(skeleton.device, torch.float32)
 
     def weight(name: str) -> Tensor:
-        tensor = skeleton.checkpoint.get(f"{names[name].disk}.weight")
-        tensor = tensor.to(skeleton.device, torch.float32)
+        tensor = get(f"{jobs[name].disk}.weight")
         return tensor.T.contiguous() if isinstance(block.linear(name), Conv1D) else tensor
 
     def bias(name: str) -> Tensor | None:
-        if not names[name].bias:
-            return None
-        tensor = skeleton.checkpoint.get(f"{names[name].disk}.bias")
-        return tensor.to(skeleton.device, torch.float32)
+        return get(f"{jobs[name].disk}.bias") if jobs[name].bias else None
 
-    return solve_block(block, names, weight, full, quantized, plan.settings, bias)
+    def other(name: str) -> tuple[Tensor, torch.dtype]:
+        disk = plan.disk_name(index, name)
+        return get(disk), plan.specs[disk].dtype
 
-
-def _write(plan: Plan, jobs: list[Job], solved: dict[str, Solved], writer: ShardWriter) -> None:
-    """Pack, write, and see that what is in the file unpacks to what was solved."""
-    for job in jobs:
-        result = solved[job.inner]
-        tensors = gptq_format.pack(result.qweight, plan.convention)
-        if job.bias:
-            assert result.bias is not None
-            tensors["bias"] = result.bias
-        for suffix, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise QuantkitError(f"{job.disk}.{suffix} does not fit into float16")
-            writer.write(f"{job.disk}.{suffix}", tensor)
-        if not _read(plan, job, writer).identical(result.qweight.to("cpu")):
-            raise QuantkitError(f"{job.disk} was written, but reads back differently")
-    writer.sync()
+    schemes = {name: job.scheme for name, job in jobs.items()}
+    originals = Originals(schemes, weight, bias, other)
+    return plan.method.solve(block, originals, full, quantized)
 
 
-def _read(plan: Plan, job: Job, writer: ShardWriter) -> QWeight:
-    suffixes = gptq_format.specs(job.out, job.width, plan.settings.scheme)
-    tensors = {suffix: writer.read(f"{job.disk}.{suffix}") for suffix in suffixes}
-    return gptq_format.unpack(tensors, plan.settings.scheme, plan.convention, job.disk)
-
-
-def _put_finished(plan: Plan, jobs: list[Job], block: Block, writer: ShardWriter) -> None:
-    """Give the block the quantized weights of an earlier, interrupted run."""
-    for job in jobs:
-        bias = writer.read(f"{job.disk}.bias") if job.bias else None
-        put(block, job.inner, _read(plan, job, writer), bias)
-
-
-def _described(jobs: list[Job], solved: dict[str, Solved]) -> dict[str, dict[str, Any]]:
-    return {
+def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
+    """A finished block in the ledger."""
+    layers = {
         job.disk: {
-            "error": solved[job.inner].error,
-            "damp": solved[job.inner].damp,
-            "dead": solved[job.inner].dead,
-            "method": solved[job.inner].method,
+            "error": solved.error,
+            "damp": solved.damp,
+            "dead": solved.dead,
+            "method": solved.method,
+            **solved.notes,
         }
         for job in jobs
+        for solved in [outcome.linears[job.inner]]
     }
+    return {"layers": layers, "others": list(outcome.others)}
 
 
 def _count_fallbacks(
@@ -359,12 +383,12 @@ def _count_fallbacks(
     found = []
     for job in jobs:
         layer = described[job.disk]
-        if layer["damp"] > plan.settings.options.damp:
+        if layer["damp"] > plan.method.damp:
             found.append(
                 f"{job.disk} needed a damping of {layer['damp']:g} (statistics are exact with "
                 "--dtype float32)"
             )
-        if layer["method"] != "gptq":
+        if layer["method"] == "rtn":
             found.append(f"{job.disk} was only rounded: no calibration token reached it")
         if not isfinite(layer["error"]):
             raise QuantkitError(f"{job.disk} has an error that is not a number")

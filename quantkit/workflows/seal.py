@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.core import calibration, provenance
 from quantkit.core.checkpoint import ShardWriter, write_json, write_text
-from quantkit.formats import gptq
 from quantkit.workflows import card
 from quantkit.workflows.output import Output
 from quantkit.workflows.plan import stored_dtype
@@ -23,21 +22,14 @@ def seal(
     """Write everything beside the tensors, the index last, and rename the folder."""
     plan, folder = report.plan, output.partial
     output.copy_companions(plan.source)
-    quantization = gptq.quantization_config(
-        plan.settings.scheme,
-        plan.convention,
-        act_order=plan.settings.options.act_order,
-        damp=plan.settings.options.damp,
-        dense=plan.layout.kept,
-        quantizer=f"quantkit:{provenance.versions()['quantkit']}",
-    )
     config = plan.source.read_json("config.json") or {}
     config.pop("torch_dtype", None)
     config.pop("_name_or_path", None)  # often a path of whoever saved the original
     config["dtype"] = str(stored_dtype(plan)).removeprefix("torch.")
-    config["quantization_config"] = quantization
+    config |= plan.configuration()
     write_json(folder / "config.json", config)
-    write_json(folder / gptq.CONFIG_FILE, gptq.legacy_config(quantization, plan.source.name))
+    for file, beside in plan.packer.beside(config, plan.source.name).items():
+        write_json(folder / file, beside)
     content = _provenance(report, sources, hashes)
     write_json(folder / provenance.FILE, content)
     write_text(folder / "README.md", card.model_card(content))
@@ -49,7 +41,7 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
     plan, rows = report.plan, report.calibration
     jobs = plan.layout.all_jobs()
     return {
-        "method": "gptq",
+        "method": plan.method.name,
         "source": {
             "name": plan.source.name,
             "revision": plan.source.revision,

@@ -1,0 +1,91 @@
+"""Quantized linears between the plan and the output's files: each is read back as it is written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quantkit.core.checkpoint import ShardWriter, TensorSpec
+from quantkit.core.qweight import QWeight
+from quantkit.errors import QuantkitError
+from quantkit.methods import fit
+from quantkit.runtime.walk import Block
+from quantkit.workflows.layout import Job
+from quantkit.workflows.method import Outcome, put, put_other
+from quantkit.workflows.plan import Plan
+
+
+def write(plan: Plan, index: int, outcome: Outcome, writer: ShardWriter) -> None:
+    """Pack and write a block, and see that what is in the file unpacks to what was solved."""
+    for job in plan.layout.jobs[index]:
+        result = outcome.linears[job.inner]
+        try:
+            fitted, _ = fit.fit(result.qweight, plan.packer.FORM)
+        except fit.CannotHold as error:
+            raise QuantkitError(f"{job.disk} cannot be held: {error}") from error
+        tensors = plan.packer.pack(fitted)
+        if job.bias:
+            assert result.bias is not None
+            tensors["bias"] = result.bias
+        for suffix, tensor in tensors.items():
+            _put(writer, f"{job.disk}.{suffix}", tensor)
+        if not read(plan, job, writer).identical(result.qweight.to("cpu")):
+            raise QuantkitError(f"{job.disk} was written, but reads back differently")
+    for name, tensor in outcome.others.items():
+        _put(writer, plan.disk_name(index, name), tensor)
+    writer.sync()
+
+
+def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise QuantkitError(f"{name} does not fit into {_short(tensor)}")
+    writer.write(name, tensor)
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def read(plan: Plan, job: Job, writer: ShardWriter) -> QWeight:
+    """A linear out of the output's files, in the scheme of its job: shapes do not tell one group
+    from a whole row, nor zero points in the middle from none."""
+    said = plan.configuration()["quantization_config"]
+    q = plan.packer.read(_Written(plan, job, writer), job.disk, said)
+    if q.scheme.symmetric and not job.scheme.symmetric:
+        q = fit.with_zeros(q)
+    if q.scheme.group_size != job.scheme.group_size:
+        q = q.regrouped(job.scheme.group_size) or q
+    return q
+
+
+def put_finished(
+    plan: Plan, index: int, block: Block, writer: ShardWriter, others: list[str]
+) -> None:
+    """Give the block what an earlier, interrupted run has written: its quantized weights, and the
+    parameters ``others`` that it changed."""
+    for job in plan.layout.jobs[index]:
+        bias = writer.read(f"{job.disk}.bias") if job.bias else None
+        put(block, job.inner, read(plan, job, writer), bias)
+    for name in others:
+        put_other(block, name, writer.read(plan.disk_name(index, name)))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The packed tensors of a job as a format reads them."""
+
+    plan: Plan
+    job: Job
+    writer: ShardWriter
+
+    def __contains__(self, name: str) -> bool:
+        return name in list(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{self.job.disk}.{suffix}" for suffix in self.plan.layout.packed(self.job))
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.plan.specs[name]
+
+    def get(self, name: str) -> Tensor:
+        return self.writer.read(name)

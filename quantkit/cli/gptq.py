@@ -23,6 +23,7 @@ from quantkit.cli import options
     help="Inputs that share one scale: 16 to 1024, or -1 for the whole row.",
 )
 @click.option("--sym/--asym", default=True, show_default=True, help="Symmetric codes or not.")
+@options.rule
 @click.option(
     "--act-order",
     type=click.Choice(["static", "none", "group"]),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit import data
+from quantkit.core import rules
 from quantkit.errors import UsageError
 
 _SUFFIX = ".toml"
@@ -165,6 +166,8 @@ def _checked(where: str, key: str, value: Any, known: Key) -> Any:
 
 
 def _single(where: str, key: str, value: Any, known: Key) -> Any:
+    if key == "rule" and isinstance(value, dict):  # [[step.rule]]
+        return str(rules.of(value))
     fits = {
         "bool": isinstance(value, bool),
         "int": isinstance(value, int) and not isinstance(value, bool),

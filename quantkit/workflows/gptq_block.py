@@ -150,13 +150,13 @@ def _solve_group(
     biases = {name: originals.bias(name) for name in group.names}
     correct = settings.bias_correction and all(bias is not None for bias in biases.values())
     moments = stats.moments(centred=correct)
-    schemes: dict[Scheme, list[str]] = {}
+    kinds: dict[tuple[Scheme, bool], list[str]] = {}
     for name in group.names:
-        schemes.setdefault(originals.schemes[name], []).append(name)
+        kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
     results = {}
-    for scheme, names in schemes.items():
+    for (scheme, plain), names in kinds.items():
         weights = {name: originals.weight(name) for name in names}
-        results |= _solve_together(weights, biases, scheme, moments, correct, settings)
+        results |= _solve_together(weights, biases, scheme, plain, moments, correct, settings)
     return results
 
 
@@ -164,15 +164,22 @@ def _solve_together(
     weights: dict[str, Tensor],
     biases: dict[str, Tensor | None],
     scheme: Scheme,
+    plain: bool,
     moments: Moments,
     correct: bool,
     settings: Gptq,
 ) -> dict[str, Solved]:
-    """Linears of one input and one scheme are one problem: their weights stacked, one Hessian."""
+    """Linears of one input and one scheme are one problem: their weights stacked, one Hessian.
+    ``plain``: they are only rounded to nearest."""
     target = weight = torch.cat(list(weights.values()))
-    if moments.cross is not None:
-        target = align.aligned_target(weight, moments, settings.align, settings.options.damp)
-    solution = gptq.solve(target, moments.gram, scheme, settings.options)
+    if plain:
+        rounded = rtn.quantize(weight, scheme, settings.options.zero_min)
+        solution = gptq.Solution(rounded, 0.0, 0)
+    else:
+        if moments.cross is not None:
+            target = align.aligned_target(weight, moments, settings.align, settings.options.damp)
+        solution = gptq.solve(target, moments.gram, scheme, settings.options)
+    method = "rtn" if plain else "gptq"
     results, start = {}, 0
     for name, original in weights.items():
         part = slice(start, start := start + len(original))
@@ -182,5 +189,5 @@ def _solve_together(
         bias = biases[name]
         if bias is not None and correct:
             bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
-        results[name] = Solved(qweight, _stored(bias), error, solution.damp, solution.dead, "gptq")
+        results[name] = Solved(qweight, _stored(bias), error, solution.damp, solution.dead, method)
     return results

@@ -1,6 +1,7 @@
 """What is decided, and what can be refused, before the first byte is written."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from quantkit.core import provenance
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import Scheme
+from quantkit.core.rules import Rule
 from quantkit.core.source import Source
 from quantkit.errors import UsageError
 from quantkit.formats import Format
@@ -36,6 +38,7 @@ class Plan:
     """A quantization that can be carried out.
 
     scheme     that of linears in general; each job has its own
+    rules      that gave it to them
     method     how blocks are solved
     specs      every tensor of the output, by its name on disk
     shard      most bytes in one file
@@ -48,6 +51,7 @@ class Plan:
     method: Method
     specs: dict[str, TensorSpec]
     shard: int
+    rules: tuple[Rule, ...] = ()
 
     @property
     def packer(self) -> Format:
@@ -85,17 +89,19 @@ class Plan:
             self.scheme,
             self._left_dense(),
             f"quantkit:{__version__}",
+            own=self.layout.own_schemes(),
             act_order=resolved.get("act_order"),
             damp=resolved.get("damp"),
         )
 
     def _left_dense(self) -> list[str]:
         """Linears that are not quantized. GPTQ has a key of its own for the head."""
+        kept = self.layout.kept + self.layout.skipped
         if self.layout.format in ("gptq", "gptq_v2"):
-            return self.layout.kept
+            return kept
         heads = {"embed_out", "lm_head"}
         found = {name.removesuffix(".weight") for name in self.layout.dense} & heads
-        return self.layout.kept + sorted(found | {"lm_head"} if found else found)
+        return kept + sorted(found | {"lm_head"} if found else found)
 
     def peak_memory(self, tokens: int) -> int:
         """Bytes that calibrating with ``tokens`` tokens takes at most, roughly: the hidden states,
@@ -116,6 +122,7 @@ class Plan:
             "bits": self.scheme.bits,
             "group": self.scheme.group_size,
             "sym": self.scheme.symmetric,
+            **({"rules": [str(rule) for rule in self.rules]} if self.rules else {}),
             **self.method.resolved(),
             "format": shown(self.layout.format),
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
@@ -260,8 +267,21 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
         f"about {plan.peak_memory(tokens) / 1e9:.1f} GB of memory at most",
     ]
     lines += rows.notes
+    lines += _exceptions(plan)
     if plan.layout.dropped:
         lines.append(
             f"{len(plan.layout.dropped)} tensors that the model has no use for are left out"
         )
+    return lines
+
+
+def _exceptions(plan: Plan) -> list[str]:
+    """What rules made of some linears, a line for each kind."""
+    kinds = Counter(
+        f"{job.scheme}{', rounded to nearest' if job.rtn else ''}" for job in plan.layout.all_jobs()
+    )
+    usual = str(plan.scheme)
+    lines = [f"{count} linears have {kind}" for kind, count in kinds.items() if kind != usual]
+    if plan.layout.skipped:
+        lines.append(f"{len(plan.layout.skipped)} linears stay as they are, by rule")
     return lines

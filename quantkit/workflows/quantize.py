@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import formats
-from quantkit.core import provenance
+from quantkit.core import provenance, rules
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
 from quantkit.core.metrics import Comparison
 from quantkit.core.progress import Progress, Step
 from quantkit.core.qweight import Scheme
+from quantkit.core.rules import Rule
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import gather
@@ -80,6 +81,7 @@ def quantize(
     bits: int = 4,
     group: int = 128,
     sym: bool = True,
+    rule: str | list[str] | tuple[str, ...] = (),
     act_order: str = "static",
     damp: float = 0.01,
     fast: bool = False,
@@ -108,6 +110,7 @@ def quantize(
     bits             2, 3, 4 or 8
     group            inputs that share a scale: 16 to 1024, or -1 for the whole row
     sym              symmetric: the zero point is the middle of the codes
+    rule             other settings for some linears: ``*.down_proj: bits=8`` (core/rules.py)
     act_order        static, none or group (see methods/gptq.py)
     damp             added to the Hessian's diagonal, as a fraction of its mean
     fast             one pass of the original model; no alignment, no refinement, thinned statistics
@@ -156,6 +159,7 @@ def quantize(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
+        rules=tuple(rules.parse(text) for text in ([rule] if isinstance(rule, str) else rule)),
     )
     return carry_out(task, method, progress or Progress())
 
@@ -181,6 +185,7 @@ class Task:
     overwrite: bool
     dry_run: bool
     revision: str | None
+    rules: tuple[Rule, ...] = ()
 
 
 def carry_out(task: Task, method: Method, progress: Progress) -> Report:
@@ -192,8 +197,9 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     default = planning.default_out(source, method.name, task.scheme)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
-    layout = lay_out(skeleton, task.scheme, task.format)
-    plan = Plan(source, skeleton, layout, task.scheme, method, layout.specs(), shard)
+    layout = lay_out(skeleton, task.scheme, task.format, task.rules)
+    specs = layout.specs()
+    plan = Plan(source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
     output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
@@ -352,7 +358,8 @@ def _solve(
         return get(disk), plan.specs[disk].dtype
 
     schemes = {name: job.scheme for name, job in jobs.items()}
-    originals = Originals(schemes, weight, bias, other)
+    plain = {name for name, job in jobs.items() if job.rtn}
+    originals = Originals(schemes, weight, bias, other, plain)
     return plan.method.solve(block, originals, full, quantized)
 
 
@@ -388,7 +395,7 @@ def _count_fallbacks(
                 f"{job.disk} needed a damping of {layer['damp']:g} (statistics are exact with "
                 "--dtype float32)"
             )
-        if layer["method"] == "rtn":
+        if layer["method"] == "rtn" and not job.rtn:
             found.append(f"{job.disk} was only rounded: no calibration token reached it")
         if not isfinite(layer["error"]):
             raise QuantkitError(f"{job.disk} has an error that is not a number")

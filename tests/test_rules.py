@@ -284,3 +284,13 @@ def test_rules_in_a_recipe(tmp_path, capsys):
     file.write_text(file.read_text().replace("bits", "bit"))
     assert command("run", file, "--dry-run") == 2
     assert "has no 'bit'" in sentence(capsys.readouterr().err)[0]
+
+
+def test_one_group_that_is_a_row_is_no_scheme_of_its_own(tmp_path):
+    source = quantized(model("llama"), group=64)  # as wide as most of its linears
+    for target in ("compressed-tensors", "gptq_v2"):
+        out = tmp_path / target
+        assert convert(str(source), target, out).exact
+        said = read_json(out / "config.json")["quantization_config"]
+        assert len(said.get("config_groups", [1])) == 1
+        assert not [key for key in said.get("dynamic", {}) if key.startswith("+")]

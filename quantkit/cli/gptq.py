@@ -25,6 +25,15 @@ from quantkit.cli import options
 @click.option("--sym/--asym", default=True, show_default=True, help="Symmetric codes or not.")
 @options.rule
 @click.option(
+    "--target-bits",
+    type=float,
+    help="Choose bits for every part of the model so that it loses the least with so many bits a "
+    "weight on average, such as 4.25.",
+)
+@click.option(
+    "--target-size", metavar="SIZE", help="The same, with a folder of at most this size: 6.0GB."
+)
+@click.option(
     "--act-order",
     type=click.Choice(["static", "none", "group"]),
     default="static",
@@ -107,7 +116,8 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
     from rich.markup import escape
 
     from quantkit.cli.console import Drawn, stdout
-    from quantkit.cli.tables import comparison_table
+    from quantkit.cli.tables import comparison_table, plain_table
+    from quantkit.workflows.budget import table
     from quantkit.workflows.quantize import quantize
 
     progress = Drawn(quiet)
@@ -115,9 +125,14 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         report = quantize(calib=list(calib), progress=progress, **options)
     finally:
         progress.end()
-    if not report.written or quiet:
+    if quiet:
         return
     console = stdout()
+    if report.budget:
+        title = f"bits and group size, {report.budget['bits_per_weight']:.3f} bits a weight in all"
+        console.print(plain_table(title, *table(report.budget["parts"])))
+    if not report.written:
+        return
     if report.measured is not None:
         console.print(comparison_table(report.measured.described(), "on held-out text"))
     for text in report.fallbacks:

@@ -208,6 +208,11 @@ class PackedTarget(_Safetensors):
 
     def _choose_schemes(self, schemes: dict[str, Scheme]) -> None:
         """What the configuration will say. One asymmetric linear makes all of them so."""
+        sizes = {scheme.group_size for scheme in schemes.values()}
+        for prefix, scheme in schemes.items():  # one group is a row, and may be like all others
+            width = self.opened.linears[prefix].width
+            if scheme.group_size == -1 and width in sizes:
+                schemes[prefix] = replace(scheme, group_size=width)
         first = next(iter(schemes))
         for prefix, scheme in schemes.items():
             alike = replace(scheme, symmetric=True) == replace(schemes[first], symmetric=True)

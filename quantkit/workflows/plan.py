@@ -1,5 +1,6 @@
 """What is decided, and what can be refused, before the first byte is written."""
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from quantkit.workflows.layout import Layout
 from quantkit.workflows.method import Method
 
 FORMATS = ("auto", "gptq", "gptq_v2", "awq", "compressed-tensors")
-_BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of the numbers
+BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of the numbers
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _BASE = 350 << 20  # Python, torch and transformers
 # Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
@@ -38,7 +39,8 @@ class Plan:
     """A quantization that can be carried out.
 
     scheme     that of linears in general; each job has its own
-    rules      that gave it to them
+    rules      that the user gave
+    chosen     those that a target in bits or bytes has added to them
     method     how blocks are solved
     specs      every tensor of the output, by its name on disk
     shard      most bytes in one file
@@ -52,6 +54,7 @@ class Plan:
     specs: dict[str, TensorSpec]
     shard: int
     rules: tuple[Rule, ...] = ()
+    chosen: tuple[Rule, ...] = ()
 
     @property
     def packer(self) -> Format:
@@ -74,7 +77,7 @@ class Plan:
             spec.nbytes
             for job in jobs
             for suffix, spec in self.layout.packed(job).items()
-            if suffix not in _BOOKKEEPING
+            if suffix not in BOOKKEEPING
         )
         return 8 * packed / sum(job.out * job.width for job in jobs)
 
@@ -141,12 +144,17 @@ class Plan:
             "revision": self.source.revision,
             "method": self.method.name,
             **self.resolved(),
+            **({"schemes": self._digest()} if self.chosen else {}),
             "max_shard_size": self.shard,
             "calibration": calibration,
             **{f"{name} version": versions[name] for name in ("torch", "transformers")},
             "quantkit version": __version__,
             **files,
         }
+
+    def _digest(self) -> str:
+        text = "\n".join(str(rule) for rule in self.chosen)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:
@@ -231,8 +239,10 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-def default_out(source: Source, method: str, scheme: Scheme) -> Path:
-    """``weblab-10b-gptq-4bit-128g`` in the current folder."""
+def default_out(source: Source, method: str, scheme: Scheme, target: object = None) -> Path:
+    """``weblab-10b-gptq-4bit-128g`` in the current folder, ``-gptq-4.25bit`` for a ``target``."""
+    if target is not None:
+        return Path(f"{source.short_name}-{method}-{target}")
     group = "row" if scheme.group_size == -1 else f"{scheme.group_size}g"
     return Path(f"{source.name.rpartition('/')[2]}-{method}-{scheme.bits}bit-{group}")
 
@@ -254,10 +264,12 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
     tokens = sum(len(row) for row in rows.rows)
     labels = ", ".join(f"{label} {count:,}" for label, count in rows.tokens.items())
     group = "the whole row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    kind = f"to {scheme.bits} bits, {group}, {'' if scheme.symmetric else 'a'}symmetric"
+    if plan.layout.own_schemes():
+        kind = "to several kinds of codes"
     lines = [
         f"{plan.source.name}: {len(plan.layout.jobs)} blocks, {len(jobs)} linears, "
-        f"{weights / 1e6:,.1f} M weights to {scheme.bits} bits, {group}, {kind}",
+        f"{weights / 1e6:,.1f} M weights {kind}",
         f"calibration: {len(rows.rows)} rows, {tokens:,} tokens ({labels}); "
         f"{rows.used} documents used, {rows.left} left over",
         f"output: {plan.output_bytes / 1e6:,.1f} MB, from "
@@ -280,8 +292,9 @@ def _exceptions(plan: Plan) -> list[str]:
     kinds = Counter(
         f"{job.scheme}{', rounded to nearest' if job.rtn else ''}" for job in plan.layout.all_jobs()
     )
-    usual = str(plan.scheme)
-    lines = [f"{count} linears have {kind}" for kind, count in kinds.items() if kind != usual]
+    lines = []
+    if len(kinds) > 1:
+        lines += [f"{count} linears have {kind}" for kind, count in kinds.most_common()]
     if plan.layout.skipped:
         lines.append(f"{len(plan.layout.skipped)} linears stay as they are, by rule")
     return lines

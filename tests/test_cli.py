@@ -111,7 +111,8 @@ def test_options_arrive(monkeypatch, tmp_path):
 
     monkeypatch.setattr("quantkit.workflows.quantize.quantize", listen)
     options = (
-        "gptq owner/name --out x -b 3 -g 64 --asym --act-order none --damp 0.05 --fast "
+        "gptq owner/name --out x -b 3 -g 64 --asym --rule *.o_proj:skip --target-bits 4.5 "
+        "--target-size 6GB --act-order none --damp 0.05 --fast "
         "--align 0.3 --refine 1 --no-scale-search --no-bias-correction -c a.txt=3 -c self "
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
@@ -126,6 +127,9 @@ def test_options_arrive(monkeypatch, tmp_path):
         "bits": 3,
         "group": 64,
         "sym": False,
+        "rule": ("*.o_proj:skip",),
+        "target_bits": 4.5,
+        "target_size": "6GB",
         "act_order": "none",
         "damp": 0.05,
         "fast": True,

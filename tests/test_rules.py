@@ -16,6 +16,7 @@ from quantkit.formats import compressed_tensors, gptq
 from quantkit.runtime.load import load_model
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.workflows.convert import convert
+from quantkit.workflows.inspect import inspect
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.verify import verify
 
@@ -202,6 +203,22 @@ def test_it_is_measured_and_runs(mixed):
     assert layers[0].self_attn.q_proj.scheme.bits == 8
     assert layers[0].mlp.down_proj.scheme == Scheme(3, 64)
     assert isinstance(layers[1].self_attn.o_proj, torch.nn.Linear)
+
+
+def test_inspect_says_who_reads_it(mixed):
+    found = inspect(str(mixed))
+    loads = {target.target: target.loads for target in found.targets}
+    assert loads["transformers"] is (found.kind == "compressed_tensors")
+    assert not [one for one in found.findings if one.level == "error"]
+    assert any("by rules of the configuration" in one.text for one in found.findings)
+
+
+def test_zero_points_for_some():
+    folder = quantized(model("gpt_neox"), group=32, rule=("*.dense: sym=false",))
+    found = opened(folder)
+    for prefix, packed in found.linears.items():
+        assert packed.scheme.symmetric is not prefix.endswith("attention.dense")
+        assert found.qweight(prefix).scheme == packed.scheme
 
 
 @pytest.mark.parametrize("target", ["gptq_v2", "compressed-tensors", "gptq"])

@@ -17,7 +17,6 @@ v1 stores ``zero - 1`` (a symmetric 4-bit word of zeros is 0x77777777), v2 store
 (0x88888888). A v1 zero point of 0 wraps around, and readers disagree about it: it is never written.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -378,12 +377,12 @@ def _escaped(name: str) -> str:
 
 
 def _declared_scheme(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What the configuration says about one linear."""
-    for pattern, said in (config.get("dynamic") or {}).items():
-        kind, _, expression = pattern.rpartition(":")
-        if kind in ("", "+") and re.match(expression, name):
-            return {**config, **said}
-    return config
+    """What the configuration says about one linear, where it names it alone. Other expressions are
+    not run, since a file could bring one that never ends; the tensors tell all but symmetry, and
+    that as soon as they are read."""
+    dynamic = config.get("dynamic")
+    said = dynamic.get(f"+:^{_escaped(name)}$") if isinstance(dynamic, Mapping) else None
+    return {**config, **said} if isinstance(said, Mapping) else config
 
 
 def legacy_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:

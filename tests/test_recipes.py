@@ -223,6 +223,12 @@ def test_steps_are_shown_as_they_would_be_typed(tmp_path, capsys):
     ]
 
 
+def test_a_step_is_shown_on_one_line(tmp_path, capsys):
+    text = (TWO % "x").replace('"- of the city"', '"""a\n\'b\' \\\\ c"""')
+    assert command("run", write(tmp_path / "r.toml", text), "--dry-run") == 0
+    assert " $'a\\n\\'b\\' \\\\ c'\n" in capsys.readouterr().out
+
+
 def test_all_steps_are_checked_before_the_first_one_runs(tmp_path, capsys):
     file = write(tmp_path / "r.toml", TWO.replace("prompt", "#") % "x")
     assert command("run", file) == 2

@@ -80,7 +80,7 @@ def command(
     for number, (step, line) in enumerate(zip(steps, lines), 1):
         if number < first:
             continue
-        shown = shlex.join(["quantkit", step.command, *line])
+        shown = " ".join(_quoted(word) for word in ["quantkit", step.command, *line])
         if dry_run or not quiet:
             click.secho(f"step {number} of {len(steps)}: {shown}", bold=True, err=not dry_run)
         if not dry_run:
@@ -162,6 +162,15 @@ def _typed(option: click.Option, value: Any) -> list[str]:
     name = max(option.opts, key=len)
     values = value if option.multiple else [value]
     return [word for one in values for word in (name, str(one))]
+
+
+def _quoted(word: str) -> str:
+    """The word as a shell takes it, on one line."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    for plain, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n")):
+        word = word.replace(plain, escaped)
+    return f"$'{word}'"
 
 
 def _check(where: str, command: click.Command, step: Step, line: list[str]) -> None:

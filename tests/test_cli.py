@@ -27,7 +27,9 @@ from quantkit.workflows.quantize import quantize
 # light
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["gptq", "-h"], ["verify", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["gptq", "-h"], ["verify", "-h"], ["run", "-h"]]
+)
 def test_help_imports_neither_torch_nor_transformers(arguments):
     program = (
         "import sys\n"
@@ -117,7 +119,8 @@ def test_options_arrive(monkeypatch, tmp_path):
 
     monkeypatch.setattr("quantkit.workflows.quantize.quantize", listen)
     options = (
-        "gptq owner/name --out x -b 3 -g 64 --asym --act-order none --damp 0.05 --fast "
+        "gptq owner/name --out x -b 3 -g 64 --asym --rule *.o_proj:skip --target-bits 4.5 "
+        "--target-size 6GB --act-order none --damp 0.05 --fast "
         "--align 0.3 --refine 1 --no-scale-search --no-bias-correction -c a.txt=3 -c self "
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
@@ -132,6 +135,9 @@ def test_options_arrive(monkeypatch, tmp_path):
         "bits": 3,
         "group": 64,
         "sym": False,
+        "rule": ("*.o_proj:skip",),
+        "target_bits": 4.5,
+        "target_size": "6GB",
         "act_order": "none",
         "damp": 0.05,
         "fast": True,

@@ -235,7 +235,8 @@ def test_groups_of_several_sizes_become_the_largest_that_all_have(tmp_path):
     for to in ("awq", "compressed-tensors", "mlx"):
         result = convert(str(source), to, tmp_path / to)
         assert result.exact
-        assert {q.scheme.group_size for q in weights(tmp_path / to).values()} == {32}
+        kept = {32, 64} if to == "compressed-tensors" else {32}  # it has schemes for each
+        assert {q.scheme.group_size for q in weights(tmp_path / to).values()} == kept
 
 
 def test_equal_groups_of_one_linear_are_not_joined_alone(tmp_path):
@@ -258,8 +259,12 @@ def test_linears_of_different_bits_need_a_target_with_a_kind_for_each(tmp_path):
 
     source = write(tmp_path / "source", change=more)
     with pytest.raises(QuantkitError, match="has one kind for all"):
-        convert(str(source), "compressed-tensors", tmp_path / "out")
+        convert(str(source), "mlx", tmp_path / "out")
     assert untouched(tmp_path / "out")
+    assert convert(str(source), "compressed-tensors", tmp_path / "mixed").exact
+    bits = {name: q.scheme.bits for name, q in weights(tmp_path / "mixed").items()}
+    assert {n.rpartition(".")[2]: b for n, b in bits.items()}["down_proj"] == 8
+    assert set(bits.values()) == {4, 8}
     assert convert(str(source), "gguf:q8_0", tmp_path / "out").exact
     assert torch.equal(logits(tmp_path / "out"), logits(source))
 

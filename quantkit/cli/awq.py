@@ -67,5 +67,5 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         report = quantize_awq(calib=list(calib), progress=progress, **options)
     finally:
         progress.end()
-    if report.written and not quiet:
+    if not quiet:
         tell(report, options["model"])

@@ -22,9 +22,10 @@ _COMMANDS = {
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "generate": "Continue or answer a prompt.",
+    "run": "Run a recipe: commands and their options in a file.",
 }
 
-_RESUMING = ("gptq", "awq", "rtn", "bnb", "gguf", "convert")
+_RESUMING = ("gptq", "awq", "rtn", "bnb", "gguf", "convert", "run")
 
 
 class _Lazy(click.Group):

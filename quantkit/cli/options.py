@@ -93,3 +93,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 basename = click.option(
     "--model-basename", metavar="NAME", help="The weight file, without its ending, of several."
 )
+rule = click.option(
+    "--rule",
+    multiple=True,
+    metavar="RULE",
+    help="Other settings for some linears, repeatable, the last one wins: "
+    "'*.mlp.down_proj: bits=8,group=64', '*.layers.0.*: skip', '*.o_proj: method=rtn'.",
+)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from quantkit.cli.console import stdout
-from quantkit.cli.tables import comparison_table
+from quantkit.cli.tables import comparison_table, plain_table
+from quantkit.workflows.budget import table
 
 if TYPE_CHECKING:
     from quantkit.workflows.quantize import Report
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 def tell(report: "Report", model: str) -> None:
     """Print it. ``model`` is the argument that was given."""
     console = stdout()
+    if report.budget:
+        title = f"bits and group size, {report.budget['bits_per_weight']:.3f} bits a weight in all"
+        console.print(plain_table(title, *table(report.budget["parts"])))
+    if not report.written:
+        return
     if report.measured is not None:
         console.print(comparison_table(report.measured.described(), "on held-out text"))
     for line in report.pairs():

@@ -51,3 +51,13 @@ def sample_table(samples: list[dict[str, str]]) -> Table:
     for sample in samples:
         table.add_row(*(Text(sample[part]) for part in ("prompt", "original", "quantized")))
     return table
+
+
+def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    """Cells that are ready."""
+    table = Table(title=Text(title), title_justify="left")
+    for heading in header:
+        table.add_column(Text(heading), justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

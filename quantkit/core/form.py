@@ -16,6 +16,7 @@ class Form:
     groups   group sizes that it has; empty: any
     ordered  whether inputs may belong to groups out of order (g_idx)
     zero_min smallest zero point
+    mixed    whether linears of one checkpoint may have schemes of their own
     """
 
     bits: tuple[int, ...]
@@ -24,3 +25,4 @@ class Form:
     groups: tuple[int, ...] = ()
     ordered: bool = False
     zero_min: int = 0
+    mixed: bool = False

@@ -1,4 +1,4 @@
-"""What comes with quantkit: the demo model and the bundled calibration texts."""
+"""What comes with quantkit: the demo model, the bundled calibration texts and the recipes."""
 
 from pathlib import Path
 
@@ -12,5 +12,14 @@ def demo() -> Path:
 
 def calibration() -> Path:
     """Folder of the bundled texts: inside the installed package, or at the top of a checkout."""
-    installed = _HERE / "calibration"
-    return installed if installed.is_dir() else _HERE.parents[1] / "calibration"
+    return _beside("calibration")
+
+
+def recipes() -> Path:
+    """Folder of the recipes: inside the installed package, or at the top of a checkout."""
+    return _beside("recipes")
+
+
+def _beside(name: str) -> Path:
+    installed = _HERE / name
+    return installed if installed.is_dir() else _HERE.parents[1] / name

@@ -34,7 +34,7 @@ from quantkit.formats import Tensors, unread
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 PACKED = "pack-quantized"
-FORM = Form(BITS, "zero", SCALES)
+FORM = Form(BITS, "zero", SCALES, mixed=True)
 METHOD = "compressed-tensors"
 _REQUIRED = ("weight_packed", "weight_scale", "weight_shape")
 _SUFFIXES = (*_REQUIRED, "weight_zero_point", "weight_g_idx")
@@ -310,11 +310,36 @@ def configuration(
     dense: list[str],
     by: str,
     *,
+    own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
 ) -> dict[str, Any]:
     """Keys to set in config.json; see Format. compressed-tensors forbids keys that it does not
     know, so there is none for ``by`` and ``damp``."""
+    actorder = "static" if act_order == "static" else None
+    kinds: dict[Scheme, list[str]] = {}
+    for name, one in (own or {}).items():
+        kinds.setdefault(one, []).append(name)
+    # A class of modules ("Linear") beside names would be up to the reader's order
+    groups = [(one, sorted(names)) for one, names in kinds.items()] or [(scheme, ["Linear"])]
+    return {
+        "quantization_config": {
+            "quant_method": METHOD,
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "config_groups": {
+                f"group_{index}": _config_group(one, targets, actorder)
+                for index, (one, targets) in enumerate(groups)
+            },
+            "ignore": sorted({*dense, "lm_head"}),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+    }
+
+
+def _config_group(scheme: Scheme, targets: list[str], actorder: str | None) -> dict[str, Any]:
+    """An entry of config_groups: the scheme of the linears ``targets``."""
     whole = scheme.group_size == -1
     weights = {
         "num_bits": scheme.bits,
@@ -324,27 +349,16 @@ def configuration(
         "group_size": None if whole else scheme.group_size,
         "block_structure": None,
         "dynamic": False,
-        "actorder": "static" if act_order == "static" else None,
+        "actorder": actorder,
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": targets,
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
         "format": PACKED,
-    }
-    return {
-        "quantization_config": {
-            "quant_method": METHOD,
-            "format": PACKED,
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": sorted({*dense, "lm_head"}),
-            "kv_cache_scheme": None,
-            "global_compression_ratio": None,
-        }
     }
 
 

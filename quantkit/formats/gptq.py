@@ -35,10 +35,15 @@ Convention = Literal["v1", "v2"]
 CONFIG_FILE = "quantize_config.json"
 SCALES = (torch.float16,)
 BITS = (2, 3, 4, 8)
-FORM = Form(BITS, "zero", SCALES, ordered=True, zero_min=1)
+FORM = Form(BITS, "zero", SCALES, ordered=True, zero_min=1, mixed=True)
 _FORMATS: dict[Convention, str] = {"v1": "gptq", "v2": "gptq_v2"}
 _REQUIRED = ("qweight", "qzeros", "scales")
 _SUFFIXES = (*_REQUIRED, "g_idx")
+# what vLLM computes as one layer
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 # what is read; the words of a qweight that is packed into int16 or int64 would mean other codes
 _DTYPES = {
     "qweight": (torch.int32,),
@@ -232,6 +237,7 @@ def describe(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> tuple[
             raise QuantkitError(f"{prefix} has no tensor {suffix}")
         if len(specs[suffix].shape) != 2 or 0 in specs[suffix].shape:
             raise _no_weight(prefix, suffix, specs[suffix].shape)
+    config = _declared_scheme(config, prefix)
     bits = config.get("bits", config.get("w_bit", config.get("wbits")))
     symmetric = config.get("sym", not config.get("zero_point", False))
     scheme = scheme_of(specs, bool(symmetric), bits, prefix)
@@ -305,13 +311,14 @@ def quantization_config(
     *,
     dense: list[str],
     quantizer: str,
+    own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, in the keys that GPTQModel, transformers, vLLM
-    and AutoGPTQ read. ``dense`` names linears inside the blocks that were left as they were;
-    ``act_order`` (by default: no g_idx of its own) and ``damp`` are written down where they are
-    known."""
+    and AutoGPTQ read. ``dense`` names linears inside the blocks that were left as they were,
+    ``own`` all others with their schemes where these differ; ``act_order`` (by default: no g_idx of
+    its own) and ``damp`` are written down where they are known."""
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -327,10 +334,55 @@ def quantization_config(
     }
     if damp is not None:
         config["damp_percent"] = damp
-    if dense:
-        # GPTQModel's way to say that a module is not quantized
-        config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in dense}
+    if dynamic := _dynamic(scheme, own or {}, dense):
+        config["dynamic"] = dynamic
     return config
+
+
+def _dynamic(
+    scheme: Scheme, own: Mapping[str, Scheme], dense: list[str]
+) -> dict[str, dict[str, Any]]:
+    """GPTQModel's way to say that a module is not quantized (-:), or in another way than the rest
+    (+:): regular expressions, the first match wins. vLLM asks by the names of its own fused layers,
+    so that these are matched too where all parts are alike."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in _with_fused(dense):
+        found[f"-:^{_escaped(name)}$"] = {}
+    kinds: dict[Scheme, list[str]] = {}
+    for name, one in own.items():
+        if one != scheme:
+            kinds.setdefault(one, []).append(name)
+    for one, names in kinds.items():
+        said = {"bits": one.bits, "group_size": one.group_size, "sym": one.symmetric}
+        for name in _with_fused(names):
+            found[f"+:^{_escaped(name)}$"] = said
+    return found
+
+
+def _with_fused(names: list[str]) -> list[str]:
+    """The names, and those of fused layers that are made of them alone."""
+    held = set(names)
+    parents = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    fused = [
+        f"{parent}.{whole}"
+        for parent in parents
+        for whole, parts in _FUSED.items()
+        if held.issuperset(f"{parent}.{part}" for part in parts)
+    ]
+    return names + fused
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _declared_scheme(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What the configuration says about one linear, where it names it alone. Other expressions are
+    not run, since a file could bring one that never ends; the tensors tell all but symmetry, and
+    that as soon as they are read."""
+    dynamic = config.get("dynamic")
+    said = dynamic.get(f"+:^{_escaped(name)}$") if isinstance(dynamic, Mapping) else None
+    return {**config, **said} if isinstance(said, Mapping) else config
 
 
 def legacy_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -344,6 +396,7 @@ def configuration(
     by: str,
     convention: Convention = "v1",
     *,
+    own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
 ) -> dict[str, Any]:
@@ -351,7 +404,13 @@ def configuration(
     linears must be kept from kernels for contiguous groups."""
     return {
         "quantization_config": quantization_config(
-            scheme, convention, dense=dense, quantizer=by, act_order=act_order, damp=damp
+            scheme,
+            convention,
+            dense=dense,
+            quantizer=by,
+            own=own,
+            act_order=act_order,
+            damp=damp,
         )
     }
 

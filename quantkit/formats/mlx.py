@@ -206,6 +206,7 @@ def configuration(
     dense: list[str],
     by: str,
     *,
+    own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
 ) -> dict[str, Any]:

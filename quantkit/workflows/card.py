@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from quantkit.workflows import budget as budgeting
+
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 
 
@@ -19,6 +21,7 @@ def model_card(content: dict[str, Any]) -> str:
         f"{settings['bits']}-bit codes; all other tensors are kept in 16 bits.",
         _size_table(source, size),
         _quality(content["measured"]),
+        _chosen(content["budget"]),
         _settings_table(settings, content["calibration"]),
         _fallbacks(content["fallbacks"]),
         _use(settings["format"]),
@@ -75,6 +78,18 @@ def _settings_table(settings: dict[str, Any], calibration: dict[str, Any]) -> st
         f"{calibration['tokens']:,} tokens ({labels}) |"
     )
     return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(rows)
+
+
+def _chosen(budget: dict[str, Any] | None) -> str:
+    if budget is None:
+        return ""
+    header, rows = budgeting.table(budget["parts"])
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return (
+        "## Bits of every part\n\n"
+        f"Chosen for a target of {budget['target']} so that the model loses the least: bits, and "
+        "weights that share a scale.\n\n" + "\n".join(lines)
+    )
 
 
 def _fallbacks(fallbacks: list[str]) -> str:

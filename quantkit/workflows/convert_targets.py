@@ -5,6 +5,7 @@ dense         plain weights in float16, bfloat16 or float32
 gguf          one file, see convert_gguf.py
 """
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,7 +179,8 @@ class PackedTarget(SafetensorsTarget):
         super().__init__(opened)
         self.format, self.lossy = formats.by_name(name), lossy
         self.form: Form = self.format.FORM
-        self.scheme: Scheme | None = None
+        self.scheme: Scheme | None = None  # that most linears have
+        self.own: dict[str, Scheme] = {}  # of every linear
         self.ordered = False  # some linear has groups that are not contiguous
         self._name = name
 
@@ -207,26 +209,33 @@ class PackedTarget(SafetensorsTarget):
                 raise QuantkitError(f"{prefix} cannot be held: {reason}")
             rounded = rounded or ("" if exact else prefix)
             kinds[prefix] = scheme, scale
-        self.scheme = self._one_scheme({prefix: scheme for prefix, (scheme, _) in kinds.items()})
+        self._choose_schemes({prefix: scheme for prefix, (scheme, _) in kinds.items()})
         for prefix, (_, scale) in kinds.items():
             packed = opened.linears[prefix]
-            specs = self.format.specs(packed.out, packed.width, self.scheme, scale)
+            specs = self.format.specs(packed.out, packed.width, self.own[prefix], scale)
             self.specs |= {f"{prefix}.{suffix}": spec for suffix, spec in specs.items()}
         self._dense_specs()
         return [f"{rounded} and others will be rounded; the error is measured"] if rounded else []
 
-    def _one_scheme(self, schemes: dict[str, Scheme]) -> Scheme:
+    def _choose_schemes(self, schemes: dict[str, Scheme]) -> None:
         """What the configuration will say. One asymmetric linear makes all of them so."""
+        sizes = {scheme.group_size for scheme in schemes.values()}
+        for prefix, scheme in schemes.items():  # one group is a row, and may be like all others
+            width = self.opened.linears[prefix].width
+            if scheme.group_size == -1 and width in sizes:
+                schemes[prefix] = replace(scheme, group_size=width)
         first = next(iter(schemes))
         for prefix, scheme in schemes.items():
-            if replace(scheme, symmetric=True) != replace(schemes[first], symmetric=True):
+            alike = replace(scheme, symmetric=True) == replace(schemes[first], symmetric=True)
+            if not alike and not self.form.mixed:
                 raise QuantkitError(
                     f"{first} has {schemes[first]} and {prefix} has {scheme}, and the target has "
                     "one kind for all",
-                    "gguf:TYPE and dense have a kind for each",
+                    "gptq, compressed-tensors, gguf:TYPE and dense have a kind for each",
                 )
         symmetric = all(scheme.symmetric for scheme in schemes.values())
-        return replace(schemes[first], symmetric=symmetric)
+        self.own = {prefix: replace(s, symmetric=symmetric) for prefix, s in schemes.items()}
+        self.scheme = Counter(self.own.values()).most_common(1)[0][0]
 
     def _choose_groups(self) -> None:
         """One group size for all linears, where they do not have the same or the target has not:
@@ -234,6 +243,8 @@ class PackedTarget(SafetensorsTarget):
         which are joined again."""
         own = {packed.scheme.group_size for packed in self.opened.linears.values()}
         known = self.form.groups
+        if self.opened.format != "gguf" and self.form.mixed:
+            return
         if self.opened.format != "gguf" and len(own) == 1 and (not known or own <= set(known)):
             self.form = replace(self.form, groups=tuple(own) if known else ())
             return
@@ -276,7 +287,11 @@ class PackedTarget(SafetensorsTarget):
             self.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         config = self.config()
         config |= self.format.configuration(
-            self.scheme, self.left_dense(), by, act_order="group" if self.ordered else None
+            self.scheme,
+            self.left_dense(),
+            by,
+            own=self.own if len(set(self.own.values())) > 1 else None,
+            act_order="group" if self.ordered else None,
         )
         write_json(folder / "config.json", config)
         for file, content in self.format.beside(config, self.opened.source.name).items():

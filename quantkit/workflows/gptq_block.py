@@ -162,17 +162,21 @@ def solve_group(
     method: str,
 ) -> dict[str, Solved]:
     """Linears that share an input share its Hessian. ``rounding`` is what rounds them, and
-    ``method`` its name."""
-    schemes: dict[Scheme, list[str]] = {}
+    ``method`` its name; those that a rule wants to be only rounded to nearest are."""
+    kinds: dict[tuple[Scheme, bool], list[str]] = {}
     for name in group.names:
-        schemes.setdefault(originals.schemes[name], []).append(name)
+        kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
     results = {}
-    for scheme, names in schemes.items():
+    for (scheme, plain), names in kinds.items():
         weights = {name: originals.weight(name) for name in names}
         target = torch.cat(list(weights.values()))
-        if moments.cross is not None:
+        if moments.cross is not None and not plain:
             target = align.aligned_target(target, moments, settings.align, settings.options.damp)
-        solution = rounding(target, moments.gram, scheme)
+        if plain:
+            qweight = rtn.quantize(target, scheme, settings.options.zero_min, signed=True)
+            solution = gptq.Solution(qweight, 0.0, 0)
+        else:
+            solution = rounding(target, moments.gram, scheme)
         start = 0
         for name, original in weights.items():
             part = slice(start, start := start + len(original))
@@ -182,8 +186,9 @@ def solve_group(
             bias = originals.bias(name)
             if bias is not None and corrects(group, originals, settings):
                 bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
+            told = "rtn" if plain else method
             results[name] = Solved(
-                qweight, _stored(bias), error, solution.damp, solution.dead, method
+                qweight, _stored(bias), error, solution.damp, solution.dead, told
             )
     return results
 

@@ -1,15 +1,17 @@
 """Which linears will be quantized, and every tensor of the output, before any work is done."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from quantkit import formats
+from quantkit.core import rules as ruling
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.names import natural
 from quantkit.core.qweight import Scheme
+from quantkit.core.rules import Rule
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq
 from quantkit.methods.scales import SCALE_DTYPE
@@ -27,6 +29,7 @@ class Job:
     inner  inside its decoder block
     disk   the prefix of its tensors in files
     scheme what it is quantized to
+    rtn    it is rounded to nearest, whatever the method
     """
 
     name: str
@@ -36,6 +39,7 @@ class Job:
     width: int
     bias: bool
     scheme: Scheme
+    rtn: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Layout:
     jobs     by block index
     dense    tensors that are copied: name on disk -> what it will be stored as
     kept     linears inside the blocks that stay dense, because their shape cannot be packed
+    skipped  those that a rule leaves dense
     dropped  tensors on disk that the model has no use for (old mask buffers and the like)
     ones     tensors of ones that a file in this format must have (see formats/awq.py)
     """
@@ -54,11 +59,17 @@ class Layout:
     jobs: list[list[Job]]
     dense: dict[str, TensorSpec]
     kept: list[str]
+    skipped: list[str]
     dropped: list[str]
     ones: dict[str, TensorSpec]
 
     def all_jobs(self) -> list[Job]:
         return [job for block in self.jobs for job in block]
+
+    def own_schemes(self) -> dict[str, Scheme]:
+        """The scheme of every linear by its name in the model, where they are not all alike."""
+        found = {job.name: job.scheme for job in self.all_jobs()}
+        return found if len(set(found.values())) > 1 else {}
 
     def packed(self, job: Job) -> dict[str, TensorSpec]:
         """The tensors of a quantized weight by suffix."""
@@ -76,10 +87,12 @@ class Layout:
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
 
-def lay_out(skeleton: Skeleton, scheme: Scheme, format: str) -> Layout:
-    """Plan the output, packed in the format called ``format``. Raises QuantkitError for a
-    checkpoint that is already quantized, keeps its experts fused, lacks tensors or holds some of
-    another shape; UsageError when the group does not divide some linear's width."""
+def lay_out(skeleton: Skeleton, scheme: Scheme, format: str, rules: Sequence[Rule] = ()) -> Layout:
+    """Plan the output, packed in the format called ``format``; linears have ``scheme``, or what
+    ``rules`` make of it. Raises QuantkitError for a checkpoint that is already quantized, keeps its
+    experts fused, lacks tensors or holds some of another shape; UsageError when the group does not
+    divide some linear's width, for rules that match nothing, and for schemes that cannot be side by
+    side in the format."""
     _refuse_quantized(skeleton)
     model, disk_names = skeleton.model, skeleton.disk_names
     prefix, blocks = find_blocks(model)
@@ -88,6 +101,8 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str) -> Layout:
     packer = formats.by_name(format)
     jobs: list[list[Job]] = []
     kept: list[str] = []
+    skipped: list[str] = []
+    linears: list[str] = []
     taken: set[str] = set()
     for index, block in enumerate(blocks):
         jobs.append([])
@@ -102,14 +117,23 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str) -> Layout:
                     f"the weight of {name} is not one tensor in the checkpoint",
                     "please report the architecture",
                 )
-            if packer.refusal(out, width, scheme):
+            linears.append(name)
+            setting = ruling.setting(rules, name, scheme)
+            if setting.skip:
+                skipped.append(name)
+                continue
+            _check_bits(name, setting.scheme, format)
+            if packer.refusal(out, width, setting.scheme):
                 kept.append(name)
                 continue
             bias = disk_names.get(f"{name}.bias") if module.bias is not None else None
             taken.update(filter(None, (weight, bias)))
             disk = weight.removesuffix(".weight")
-            jobs[-1].append(Job(name, inner, disk, out, width, bias is not None, scheme))
+            job = Job(name, inner, disk, out, width, bias is not None, setting.scheme, setting.rtn)
+            jobs[-1].append(job)
+    ruling.check_matches(rules, linears)
     _check_groups([job for block in jobs for job in block])
+    _check_mixture([job for block in jobs for job in block], format)
     expected = model.state_dict().keys()
     dropped = [disk for disk, live in skeleton.live_names.items() if live not in expected]
     dense = {
@@ -118,7 +142,7 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str) -> Layout:
         if name not in taken and name not in dropped
     }
     ones = _ones(skeleton, jobs, dense) if format == "awq" else {}
-    return Layout(format, prefix, jobs, dense, kept, dropped, ones)
+    return Layout(format, prefix, jobs, dense, kept, skipped, dropped, ones)
 
 
 def _ones(
@@ -166,6 +190,30 @@ def _check_groups(jobs: list[Job]) -> None:
             f"{', '.join(map(str, widths))} (for example {wrong[0].name})",
             f"use --group {fitting[0]}" if fitting else "use --group -1, one scale a row",
         )
+
+
+def _check_bits(name: str, scheme: Scheme, format: str) -> None:
+    known = formats.by_name(format).FORM.bits
+    if scheme.bits not in known:
+        raise UsageError(
+            f"{name} cannot have {scheme.bits} bits in the format {_shown(format)}",
+            f"it has {', '.join(map(str, known))}",
+        )
+
+
+def _check_mixture(jobs: list[Job], format: str) -> None:
+    """Whether the format has a place for all the schemes together."""
+    other = next((job for job in jobs if job.scheme != jobs[0].scheme), None)
+    if other and not formats.by_name(format).FORM.mixed:
+        raise UsageError(
+            f"the format {_shown(format)} has one scheme for all linears, and {jobs[0].name} would "
+            f"have {jobs[0].scheme}, {other.name} {other.scheme}",
+            "use --format gptq or compressed-tensors, or rules that only skip",
+        )
+
+
+def _shown(format: str) -> str:
+    return format.replace("compressed_tensors", "compressed-tensors")
 
 
 def _stored(spec: TensorSpec) -> TensorSpec:

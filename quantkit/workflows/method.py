@@ -1,6 +1,6 @@
 """What a method of quantizing is to workflows/quantize.py: something that solves a block."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ class Originals:
     """The block as the checkpoint has it; names are those inside the block.
 
     schemes  of every linear that is to be quantized
+    plain    those among them that are to be rounded to nearest, whatever the method
     weight   of such a linear: float32 [out, in]
     bias     its bias, float32 [out], if it has one
     other    any other parameter of the block: its value in float32, and the dtype it is stored in
@@ -47,6 +48,7 @@ class Originals:
     weight: Callable[[str], Tensor]
     bias: Callable[[str], Tensor | None]
     other: Callable[[str], tuple[Tensor, torch.dtype]]
+    plain: Collection[str] = ()
 
 
 @dataclass(frozen=True)

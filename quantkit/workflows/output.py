@@ -29,6 +29,7 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
+CHOICE = "choice.json"  # see budget.py
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -88,11 +89,10 @@ class Output:
 
     def copy_companions(self, source: Source) -> None:
         """Tokenizer, generation settings, chat template and licence, as they are."""
-        for pattern in _COMPANIONS:
-            for path in source.folder.glob(pattern):
-                temporary = self.partial / (path.name + ".tmp")
-                shutil.copyfile(path, temporary)
-                temporary.replace(self.partial / path.name)
+        for path in companions(source):
+            temporary = self.partial / (path.name + ".tmp")
+            shutil.copyfile(path, temporary)
+            temporary.replace(self.partial / path.name)
 
     @property
     def scratch(self) -> Path:
@@ -110,7 +110,13 @@ class Output:
         self.partial.rename(self.folder)
         sync_folder(self.folder.absolute().parent)
         shutil.rmtree(old, ignore_errors=True)
+        (self.folder / CHOICE).unlink(missing_ok=True)
         (self.folder / ledger.FILE).unlink()
+
+
+def companions(source: Source) -> list[Path]:
+    """The files that :meth:`Output.copy_companions` copies."""
+    return [path for pattern in _COMPANIONS for path in source.folder.glob(pattern)]
 
 
 @contextmanager

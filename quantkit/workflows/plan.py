@@ -1,5 +1,7 @@
 """What is decided, and what can be refused, before the first byte is written."""
 
+import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from quantkit.core import provenance
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
 from quantkit.core.qweight import Scheme
+from quantkit.core.rules import Rule
 from quantkit.core.source import Source
 from quantkit.errors import UsageError
 from quantkit.formats import Format
@@ -21,7 +24,7 @@ from quantkit.workflows.layout import Layout
 from quantkit.workflows.method import Method
 
 FORMATS = ("auto", "gptq", "gptq_v2", "awq", "compressed-tensors")
-_BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of the numbers
+BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of the numbers
 _BASE = 350 << 20  # Python, torch and transformers
 # Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
 # 3 % in KL and save a fifth of the time.
@@ -34,6 +37,8 @@ class Plan:
     """A quantization that can be carried out.
 
     scheme     that of linears in general; each job has its own
+    rules      that the user gave
+    chosen     those that a target in bits or bytes has added to them
     method     how blocks are solved
     specs      every tensor of the output, by its name on disk
     shard      most bytes in one file
@@ -46,6 +51,8 @@ class Plan:
     method: Method
     specs: dict[str, TensorSpec]
     shard: int
+    rules: tuple[Rule, ...] = ()
+    chosen: tuple[Rule, ...] = ()
 
     @property
     def packer(self) -> Format:
@@ -68,7 +75,7 @@ class Plan:
             spec.nbytes
             for job in jobs
             for suffix, spec in self.layout.packed(job).items()
-            if suffix not in _BOOKKEEPING
+            if suffix not in BOOKKEEPING
         )
         return 8 * packed / sum(job.out * job.width for job in jobs)
 
@@ -83,17 +90,19 @@ class Plan:
             self.scheme,
             self._left_dense(),
             f"quantkit:{__version__}",
+            own=self.layout.own_schemes(),
             act_order=resolved.get("act_order"),
             damp=resolved.get("damp"),
         )
 
     def _left_dense(self) -> list[str]:
         """Linears that are not quantized. GPTQ has a key of its own for the head."""
+        kept = self.layout.kept + self.layout.skipped
         if self.layout.format in ("gptq", "gptq_v2"):
-            return self.layout.kept
+            return kept
         heads = {"embed_out", "lm_head"}
         found = {name.removesuffix(".weight") for name in self.layout.dense} & heads
-        return self.layout.kept + sorted(found | {"lm_head"} if found else found)
+        return kept + sorted(found | {"lm_head"} if found else found)
 
     def peak_memory(self, tokens: int) -> int:
         """Bytes that calibrating with ``tokens`` tokens takes at most, roughly: the hidden states,
@@ -116,6 +125,7 @@ class Plan:
             "bits": self.scheme.bits,
             "group": self.scheme.group_size,
             "sym": self.scheme.symmetric,
+            **({"rules": [str(rule) for rule in self.rules]} if self.rules else {}),
             **self.method.resolved(),
             "format": shown(self.layout.format),
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
@@ -134,12 +144,17 @@ class Plan:
             "revision": self.source.revision,
             "method": self.method.name,
             **self.resolved(),
+            **({"schemes": self._digest()} if self.chosen else {}),
             "max_shard_size": self.shard,
             "calibration": calibration,
             **{f"{name} version": versions[name] for name in ("torch", "transformers")},
             "quantkit version": __version__,
             **files,
         }
+
+    def _digest(self) -> str:
+        text = "\n".join(str(rule) for rule in self.chosen)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:
@@ -211,8 +226,10 @@ def shown(format: str) -> str:
     return format.replace("compressed_tensors", "compressed-tensors")
 
 
-def default_out(source: Source, method: str, scheme: Scheme) -> Path:
-    """``weblab-10b-gptq-4bit-128g`` in the current folder."""
+def default_out(source: Source, method: str, scheme: Scheme, target: object = None) -> Path:
+    """``weblab-10b-gptq-4bit-128g`` in the current folder, ``-gptq-4.25bit`` for a ``target``."""
+    if target is not None:
+        return Path(f"{source.short_name}-{method}-{target}")
     group = "row" if scheme.group_size == -1 else f"{scheme.group_size}g"
     return Path(f"{source.name.rpartition('/')[2]}-{method}-{scheme.bits}bit-{group}")
 
@@ -234,10 +251,12 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
     tokens = sum(len(row) for row in rows.rows)
     labels = ", ".join(f"{label} {count:,}" for label, count in rows.tokens.items())
     group = "the whole row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    kind = f"to {scheme.bits} bits, {group}, {'' if scheme.symmetric else 'a'}symmetric"
+    if plan.layout.own_schemes():
+        kind = "to several kinds of codes"
     lines = [
         f"{plan.source.name}: {len(plan.layout.jobs)} blocks, {len(jobs)} linears, "
-        f"{weights / 1e6:,.1f} M weights to {scheme.bits} bits, {group}, {kind}",
+        f"{weights / 1e6:,.1f} M weights {kind}",
         f"calibration: {len(rows.rows)} rows, {tokens:,} tokens ({labels}); "
         f"{rows.used} documents used, {rows.left} left over",
         f"output: {plan.output_bytes / 1e6:,.1f} MB, from "
@@ -247,8 +266,22 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
         f"about {plan.peak_memory(tokens) / 1e9:.1f} GB of memory at most",
     ]
     lines += rows.notes
+    lines += _exceptions(plan)
     if plan.layout.dropped:
         lines.append(
             f"{len(plan.layout.dropped)} tensors that the model has no use for are left out"
         )
+    return lines
+
+
+def _exceptions(plan: Plan) -> list[str]:
+    """What rules made of some linears, a line for each kind."""
+    kinds = Counter(
+        f"{job.scheme}{', rounded to nearest' if job.rtn else ''}" for job in plan.layout.all_jobs()
+    )
+    lines = []
+    if len(kinds) > 1:
+        lines += [f"{count} linears have {kind}" for kind, count in kinds.most_common()]
+    if plan.layout.skipped:
+        lines.append(f"{len(plan.layout.skipped)} linears stay as they are, by rule")
     return lines

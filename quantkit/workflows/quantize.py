@@ -17,29 +17,33 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import formats
-from quantkit.core import provenance
+from quantkit.core import provenance, rules
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
 from quantkit.core.metrics import Comparison
 from quantkit.core.progress import Progress, Step
 from quantkit.core.qweight import Scheme
+from quantkit.core.rules import Rule
 from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.methods import gptq
 from quantkit.runtime import gather
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
+from quantkit.workflows import budget as budgeting
 from quantkit.workflows import plan as planning
 from quantkit.workflows import seal, stored
+from quantkit.workflows.budget import Budget
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.method import Method, Originals, Outcome
-from quantkit.workflows.output import Output, disk_errors
+from quantkit.workflows.output import Output, companions, disk_errors
 from quantkit.workflows.plan import Plan
 
 _DENSE = "dense"
@@ -51,6 +55,7 @@ class Report:
 
     layers     by name on disk: relative output error, damping, dead inputs, method
     fallbacks  every place where something other than the asked-for was done, in words
+    budget     what was chosen for a target in bits or bytes, and why (budget.Choice)
     measured   the quantized model against the original, on held-out text; None with check=False
     seconds    by phase
     """
@@ -61,6 +66,7 @@ class Report:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     measured: Comparison | None = None
+    budget: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     written: bool = False
 
@@ -91,6 +97,9 @@ def quantize(
     bits: int = 4,
     group: int = 128,
     sym: bool = True,
+    rule: str | list[str] | tuple[str, ...] = (),
+    target_bits: float | None = None,
+    target_size: str | None = None,
     act_order: str = "static",
     damp: float = 0.01,
     fast: bool = False,
@@ -119,6 +128,10 @@ def quantize(
     bits             2, 3, 4 or 8
     group            inputs that share a scale: 16 to 1024, or -1 for the whole row
     sym              symmetric: the zero point is the middle of the codes
+    rule             other settings for some linears: ``*.down_proj: bits=8`` (core/rules.py)
+    target_bits      choose bits (and groups, up to ``group``) for every part of the model so that
+                     it loses the least with so many bits a weight on average (see budget.py)
+    target_size      the same, with a folder of at most this size: ``6.0GB``
     act_order        static, none or group (see methods/gptq.py)
     damp             added to the Hessian's diagonal, as a fraction of its mean
     fast             one pass of the original model; no alignment, no refinement, thinned statistics
@@ -167,6 +180,8 @@ def quantize(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
+        rules=tuple(rules.parse(text) for text in ([rule] if isinstance(rule, str) else rule)),
+        budget=budgeting.wanted(target_bits, target_size),
     )
     return carry_out(task, method, progress or Progress())
 
@@ -192,6 +207,8 @@ class Task:
     overwrite: bool
     dry_run: bool
     revision: str | None
+    rules: tuple[Rule, ...] = ()
+    budget: Budget | None = None
 
 
 def carry_out(task: Task, method: Method, progress: Progress) -> Report:
@@ -200,12 +217,17 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     shard = size_in_bytes(task.max_shard_size)
     on = pick_device(task.device)
     source = resolve(task.model, task.revision)
-    default = planning.default_out(source, method.name, task.scheme)
+    default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
-    layout = lay_out(skeleton, task.scheme, task.format)
-    plan = Plan(source, skeleton, layout, task.scheme, method, layout.specs(), shard)
-    output.check_space(plan.output_bytes)
+    layout = lay_out(skeleton, task.scheme, task.format, task.rules)
+    specs = layout.specs()
+    plan = Plan(source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
+    beside = sum(path.stat().st_size for path in companions(source))
+    if task.budget:
+        budgeting.check(plan, task.budget, beside)
+    else:
+        output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
     longest = longest_row(skeleton)
@@ -220,6 +242,11 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         device=on,
     )
     report = Report(output.folder, plan, rows)
+    if task.budget:
+        with report.timing("choose"):
+            plan = _within(task.budget, plan, rows, output, beside, report, task.dry_run, progress)
+        layout, report.plan = plan.layout, plan
+        output.check_space(plan.output_bytes)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
     report.fallbacks += rows.short
     if task.strict and report.fallbacks:
@@ -246,6 +273,46 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
             writer.abandon()
     report.written = True
     return report
+
+
+def _within(
+    budget: Budget,
+    plan: Plan,
+    rows: Calibration,
+    output: Output,
+    beside: int,
+    report: Report,
+    dry_run: bool,
+    progress: Progress,
+) -> Plan:
+    """The plan with the schemes that lose least under the budget, measured now or by an interrupted
+    run."""
+    fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
+    with disk_errors(output.folder):
+        parts = budgeting.kept(output.partial, fingerprint)
+        if parts is not None:
+            choice = budgeting.again(plan, parts)
+        else:
+            # zero points and the order of columns as they will be, without the last rounds
+            options = gptq.Options(
+                plan.method.resolved().get("act_order", "static"),
+                plan.method.damp,
+                rounds=0,
+                zero_min=plan.packer.FORM.zero_min,
+            )
+            choice = budgeting.choose(
+                plan,
+                budget,
+                beside,
+                rows.rows,
+                lambda index, block: _originals(plan, index, block),
+                options,
+                progress,
+            )
+            if not dry_run:
+                budgeting.keep(output.partial, fingerprint, choice)
+    report.budget = choice.described(budget)
+    return choice.plan
 
 
 def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, Ledger]:
@@ -345,6 +412,10 @@ def _solve(
     plan: Plan, index: int, block: Block, full: list[Tensor], quantized: list[Tensor] | None
 ) -> Outcome:
     """The method on a block, with the checkpoint's own weights at hand."""
+    return plan.method.solve(block, _originals(plan, index, block), full, quantized)
+
+
+def _originals(plan: Plan, index: int, block: Block) -> Originals:
     skeleton = plan.skeleton
     jobs = {job.inner: job for job in plan.layout.jobs[index]}
 
@@ -363,8 +434,8 @@ def _solve(
         return get(disk), plan.specs[disk].dtype
 
     schemes = {name: job.scheme for name, job in jobs.items()}
-    originals = Originals(schemes, weight, bias, other)
-    return plan.method.solve(block, originals, full, quantized)
+    plain = {name for name, job in jobs.items() if job.rtn}
+    return Originals(schemes, weight, bias, other, plain)
 
 
 def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
@@ -399,7 +470,7 @@ def _count_fallbacks(
                 f"{job.disk} needed a damping of {layer['damp']:g} (statistics are exact with "
                 "--dtype float32)"
             )
-        if layer["method"] == "rtn":
+        if layer["method"] == "rtn" and not job.rtn:
             found.append(f"{job.disk} was only rounded: no calibration token reached it")
         if not isfinite(layer["error"]):
             raise QuantkitError(f"{job.disk} has an error that is not a number")

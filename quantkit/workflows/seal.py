@@ -66,6 +66,7 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
             "sha256": rows.digest,
             "notes": rows.notes,
         },
+        "budget": report.budget,
         "measured": None if report.measured is None else report.measured.described(),
         "layers": report.layers,
         **({"scaled": pairs} if (pairs := report.pairs()) else {}),

@@ -52,6 +52,11 @@ class Subject:
     bfloat16: bool = False
 
     @property
+    def mixed(self) -> bool:
+        """Linears of several kinds. A whole row (-1) may be one group as long as all others."""
+        return len(self.bits) > 1 or len(self.groups - {-1}) > 1
+
+    @property
     def marlin(self) -> bool:
         return self.symmetric and self.bits <= _MARLIN_BITS and self.groups <= _MARLIN_GROUPS
 
@@ -129,6 +134,12 @@ TARGETS: dict[str, Target] = {
             # transformers utils/quantization_config.py, GPTQConfig.post_init
             Rule(
                 "it takes 2, 3, 4 and 8 bits", lambda s: not s.bits <= {2, 3, 4, 8}, ("gptq", "awq")
+            ),
+            # optimum gptq/quantizer.py makes all layers alike; GPTQModel.load does not
+            Rule(
+                "it has no linears of several kinds in GPTQ, only GPTQModel's own loader has",
+                lambda s: s.mixed,
+                ("gptq",),
             ),
             Rule(
                 "it does not read this architecture from GGUF",

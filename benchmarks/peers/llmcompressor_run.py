@@ -28,6 +28,9 @@ from llmcompressor.modifiers.awq import AWQModifier  # noqa: E402
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+if not torch.cuda.is_available():  # its AWQ pins memory in any case
+    torch.Tensor.pin_memory = lambda self, *_: self
+
 with open(args.rows) as lines:
     rows = [json.loads(line)["input_ids"] for line in lines]
 data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])

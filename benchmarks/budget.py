@@ -18,6 +18,7 @@ import quality
 import torch
 
 from quantkit.core import provenance
+from quantkit.runtime.device import pick_device
 from quantkit.workflows.quantize import quantize
 
 TARGETS = [3.5, 4.0, 4.5]
@@ -35,7 +36,7 @@ def main() -> None:
         settings[f"uniform, {bits} bits, group {group}"] = {"bits": int(bits), "group": int(group)}
     result: dict[str, Any] = {
         "versions": provenance.versions(),
-        "machine": provenance.machine(torch.device("cpu")),
+        "machine": provenance.machine(pick_device("auto")),
         "rows": {label: len(rows) for label, rows in held_out.items()},
         "fast": args.fast,
         "models": {},

@@ -22,6 +22,7 @@ from quantkit.cli import options
     help="Inputs that share one scale: 16 to 1024, or -1 for the whole row.",
 )
 @click.option("--sym/--asym", default=False, show_default=True, help="Symmetric codes or not.")
+@options.mixing
 @click.option(
     "--refine",
     type=click.Choice(["gptq", "none"]),

@@ -22,16 +22,7 @@ from quantkit.cli import options
     help="Inputs that share one scale: 16 to 1024, or -1 for the whole row.",
 )
 @click.option("--sym/--asym", default=True, show_default=True, help="Symmetric codes or not.")
-@options.rule
-@click.option(
-    "--target-bits",
-    type=float,
-    help="Choose bits for every part of the model so that it loses the least with so many bits a "
-    "weight on average, such as 4.25.",
-)
-@click.option(
-    "--target-size", metavar="SIZE", help="The same, with a folder of at most this size: 6.0GB."
-)
+@options.mixing
 @click.option(
     "--act-order",
     type=click.Choice(["static", "none", "group"]),

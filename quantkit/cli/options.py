@@ -93,10 +93,29 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 basename = click.option(
     "--model-basename", metavar="NAME", help="The weight file, without its ending, of several."
 )
-rule = click.option(
-    "--rule",
-    multiple=True,
-    metavar="RULE",
-    help="Other settings for some linears, repeatable, the last one wins: "
-    "'*.mlp.down_proj: bits=8,group=64', '*.layers.0.*: skip', '*.o_proj: method=rtn'.",
-)
+
+
+def mixing(command: Command) -> Command:
+    """Other bits for some linears."""
+    for option in (
+        click.option(
+            "--target-size",
+            metavar="SIZE",
+            help="The same, with a folder of at most this size: 6.0GB.",
+        ),
+        click.option(
+            "--target-bits",
+            type=float,
+            help="Choose bits for every part of the model so that it loses the least with so many "
+            "bits a weight on average, such as 4.25.",
+        ),
+        click.option(
+            "--rule",
+            multiple=True,
+            metavar="RULE",
+            help="Other settings for some linears, repeatable, the last one wins: "
+            "'*.mlp.down_proj: bits=8,group=64', '*.layers.0.*: skip', '*.o_proj: method=rtn'.",
+        ),
+    ):
+        command = option(command)
+    return command

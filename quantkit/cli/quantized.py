@@ -10,7 +10,7 @@ from quantkit.cli.tables import comparison_table, plain_table
 from quantkit.workflows.budget import table
 
 if TYPE_CHECKING:
-    from quantkit.workflows.quantize import Report
+    from quantkit.workflows.task import Report
 
 
 def tell(report: "Report", model: str) -> None:

@@ -68,6 +68,11 @@ class Rule:
         return f"{self.match}: {','.join(parts)}"
 
 
+def parsed(texts: str | Iterable[str]) -> tuple[Rule, ...]:
+    """One rule, or several."""
+    return tuple(parse(text) for text in ([texts] if isinstance(texts, str) else texts))
+
+
 def parse(text: str) -> Rule:
     """``PATTERN: bits=8,group=64``. Raises UsageError."""
     pattern, colon, said = text.rpartition(":")

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from quantkit import formats
+from quantkit.core import rules
 from quantkit.core.progress import Progress
 from quantkit.core.qweight import Scheme
 from quantkit.errors import UsageError
 from quantkit.workflows import plan as planning
 from quantkit.workflows.awq_block import Awq
-from quantkit.workflows.quantize import Report, Task, carry_out
+from quantkit.workflows.budget import wanted
+from quantkit.workflows.quantize import carry_out
+from quantkit.workflows.task import Report, Task
 
 
 def quantize_awq(
@@ -18,6 +21,9 @@ def quantize_awq(
     bits: int = 4,
     group: int = 128,
     sym: bool = False,
+    rule: str | list[str] | tuple[str, ...] = (),
+    target_bits: float | None = None,
+    target_size: str | None = None,
     refine: str = "gptq",
     align: float | None = None,
     damp: float = 0.01,
@@ -38,6 +44,7 @@ def quantize_awq(
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by AWQ and write it to ``out``.
 
+    rule, target_bits, target_size  other bits for some linears, as in quantize
     refine   how scaled weights are rounded: gptq (scales and GPTQ together), or none: to nearest,
              within ranges that are searched, as AWQ does
     align    with refine gptq: how far targets go towards undoing earlier errors (0 to 1; 0.5)
@@ -78,6 +85,8 @@ def quantize_awq(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
+        rules=rules.parsed(rule),
+        budget=wanted(target_bits, target_size),
     )
     progress = progress or Progress()
     report = carry_out(task, Awq(refine, settings), progress)

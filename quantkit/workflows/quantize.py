@@ -5,9 +5,6 @@ time. A killed run goes on at its first unfinished block when the same call is r
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,8 @@ from quantkit.core import provenance, rules
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
-from quantkit.core.metrics import Comparison
 from quantkit.core.progress import Progress, Step
 from quantkit.core.qweight import Scheme
-from quantkit.core.rules import Rule
 from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
@@ -45,49 +40,9 @@ from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.method import Method, Originals, Outcome
 from quantkit.workflows.output import Output, companions, disk_errors
 from quantkit.workflows.plan import Plan
+from quantkit.workflows.task import Report, Task
 
 _DENSE = "dense"
-
-
-@dataclass
-class Report:
-    """What a quantization did.
-
-    layers     by name on disk: relative output error, damping, dead inputs, method
-    fallbacks  every place where something other than the asked-for was done, in words
-    budget     what was chosen for a target in bits or bytes, and why (budget.Choice)
-    measured   the quantized model against the original, on held-out text; None with check=False
-    seconds    by phase
-    """
-
-    folder: Path
-    plan: Plan
-    calibration: Calibration
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fallbacks: list[str] = field(default_factory=list)
-    measured: Comparison | None = None
-    budget: dict[str, Any] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    written: bool = False
-
-    def pairs(self) -> list[str]:
-        """Where inputs were scaled, by AWQ: every pair of its kind, and in how many blocks."""
-        seen: dict[str, list[bool]] = {}
-        for block in self.plan.layout.jobs:
-            notes = [self.layers.get(job.disk, {}) for job in block]
-            told = {note["pair"]: note["scaled"] for note in notes if "pair" in note}
-            for pair, scaled in told.items():
-                seen.setdefault(pair, []).append(scaled)
-        return [f"scaled in {sum(some)} of {len(some)} blocks: {n}" for n, some in seen.items()]
-
-    @contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        """Add the time that this takes to ``seconds``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def quantize(
@@ -180,35 +135,10 @@ def quantize(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
-        rules=tuple(rules.parse(text) for text in ([rule] if isinstance(rule, str) else rule)),
+        rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
     )
     return carry_out(task, method, progress or Progress())
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked for, whatever the method: see :func:`quantize`. ``format`` is a name of
-    formats.by_name."""
-
-    model: str
-    out: str | Path | None
-    scheme: Scheme
-    format: str
-    calib: tuple[str, ...]
-    calib_rows: int
-    calib_seqlen: int
-    seed: int
-    device: str
-    dtype: str
-    max_shard_size: str
-    check: bool
-    strict: bool
-    overwrite: bool
-    dry_run: bool
-    revision: str | None
-    rules: tuple[Rule, ...] = ()
-    budget: Budget | None = None
 
 
 def carry_out(task: Task, method: Method, progress: Progress) -> Report:

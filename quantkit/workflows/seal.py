@@ -10,7 +10,7 @@ from quantkit.workflows.output import Output
 from quantkit.workflows.plan import stored_dtype
 
 if TYPE_CHECKING:
-    from quantkit.workflows.quantize import Report
+    from quantkit.workflows.task import Report
 
 
 def seal(

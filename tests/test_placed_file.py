@@ -1,6 +1,8 @@
 """A file with planned places: any order, any thread, kept by a run that goes on."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from quantkit.errors import QuantkitError
 HEADER = b"planned"
 
 
-def test_tensors_go_to_their_places_from_any_thread(tmp_path):
+def test_tensors_go_to_their_places_from_any_thread(tmp_path, request):
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
     tensors = [torch.full((1000,), i, dtype=torch.int32) for i in range(50)]
     file = PlacedFile(tmp_path / "f", HEADER, len(HEADER) + 50 * 4000)
     with ThreadPoolExecutor(8) as pool:

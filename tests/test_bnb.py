@@ -56,7 +56,7 @@ def test_too_large_for_float16():
         nf4.quantize_int8(torch.full((2, 64), 1e6))
 
 
-@pytest.mark.parametrize("kind, double", [("nf4", True), ("fp4", False), ("int8", True)])
+@pytest.mark.parametrize("kind, double", [("nf4", True), ("fp4", False), ("int8", None)])
 def test_a_checkpoint_is_written(kind, double, tmp_path):
     source, out = model("gpt_neox"), tmp_path / "out"
     result = quantize_bnb(str(source), out, type=kind, double_quant=double)
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_written(kind, double, tmp_path):
         assert torch.equal(opened.dense.get(name), plain.get(name))
     config = read_json(out / "config.json")["quantization_config"]
     assert config["load_in_4bit"] == (kind != "int8")
-    assert config["bnb_4bit_use_double_quant"] == (double and kind != "int8")
+    assert config["bnb_4bit_use_double_quant"] == (bool(double) and kind != "int8")
     assert config["llm_int8_skip_modules"] is None  # transformers finds the head by itself
     record = read_json(out / "quantkit.json")
     assert record["method"] == "bnb" and record["settings"]["type"] == kind

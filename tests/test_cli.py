@@ -22,6 +22,10 @@ from quantkit.cli import awq, bnb, convert, generate, gguf, gptq, rtn, verify
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
+from quantkit.formats import TARGETS
+from quantkit.formats import gguf as gguf_format
+from quantkit.workflows import convert_kquants, convert_targets
+from quantkit.workflows import gguf as gguf_workflow
 from quantkit.workflows.quantize import quantize
 
 # light
@@ -109,6 +113,15 @@ def test_options_are_parameters_with_the_same_defaults(module, function, argumen
         assert (given[name] or None) == several, name
 
 
+def test_the_formats_that_a_recipe_may_name_are_those_that_are_written():
+    written = {name.replace("compressed_tensors", "compressed-tensors") for name in TARGETS}
+    assert set(convert.FORMATS) == written | {"dense", "gguf"}
+    plain = set(gguf_workflow.PLAIN)
+    types = {*gguf_format.WRITTEN, *plain, *convert_kquants.TYPES}
+    assert set(convert.FORMATS["gguf"]) == {kind.lower() for kind in types}
+    assert len(convert.FORMATS["dense"]) == len(convert_targets.DENSE)
+
+
 def test_options_arrive(monkeypatch, tmp_path):
     """All of them, under the right name, with a value that is not the default."""
     heard = {}
@@ -175,7 +188,7 @@ def test_quantizing_tells_what_it_does_and_what_comes_next(tmp_path, capsys, mon
     assert "2 blocks, 8 linears" in err
     assert "1/2 gpt_neox.layers.0" in err and "2/2 gpt_neox.layers.1" in err
     assert "on held-out text" in out and "Japanese" in out
-    assert "wrote gpt_neox-gptq-4bit-32g in" in out
+    assert "wrote gpt_neox-gptq-4bit-32g, " in out
     assert "quantkit verify gpt_neox-gptq-4bit-32g" in out
     assert (tmp_path / "gpt_neox-gptq-4bit-32g" / "config.json").exists()
 
@@ -195,7 +208,7 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path, capsys):
     assert command("gptq", source, "-g", 32, *QUICK_OPTIONS, "--out", out) == 0
     shown = capsys.readouterr()
     assert "model[v2]: 2 blocks" in shown.err
-    assert f"wrote {out} in" in shown.out
+    assert f"wrote {out}, " in shown.out
     assert command("inspect", out) == 0
     shown = capsys.readouterr().out
     assert "out[bold]" in shown and "model[v2]" in shown
@@ -544,3 +557,58 @@ def test_a_place_that_cannot_be_written(copy, capsys, monkeypatch):
         )
         assert command("gptq", copy, "--out", copy.parent / "out", *QUICK_OPTIONS) == 1
     assert "cannot be written (Permission denied)" in sentence(capsys.readouterr().err)[0]
+
+
+# what would be confused, ignored or lost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["rtn", "demo", "-o", "demo"], "bundled model"),
+        (["rtn", "demo", "--revision", "main", "-o", "x"], "has no revisions"),
+        (["rtn", "demo", "--format", "gguf:q8_0", "--bits", "4", "-o", "x"], "no codes of 4 bits"),
+        (["gguf", "demo", "--type", "q5_0", "--fast", "-o", "x"], "--fast is for GPTQ"),
+        (["gguf", "demo", "--calib", "none", "--fast", "-o", "x"], "--fast is for GPTQ"),
+        (["bnb", "demo", "--type", "int8", "--double-quant", "-o", "x"], "no double quantization"),
+        (["bnb", "demo", "--type", "int8", "--compute-dtype", "fp16", "-o", "x"], "compute dtype"),
+        (["gptq", "demo", "--rule", "*: skip", "-o", "x"], "the rules skip every linear"),
+        (["gptq", "demo", "--rule", "*.o_proj: skip,bits=8", "-o", "x"], "says how to quantize"),
+        (["generate", "demo", "a", "--stop", ""], "empty --stop"),
+        (["generate", "demo", "a", "-t", "nan"], "temperature of nan"),
+        (["generate", "demo", "a", "-t", "inf"], "temperature of inf"),
+        (["convert", "demo", "--to", "nope"], "no format to convert to"),
+        (["convert", "demo", "--to", "gguf:q9"], "no type that is written"),
+        (["convert", "demo", "--to", "gguf"], "no type that is written"),
+        (["convert", "demo", "--to", "awq:4"], "no format to convert to"),
+    ],
+)
+def test_refused_in_one_sentence(arguments, match, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments) == 2
+    assert match in sentence(capsys.readouterr().err)[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gptq", "rtn", "gguf", "bnb"])
+def test_the_model_that_is_read_is_not_replaced(name, tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert command("convert", "demo", "--to", "dense:f16", "-o", folder, "-q") == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert command(name, folder, "--overwrite", "-o", folder) == 2
+    assert "would be replaced" in sentence(capsys.readouterr().err)[0]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_recipe_is_checked_to_its_last_step(tmp_path, capsys):
+    steps = 'model = "demo"\nout = "a"\n[[step]]\ncommand = "rtn"\n[[step]]\n'
+    cases = {
+        'command = "convert"\nto = "nope"\nout = "b"': "step 2 (convert): 'nope' is no format",
+        'command = "convert"\nto = "awq"\nout = "a"': "is there already",
+        'command = "convert"\nto = "awq"\nout = "b"\ndry_run = true': "cannot be a dry run",
+    }
+    for step, match in cases.items():
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(steps + step, "utf-8")
+        assert command("run", recipe, "--dry-run") == 2
+        assert match in sentence(capsys.readouterr().err)[0]

@@ -102,7 +102,7 @@ def test_one_value_of_several_may_stand_alone():
         ("fast=true", "fast", True),
         ("fast=False", "fast", False),
         ("order=none", "order", "none"),
-        ("out=3", "out", "3"),
+        ("cook.out=3", "out", "3"),
         ("calib=a.csv:x=3", "calib", ["a.csv:x=3"]),
         ('calib=["a", "b"]', "calib", ["a", "b"]),
     ],

@@ -263,7 +263,7 @@ def test_awq_may_skip(tmp_path):
         ("*.q_proj: bits=7", "7 bits are not supported"),
         ("*.q_proj: bits=5", "cannot have 5 bits in the format gptq"),
         ("*.q_proj: group=48", "group size 48 does not divide"),
-        ("*: skip", "no linear that could be quantized"),
+        ("*: skip", "the rules skip every linear"),
     ],
 )
 def test_refused_before_anything_is_written(rule, message, tmp_path, capsys):

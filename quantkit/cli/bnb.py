@@ -19,9 +19,8 @@ from quantkit.cli import options, process
 )
 @click.option(
     "--double-quant/--no-double-quant",
-    default=True,
-    show_default=True,
-    help="Store the scales of 4-bit blocks in 8 bits.",
+    default=None,
+    help="Store the scales of 4-bit blocks in 8 bits.  [default: double-quant]",
 )
 @click.option(
     "--compute-dtype",

@@ -5,6 +5,32 @@ from typing import Any
 import click
 
 from quantkit.cli import options, process
+from quantkit.errors import UsageError
+
+# what --to may be, and the types of each: here, so that a recipe is checked without torch
+FORMATS: dict[str, tuple[str, ...]] = {
+    "gptq": (),
+    "gptq_v2": (),
+    "awq": (),
+    "compressed-tensors": (),
+    "mlx": (),
+    "dense": ("f16", "bf16", "f32"),
+}
+FORMATS["gguf"] = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
+FORMATS["gguf"] += ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m")
+FORMATS["gguf"] += ("q6_k",)
+
+
+def _check_format(context: click.Context, option: click.Parameter, value: str) -> str:
+    name, colon, kind = value.lower().partition(":")
+    name = {"gptq-v2": "gptq_v2", "compressed_tensors": "compressed-tensors"}.get(name, name)
+    if name not in FORMATS or (colon and not FORMATS[name]):
+        known = ", ".join(name for name in FORMATS if name != "gguf")
+        raise UsageError(f"'{value}' is no format to convert to", f"use {known} or gguf:TYPE")
+    if kind not in FORMATS[name] and (colon or name == "gguf"):
+        types = ", ".join(f"{name}:{kind}" for kind in FORMATS[name])
+        raise UsageError(f"'{value}' is no type that is written", f"use {types}")
+    return value
 
 
 @click.command("convert")
@@ -13,6 +39,7 @@ from quantkit.cli import options, process
     "--to",
     required=True,
     metavar="FORMAT",
+    callback=_check_format,
     help="gptq, gptq_v2, awq, compressed-tensors, mlx, dense[:f16|bf16|f32], or gguf:TYPE with the "
     "types q4_0, q4_1, q5_0, q5_1, q8_0, f16, bf16, f32, or K types such as q4_k_m.",
 )

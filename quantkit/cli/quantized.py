@@ -1,12 +1,12 @@
 """What a quantization has come to, and what to do next."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from quantkit.cli.console import stdout
 from quantkit.cli.tables import comparison_table, plain_table
+from quantkit.cli.written import say_next
 from quantkit.workflows.budget import table
 
 if TYPE_CHECKING:
@@ -27,11 +27,7 @@ def tell(report: "Report", model: str) -> None:
         console.print(line, markup=False)
     for text in report.fallbacks:
         console.print(f"[yellow]fallback:[/] {escape(text)}")
-    name = escape(str(report.folder))
-    console.print(f"wrote [bold]{name}[/] in {sum(report.seconds.values()):.0f} s")
-    original = Path(model).expanduser()
-    # the path of a folder is not recorded in what may be published
-    against = f" --against {escape(str(original))}" if original.is_dir() else ""
-    console.print(
-        f"next: [bold]quantkit verify {name}{against}[/], [bold]quantkit generate {name} ...[/]"
-    )
+    size, seconds = report.plan.output_bytes / 1e6, sum(report.seconds.values())
+    folder = escape(str(report.folder))
+    console.print(f"wrote [bold]{folder}[/], {size:,.1f} MB, in {seconds:.0f} s")
+    say_next(console, report.folder, model)

@@ -10,7 +10,7 @@ from quantkit.cli import options, process
 @click.command("rtn")
 @click.argument("model")
 @click.option("--out", "-o", metavar="FOLDER", help="Where to; default: NAME-rtn-4bit-128g here.")
-@click.option("--bits", "-b", type=int, default=4, show_default=True, help="2, 3, 4 or 8.")
+@click.option("--bits", "-b", type=int, help="2, 3, 4 or 8.  [default: 4, or what the type has]")
 @click.option(
     "--group",
     "-g",

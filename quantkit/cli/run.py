@@ -179,3 +179,5 @@ def _check(where: str, command: click.Command, step: Step, line: list[str]) -> N
         command.make_context(f"quantkit {step.command}", list(line))
     except click.UsageError as error:
         raise UsageError(f"{where} ({step.command}): {error.format_message()}") from error
+    except UsageError as error:
+        raise UsageError(f"{where} ({step.command}): {error.message}", error.hint) from error

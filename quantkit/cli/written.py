@@ -1,5 +1,6 @@
 """What a conversion or a rounding says at its end."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ def say_exactness(console: Console, result: "Conversion") -> None:
 
 
 def say_planned(console: Console, result: "Conversion") -> None:
-    console.print(f"{result.linears} linears would take {result.bytes / 1e6:,.1f} MB in all")
+    linears = f" with {result.linears} quantized linears" if result.linears else ""
+    console.print(f"the result{linears} would take {result.bytes / 1e6:,.1f} MB")
 
 
 def say_written(console: Console, result: "Conversion") -> None:
@@ -52,8 +54,15 @@ def say_quantized(console: Console, result: "Conversion", model: str) -> None:
     if result.dense:
         console.print(f"other tensors were rounded: relative error {result.dense:.2e} at most")
     say_written(console, result)
-    folder, original = escape(str(result.folder)), Path(model).expanduser()
-    against = f" --against {escape(str(original))}" if original.is_dir() else ""
+    say_next(console, result.folder, model)
+
+
+def say_next(console: Console, folder: Path, model: str) -> None:
+    """What to do with a quantized ``folder``, made from the argument ``model``."""
+    name = escape(shlex.quote(str(folder)))
+    original = Path(model).expanduser()
+    # the path of a folder is not recorded in what may be published
+    against = f" --against {escape(shlex.quote(str(original)))}" if original.is_dir() else ""
     console.print(
-        f"next: [bold]quantkit verify {folder}{against}[/], [bold]quantkit generate {folder} ...[/]"
+        f"next: [bold]quantkit verify {name}{against}[/], [bold]quantkit generate {name} ...[/]"
     )

@@ -152,6 +152,8 @@ def _step(name: str, table: dict[str, Any], vocabulary: Vocabulary) -> Step:
 
 
 def _known(where: str, key: str, options: Mapping[str, Key]) -> Key:
+    if key == "dry_run":
+        raise UsageError(f"{where}: a step cannot be a dry run", "use 'quantkit run --dry-run'")
     if key not in options:
         raise UsageError(f"{where} has no option '{key}'", _near(key, options))
     return options[key]
@@ -243,6 +245,7 @@ def _connect(
 ) -> None:
     """Let every step work on what the one before wrote, where it does not say otherwise."""
     latest = model
+    taken: dict[str | None, str] = {model: "it is the model"}
     for index, step in enumerate(steps):
         where = f"{name}, step {index + 1} ({step.command})"
         if "model" not in step.options:
@@ -256,6 +259,12 @@ def _connect(
         if "out" not in step.options and len(steps) > 1:
             raise UsageError(f"{where} does not say where to write", 'add out = "FOLDER" to it')
         latest = step.options.get("out")
+        if latest is not None and latest in taken:
+            raise UsageError(
+                f"{where} would write to {latest}, which is there already: {taken[latest]}",
+                "give every step an out of its own",
+            )
+        taken[latest] = f"step {index + 1} writes it"
 
 
 def _shown(value: Any) -> str:

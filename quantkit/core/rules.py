@@ -53,6 +53,9 @@ class Rule:
             raise UsageError(
                 f"rule '{self}': method can only be rtn", "leave it out for the command's own"
             )
+        how = (self.bits, self.group, self.sym, self.method)
+        if self.skip and any(value is not None for value in how):
+            raise UsageError(f"rule '{self}' skips linears and says how to quantize them", _HOW)
         if all(value is None for key, value in vars(self).items() if key != "match"):
             raise UsageError(f"rule '{self.match}' says nothing", _HOW)
 

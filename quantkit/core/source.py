@@ -7,7 +7,7 @@ from typing import Any
 
 from quantkit import data
 from quantkit.core.checkpoint import read_json
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 
 DEMO = "demo"
 _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
@@ -56,9 +56,12 @@ def resolve(model: str, revision: str | None = None) -> Source:
     """Find ``model`` and fetch it if need be: ``demo``, a folder, ``owner/name`` or
     ``owner/name@revision``. Raises QuantkitError when there is no such model."""
     if model == DEMO:
+        _no_revision(model, revision)
         return Source(DEMO, data.demo())
     try:
         path = Path(model).expanduser()
+        if path.exists():
+            _no_revision(model, revision)
         if path.is_dir():
             return Source(path.resolve().name, path)
         is_file = path.exists()
@@ -74,6 +77,11 @@ def resolve(model: str, revision: str | None = None) -> Source:
         raise _no_folder(model)
     repository, _, tag = model.partition("@")
     return _from_hub(repository, revision or tag or None)
+
+
+def _no_revision(model: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"{model} is on this machine and has no revisions", "leave out --revision")
 
 
 def _no_folder(model: str) -> QuantkitError:

@@ -40,7 +40,7 @@ def quantize_bnb(
     out: str | Path | None = None,
     *,
     type: str = "nf4",
-    double_quant: bool = True,
+    double_quant: bool | None = None,
     compute_dtype: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
@@ -52,7 +52,8 @@ def quantize_bnb(
     as bitsandbytes does and write it to ``out``. All other tensors stay as they are.
 
     type           nf4, fp4 or int8
-    double_quant   store the scales of 4-bit blocks in 8 bits: 4.13 instead of 4.5 bits a weight
+    double_quant   store the scales of 4-bit blocks in 8 bits (the default): 4.13 instead of 4.5
+                   bits a weight
     compute_dtype  what 4-bit matmuls compute in: bf16, fp16 (for a T4, which has no bf16), or auto:
                    bf16 where the model is stored in it, else fp16
 
@@ -63,8 +64,12 @@ def quantize_bnb(
         raise UsageError(f"'{type}' is no type of bitsandbytes", f"use {', '.join(_SCHEMES)}")
     if compute_dtype not in (*_COMPUTE, "auto"):
         raise UsageError(f"'{compute_dtype}' is no compute dtype", "use bf16, fp16 or auto")
+    if type == "int8" and (double_quant or compute_dtype != "auto"):
+        raise UsageError(
+            "int8 has no double quantization and no compute dtype", "leave them out, or use nf4"
+        )
     scheme = _SCHEMES[type]
-    nested = double_quant and type != "int8"
+    nested = type != "int8" and double_quant is not False
 
     def rounder(weight: Tensor) -> Rounding:
         return _round(weight, scheme, nested)

@@ -97,6 +97,7 @@ def carry(
     progress = progress or Progress()
     started = time.perf_counter()
     folder = output.folder
+    output.keep_apart(opened.source)
     result = Conversion(folder, opened.format, to, linears=len(opened.linears))
     result.settings = {key: value for key, value in settings.items() if value}
     for text in target.survey(progress):

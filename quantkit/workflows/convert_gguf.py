@@ -127,7 +127,7 @@ class GgufTarget:
                 exact = False
             self.opened.release()
             inexact = inexact or (None if exact else prefix)
-        return [f"{inexact} will be rounded; the error is measured"] if inexact else []
+        return [f"{inexact} and others will be rounded; the error is measured"] if inexact else []
 
     def _enough(self, prefix: str, form: Form) -> QWeight:
         """What decides whether a linear fits: its codes only where other codes, or an asymmetric

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -47,6 +48,8 @@ def generate(
     receives the text piece by piece.
     """
     settings = sampling(temperature, top_p, top_k, repetition_penalty)
+    if not all(stop):
+        raise UsageError("an empty --stop would end every answer at once", "leave it out")
     if max_new_tokens < 1:
         raise UsageError("--max-new-tokens must be at least 1")
     loaded, tokenizer = load(
@@ -84,13 +87,16 @@ def sampling(
     repetition_penalty: float | None,
 ) -> dict[str, Any]:
     """Keyword arguments for ``model.generate``. Raises UsageError for values out of range."""
-    if temperature is not None and temperature < 0:
-        raise UsageError("--temperature cannot be negative", "0 always takes the likeliest token")
+    if temperature is not None and not 0 <= temperature < inf:
+        raise UsageError(
+            f"a temperature of {temperature:g} is out of range",
+            "0 always takes the likeliest token, 1 is the model's own spread",
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError("--top-p must be above 0 and at most 1")
     if top_k is not None and top_k < 0:
         raise UsageError("--top-k cannot be negative", "0 turns it off")
-    if repetition_penalty is not None and repetition_penalty <= 0:
+    if repetition_penalty is not None and not 0 < repetition_penalty < inf:
         raise UsageError("--repetition-penalty must be positive", "1.0 turns it off")
     found: dict[str, Any] = {}
     if repetition_penalty is not None:

@@ -119,6 +119,8 @@ def quantize_gguf(
     sources = _sources(kind, calib)
     if imatrix_out and (kind not in TYPES or not sources):
         raise UsageError("only K types with calibration have an importance matrix")
+    if fast and (kind not in _GPTQ or not sources):
+        raise UsageError(f"--fast is for GPTQ, which does not round {type} here", "leave it out")
     source = resolve(model, revision)
     run = _Run(
         source,
@@ -130,6 +132,7 @@ def quantize_gguf(
         dry_run,
         progress,
     )
+    run.output.keep_apart(source)
     given = {
         "calib": sources,
         "calib_rows": calib_rows,

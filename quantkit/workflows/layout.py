@@ -132,7 +132,7 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str, rules: Sequence[Rul
             job = Job(name, inner, disk, out, width, bias is not None, setting.scheme, setting.rtn)
             jobs[-1].append(job)
     ruling.check_matches(rules, linears)
-    _check_groups([job for block in jobs for job in block])
+    _check_groups([job for block in jobs for job in block], skipped)
     _check_mixture([job for block in jobs for job in block], format)
     expected = model.state_dict().keys()
     dropped = [disk for disk, live in skeleton.live_names.items() if live not in expected]
@@ -177,7 +177,9 @@ def refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter
             )
 
 
-def _check_groups(jobs: list[Job]) -> None:
+def _check_groups(jobs: list[Job], skipped: Sequence[str]) -> None:
+    if not jobs and skipped:
+        raise UsageError("the rules skip every linear, so there is nothing to quantize")
     if not jobs:
         raise QuantkitError("the model has no linear that could be quantized")
     wrong = [job for job in jobs if job.width % job.scheme.width(job.width)]

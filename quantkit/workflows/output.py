@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkit.core import ledger, provenance
 from quantkit.core.checkpoint import sync_folder
-from quantkit.core.source import Source
+from quantkit.core.source import DEMO, Source
 from quantkit.errors import QuantkitError, UsageError
 
 # what a model's folder holds beside config.json and weights, and what loaders will look for
@@ -46,6 +46,11 @@ class Output:
     def __init__(self, folder: Path, overwrite: bool) -> None:
         if folder.name in ("", ".."):
             raise UsageError(f"{folder} is not a name for a new folder", "choose another --out")
+        if str(folder) == DEMO:
+            raise UsageError(
+                f"a folder called {DEMO} could not be named: that is the bundled model",
+                "choose another --out",
+            )
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         self.overwrite = overwrite
@@ -56,11 +61,19 @@ class Output:
             if ours:
                 # a run that was killed in its very last step left this behind
                 (folder / ledger.FILE).unlink(missing_ok=True)
-        if not overwrite:
-            raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
         if not ours:
             raise UsageError(
-                f"{folder} was not written by quantkit, so it will not be overwritten",
+                f"{folder} already exists, and was not written by quantkit",
+                "it is not overwritten in any case; choose another --out",
+            )
+        if not overwrite:
+            raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
+
+    def keep_apart(self, source: Source) -> None:
+        """Raises UsageError when the result would take the place of the model that is read."""
+        if self.folder.resolve() == source.folder.resolve():
+            raise UsageError(
+                f"{self.folder} is the model that is read, and would be replaced",
                 "choose another --out",
             )
 

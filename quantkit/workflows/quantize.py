@@ -149,6 +149,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     source = resolve(task.model, task.revision)
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
+    output.keep_apart(source)
     skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
     layout = lay_out(skeleton, task.scheme, task.format, task.rules)
     specs = layout.specs()

@@ -28,7 +28,7 @@ def quantize_rtn(
     model: str,
     out: str | Path | None = None,
     *,
-    bits: int = 4,
+    bits: int | None = None,
     group: int | None = None,
     sym: bool | None = None,
     format: str = "auto",
@@ -42,7 +42,7 @@ def quantize_rtn(
     """Round the linears inside the blocks of ``model`` (``demo``, a folder, or a Hub repository) to
     nearest and write it to ``out``. Everything else stays as it is, but float32 becomes float16.
 
-    bits           2, 3, 4, 8 (and what else the format has)
+    bits           2, 3, 4 (the default), 8, and what else the format has
     group          inputs that share a scale (128; 32 for gguf), or -1 for the whole row
     sym            symmetric codes (the default, where the format has them)
     format         auto (gptq when symmetric, else gptq_v2), gptq, gptq_v2, awq, compressed-tensors,
@@ -90,12 +90,15 @@ def _form(format: str) -> Form:
     return formats.by_name(name).FORM
 
 
-def _scheme(form: Form, format: str, bits: int, group: int | None, sym: bool | None) -> Scheme:
+def _scheme(
+    form: Form, format: str, bits: int | None, group: int | None, sym: bool | None
+) -> Scheme:
     """The scheme that was asked for; a format that has only one answers what was not."""
     fixed = len(form.bits) == 1 and bool(form.groups)  # GGUF: the type says it all
     if fixed:
-        bits = form.bits[0]
+        bits = form.bits[0] if bits is None else bits
         group = form.groups[0] if group is None else group
+    bits = 4 if bits is None else bits
     group = 128 if group is None else group
     if bits not in form.bits:
         raise UsageError(

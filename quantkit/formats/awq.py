@@ -307,6 +307,7 @@ def configuration(
     own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """Keys to set in config.json; see Format. ``zero_point`` says that there are qzeros, which
     there always are. There is no key for anything but the layout."""

@@ -6,9 +6,9 @@
     opened.dense                                     everything else, a Checkpoint
 
 Which format it is, is seen from the tensors; the configuration is only asked for what they cannot
-show. Embeddings and heads that are quantized (MLX, gptq --lm-head) are dense here: transformers looks
-rows up in the ones, and most formats have no place for either. The loader, convert, inspect and
-verify all look at checkpoints through this.
+show. Embeddings and heads that are quantized (MLX, gptq --lm-head) are dense here: transformers
+looks rows up in the ones, and most formats have no place for either. The loader, convert, inspect
+and verify all look at checkpoints through this.
 """
 
 import warnings

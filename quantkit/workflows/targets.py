@@ -19,8 +19,8 @@ _MLX_GROUPS = {32, 64, 128}
 _TRANSFORMERS_GGUF = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss")
 _TRANSFORMERS_GGUF += ("falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2", "nemotron")
 _TRANSFORMERS_GGUF += ("gemma2", "gemma3", "gemma3_text", "gemma4", "lfm2", "mamba")
-# heads that GPTQModel 7.6 knows by their name in files (models/definitions/gpt_neox.py), which is not
-# the one that transformers 5 gives them: it leaves them empty
+# heads that GPTQModel 7.6 knows by their name in files (models/definitions/gpt_neox.py), not by the
+# one that transformers 5 gives them: it leaves them empty
 _RENAMED_HEADS = ("gpt_neox",)
 _OWN_LOADER = "GPTQModel's own loader (GPTQModel.load) reads it"
 
@@ -147,7 +147,7 @@ TARGETS: dict[str, Target] = {
                 lambda s: s.mixed,
                 ("gptq",),
             ),
-            # seen with transformers 5.17: optimum gptq/quantizer.py replaces linears of blocks alone,
+            # seen with transformers 5: optimum gptq/quantizer.py replaces linears of blocks alone,
             # transformers quantizers/base.py, get_keys_to_not_convert, never the head
             Rule(
                 "it has no quantized output head, and would fill the head with random numbers; "

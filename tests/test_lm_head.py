@@ -1,5 +1,8 @@
 """``quantkit gptq --lm-head``: the output head as one more part behind the blocks."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -184,6 +187,14 @@ def test_heads_that_are_refused(name, changes, settings, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         quantize(str(model(name, **changes)), tmp_path / "out", **SETTINGS, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stored_copy_of_a_tied_head_is_refused_too(tmp_path):
+    source = shutil.copytree(model("llama"), tmp_path / "model")
+    config = read_json(source / "config.json") | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="tied to the embedding"):
+        quantize(str(source), tmp_path / "out", **SETTINGS)
 
 
 def test_the_command_refuses_in_a_sentence(capsys, tmp_path):

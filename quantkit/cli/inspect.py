@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _HEADS = {
     "own": "a tensor of its own",
+    "quantized": "quantized",
     "tied": "tied to the embedding",
     "both": "tied to the embedding, and stored",
     "missing": "missing",

@@ -84,12 +84,13 @@ class Format(Protocol):
         own: Mapping[str, Scheme] | None = None,
         act_order: str | None = None,
         damp: float | None = None,
+        lm_head: bool = False,
     ) -> dict[str, Any]:
         """Keys to set in config.json. ``dense`` names linears that were left as they were, ``by``
         who wrote the checkpoint, ``own`` all quantized linears with their schemes where these are
         not one and the same (only for a FORM that is ``mixed``). How columns were ordered
         (``group``: they are in groups of their own, g_idx) and the damping are written down where
-        they are known and there is a key."""
+        they are known and there is a key. ``lm_head``: the output head is quantized too."""
 
     def beside(self, config: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
         """Further JSON files of a checkpoint with this config.json, of the model ``name``."""

@@ -307,9 +307,11 @@ def configuration(
     own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """Keys to set in config.json; see Format. ``zero_point`` says that there are qzeros, which
-    there always are. There is no key for anything but the layout."""
+    there always are. There is no key for anything but the layout; ``lm_head`` is one that vLLM
+    reads (auto_awq.py)."""
     return {
         "quantization_config": {
             "quant_method": "awq",
@@ -318,6 +320,7 @@ def configuration(
             "group_size": scheme.group_size,
             "zero_point": True,
             "modules_to_not_convert": dense or None,
+            **({"lm_head": True} if lm_head else {}),
         }
     }
 

@@ -379,12 +379,15 @@ def configuration(
     by: str,
     double_quant: bool = False,
     dtype: torch.dtype = torch.float16,
+    *,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """Keys to set in config.json, as transformers' BitsAndBytesConfig has them; see Format.
     ``double_quant`` says that scales are nested, ``dtype`` is what 4-bit matmuls compute in."""
     four = scheme.grid != "int"
     # A list of its own switches off transformers' search for the head, so the head has to be in it.
-    skipped = [*dense, *(head for head in ("lm_head", "embed_out") if head not in dense)]
+    heads = () if lm_head else ("lm_head", "embed_out")
+    skipped = [*dense, *(head for head in heads if head not in dense)]
     return {
         "quantization_config": {
             "quant_method": "bitsandbytes",
@@ -397,7 +400,7 @@ def configuration(
             "bnb_4bit_compute_dtype": _DTYPE_NAMES[dtype if four else torch.float32],
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_threshold": 6.0,
-            "llm_int8_skip_modules": skipped if dense else None,
+            "llm_int8_skip_modules": skipped if dense or lm_head else None,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }

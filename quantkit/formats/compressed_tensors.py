@@ -313,6 +313,7 @@ def configuration(
     own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """Keys to set in config.json; see Format. compressed-tensors forbids keys that it does not
     know, so there is none for ``by`` and ``damp``."""
@@ -331,7 +332,7 @@ def configuration(
                 f"group_{index}": _config_group(one, targets, actorder)
                 for index, (one, targets) in enumerate(groups)
             },
-            "ignore": sorted({*dense, "lm_head"}),
+            "ignore": sorted({*dense} if lm_head else {*dense, "lm_head"}),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

@@ -314,11 +314,13 @@ def quantization_config(
     own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, in the keys that GPTQModel, transformers, vLLM
     and AutoGPTQ read. ``dense`` names linears inside the blocks that were left as they were,
     ``own`` all others with their schemes where these differ; ``act_order`` (by default: no g_idx of
-    its own) and ``damp`` are written down where they are known."""
+    its own) and ``damp`` are written down where they are known. ``lm_head``: the head is
+    quantized too."""
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -327,7 +329,7 @@ def quantization_config(
         "desc_act": act_order == "group",
         "static_groups": act_order == "static",
         "true_sequential": False,
-        "lm_head": False,
+        "lm_head": lm_head,
         "checkpoint_format": _FORMATS[convention],
         "pack_dtype": "int32",
         "meta": {"quantizer": [quantizer]},
@@ -399,6 +401,7 @@ def configuration(
     own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """Keys to set in config.json; see Format. With a g_idx of their own (``act_order`` group)
     linears must be kept from kernels for contiguous groups."""
@@ -411,6 +414,7 @@ def configuration(
             own=own,
             act_order=act_order,
             damp=damp,
+            lm_head=lm_head,
         )
     }
 

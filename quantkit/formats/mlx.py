@@ -209,6 +209,7 @@ def configuration(
     own: Mapping[str, Scheme] | None = None,
     act_order: str | None = None,
     damp: float | None = None,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """Keys to set in config.json; see Format. mlx-lm writes both names, and takes what has no
     scales for dense."""

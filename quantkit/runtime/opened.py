@@ -6,9 +6,9 @@
     opened.dense                                     everything else, a Checkpoint
 
 Which format it is, is seen from the tensors; the configuration is only asked for what they cannot
-show. Embeddings and heads that are quantized (MLX does that) are dense here: transformers looks
-rows up in the ones, and most formats have no place for either. The loader, convert, inspect and
-verify all look at checkpoints through this.
+show. Embeddings and heads that are quantized (MLX, gptq --lm-head) are dense here: transformers
+looks rows up in the ones, and most formats have no place for either. The loader, convert, inspect
+and verify all look at checkpoints through this.
 """
 
 import warnings
@@ -156,13 +156,17 @@ class Folder:
         )
 
     @cached_property
+    def outside(self) -> list[str]:
+        """What is quantized outside of the decoder blocks, and dense here: embeddings and heads."""
+        return sorted(self._packed.keys() - self.linears.keys())
+
+    @cached_property
     def dense(self) -> Tensors:
         """The checkpoint without the tensors of quantized linears."""
         plain = self.tensors.without(
             {name for prefix in self._packed for name in self.names(prefix)}
         )
-        outside = self._packed.keys() - self.linears.keys()
-        return _Unpacked(plain, self, {f"{prefix}.weight": prefix for prefix in sorted(outside)})
+        return _Unpacked(plain, self, {f"{prefix}.weight": prefix for prefix in self.outside})
 
 
 @dataclass(frozen=True)

@@ -215,22 +215,66 @@ class Walk:
             return [self._record(batch) for batch in batches]
 
     @torch.no_grad()
-    def logits(self, batches: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
+    def logits(
+        self,
+        batches: list[Tensor],
+        hidden: list[Tensor],
+        head: dict[str, nn.Parameter] | None = None,
+    ) -> Iterator[Tensor]:
         """The model's predictions [rows, tokens, vocabulary] from hidden states behind the last
-        block, a batch at a time."""
-        model = self.skeleton.model
+        block, a batch at a time. ``head``: parameters that the output head has instead of its own.
+        """
         with self._surroundings(head=True):
             for batch, state in zip(batches, hidden):
-                for block in self._blocks:
-                    block.forward = lambda *args, state=state, **kwargs: (  # type: ignore[method-assign]
-                        (state,) if self._tuples else state
-                    )
-                try:
-                    output = model(input_ids=batch.to(self.skeleton.device), use_cache=False)
-                finally:
-                    for block in self._blocks:
-                        del block.forward
+                with self._headed(head or {}):
+                    output = self._behind(batch, state)
                 yield output.logits
+
+    @torch.no_grad()
+    def head_inputs(self, batches: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
+        """What the output head is given [rows, tokens, width], from hidden states behind the last
+        block, a batch at a time. The head itself is not read."""
+        seen: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor]) -> None:
+            seen.append(args[0])
+            raise _Stop
+
+        with self._surroundings():
+            for batch, state in zip(batches, hidden):
+                handle = find_head(self.skeleton.model)[1].register_forward_pre_hook(stop)
+                try:
+                    self._behind(batch, state)
+                except _Stop:
+                    pass
+                finally:
+                    handle.remove()
+                yield seen.pop()
+
+    def _behind(self, batch: Tensor, state: Tensor) -> Any:
+        """Run the model with ``state`` for what its blocks make of ``batch``."""
+        for block in self._blocks:
+            block.forward = lambda *args, **kwargs: (state,) if self._tuples else state  # type: ignore[method-assign]
+        try:
+            ids = batch.to(self.skeleton.device)
+            return self.skeleton.model(input_ids=ids, use_cache=False)
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+    @contextmanager
+    def _headed(self, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+        """While open, the output head has these parameters."""
+        if not parameters:
+            yield
+            return
+        _, head = find_head(self.skeleton.model)
+        own = dict(head._parameters)
+        head._parameters.update(parameters)
+        try:
+            yield
+        finally:
+            head._parameters.update(own)
 
     @contextmanager
     def _surroundings(self, head: bool = False) -> Iterator[None]:
@@ -360,6 +404,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     _, name, module = max(lists, key=lambda entry: entry[0])
     return name, module
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Module]:
+    """The output head and its name. Raises QuantkitError when there is none."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is head:
+            return name, module
+    raise QuantkitError(
+        f"no output head was found in {type(model).__name__}", "please report the architecture"
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -182,15 +182,22 @@ def again(plan: Plan, parts: list[dict[str, Any]]) -> Choice:
 
 
 def _chosen(plan: Plan, rules: tuple[Rule, ...], parts: list[dict[str, Any]]) -> Choice:
-    layout = lay_out(plan.skeleton, plan.scheme, plan.layout.format, plan.rules + rules)
+    layout = lay_out(
+        plan.skeleton,
+        plan.scheme,
+        plan.layout.format,
+        plan.rules + rules,
+        plan.lm_head is not None,
+    )
     most = Counter(job.scheme for job in layout.all_jobs()).most_common(1)[0][0]
     made = replace(plan, layout=layout, specs=layout.specs(), chosen=rules, scheme=most)
     return Choice(made, parts, sum(part["expected_kl"] for part in parts))
 
 
 def _free(plan: Plan) -> list[Job]:
-    """Linears that no rule speaks of."""
-    jobs = plan.layout.all_jobs()
+    """Linears of the blocks that no rule speaks of. What the head loses is not measured: it has
+    the scheme that was asked for."""
+    jobs = plan.layout.block_jobs()
     return [job for job in jobs if not any(rule.matches(job.name) for rule in plan.rules)]
 
 

@@ -9,7 +9,7 @@ neither model ever in memory.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit import data
 from quantkit.core import calibration
@@ -51,11 +51,12 @@ class RideAlong:
         """When it has its quantized ones."""
         gather.advance(block, self._quantized)
 
-    def finish(self, walk: Walk) -> Comparison:
-        """Both models' predictions, compared."""
+    def finish(self, walk: Walk, head: dict[str, nn.Parameter] | None = None) -> Comparison:
+        """Both models' predictions, compared. ``head``: the parameters of a quantized head."""
         comparison = Comparison()
         pairs = zip(
-            walk.logits(self.batches, self._original), walk.logits(self.batches, self._quantized)
+            walk.logits(self.batches, self._original),
+            walk.logits(self.batches, self._quantized, head),
         )
         for label, batch, (before, after) in zip(self._labels, self.batches, pairs):
             comparison.add(label, batch[0], before[0], after[0])

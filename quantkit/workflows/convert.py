@@ -22,7 +22,7 @@ from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import digest, fit
-from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.runtime.opened import Folder, Opened, open_checkpoint
 from quantkit.workflows import convert_targets
 from quantkit.workflows.ahead import Ahead, ahead
 from quantkit.workflows.convert_record import Conversion, made, provenance_of
@@ -100,7 +100,7 @@ def carry(
     output.keep_apart(opened.source)
     result = Conversion(folder, opened.format, to, linears=len(opened.linears))
     result.settings = {key: value for key, value in settings.items() if value}
-    for text in target.survey(progress):
+    for text in [*target.survey(progress), *_unpacked(opened, to)]:
         result.notes.append(text)
         progress.note(text)
     result.bytes = target.nbytes
@@ -136,6 +136,14 @@ def carry(
         output.complete()
     result.written = True
     return result
+
+
+def _unpacked(opened: Opened, to: str) -> list[str]:
+    """What is quantized and will not be: linears of the blocks are carried over as codes alone."""
+    found = opened.outside if isinstance(opened, Folder) else []
+    if not found or to.startswith("dense"):
+        return []
+    return [f"quantized outside of the blocks, written as plain tensors: {', '.join(found)}"]
 
 
 def begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:

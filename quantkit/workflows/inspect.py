@@ -42,7 +42,7 @@ class Inspection:
     act_order        some linear has groups that are not contiguous
     bits_per_weight  of packed weights, scales and zeros included
     dense_linears    inside the decoder blocks
-    head             own, tied, both (tied and stored), missing
+    head             own, quantized, tied, both (tied and stored), missing
     types            of a GGUF file's quantized linears, and how many have each
     repaired         what --repair changed
     """
@@ -295,6 +295,7 @@ def _subject(found: Inspection, linears: Linears) -> Subject:
         stored_order=linears.stored_order,
         broken=bool(fatal),
         bfloat16="bfloat16" in found.dtypes,
+        quantized_head=found.head == "quantized",
     )
 
 

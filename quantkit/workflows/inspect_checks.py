@@ -99,11 +99,14 @@ class Look:
             return None
         name = "gptq_v2" if self.linears.convention == "v2" else self.opened.format
         dense = list(self.structure.dense)
-        if self.model_type in _HEADS:
+        lm_head = self.structure.head == "quantized"
+        if self.model_type in _HEADS and not lm_head:
             dense.append(_HEADS[self.model_type][0].removesuffix(".weight"))
         if self.opened.format == "gptq":
             dense = self.structure.dense  # its rules are for linears inside the blocks
-        found = formats.by_name(name).configuration(scheme, dense, f"quantkit:{__version__}")
+        found = formats.by_name(name).configuration(
+            scheme, dense, f"quantkit:{__version__}", lm_head=lm_head
+        )
         if self.opened.format == "gptq":
             found["quantization_config"]["desc_act"] = bool(self.linears.ordered)
         return found

@@ -183,8 +183,8 @@ class Structure:
     dense       linears inside the decoder blocks that are not quantized
     missing     parameters that no tensor of the checkpoint becomes
     unexpected  tensors that become no parameter
-    head        own: a tensor of its own; tied: the embedding; both: it is tied by the
-                configuration and stored; missing
+    head        own: a tensor of its own; quantized: several of its own; tied: the embedding;
+                both: it is tied by the configuration and stored; missing
     unknown     why none of this could be found out
     """
 
@@ -230,6 +230,8 @@ def _compare(skeleton: Skeleton, dense: Tensors, packed: list[str]) -> Structure
     head = _head_name(skeleton)
     if head is not None:
         found.head = _head(head in held, head in tied)
+        if found.head == "own" and head in quantized:
+            found.head = "quantized"
         body = tied.get(head)
         if found.head == "both" and body in skeleton.disk_names and head in skeleton.disk_names:
             pair = [dense.get(skeleton.disk_names[name]) for name in (head, body)]

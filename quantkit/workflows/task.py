@@ -12,13 +12,14 @@ from quantkit.core.metrics import Comparison
 from quantkit.core.qweight import Scheme
 from quantkit.core.rules import Rule
 from quantkit.workflows.budget import Budget
+from quantkit.workflows.gptq_block import Gptq
 from quantkit.workflows.plan import Plan
 
 
 @dataclass(frozen=True)
 class Task:
     """What is asked for, whatever the method: see quantize.py. ``format`` is a name of
-    formats.by_name."""
+    formats.by_name, ``lm_head`` how the output head is solved, None: not at all."""
 
     model: str
     out: str | Path | None
@@ -38,6 +39,7 @@ class Task:
     revision: str | None
     rules: tuple[Rule, ...] = ()
     budget: Budget | None = None
+    lm_head: Gptq | None = None
 
 
 @dataclass

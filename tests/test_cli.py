@@ -138,7 +138,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
         "--format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
-        "--dry-run --revision v1 -q"
+        "--lm-head --dry-run --revision v1 -q"
     )
     assert command(*options.split()) == 130
     del heard["progress"]
@@ -159,6 +159,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "scale_search": False,
         "bias_correction": False,
         "tokens_per_input": 12,
+        "lm_head": True,
         "calib": ["a.txt=3", "self"],
         "calib_rows": 7,
         "calib_seqlen": 99,

@@ -460,7 +460,7 @@ REFUSED = [
     ({"group": 16}, "gguf:q4_0", 1, "groups of 16"),
     ({}, "gguf:q3_k", 2, "no type that is written"),
     ({}, "gguf", 2, "no type that is written"),
-    ({}, "dense:int8", 2, "no dtype"),
+    ({}, "dense:int8", 2, "no type that is written"),
     ({}, "exl2", 2, "no format to convert to"),
     ({}, "awq:q4_0", 2, "no format to convert to"),
     ({}, "", 2, "no format to convert to"),
@@ -998,7 +998,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch, to):
     assert not result.written and result.linears == 28 and result.bytes > 1e6
     assert result.folder == Path(f"{source.name}-{to.replace(':', '-')}")
     assert command("convert", source, "--to", to, "--dry-run") == 0
-    assert "28 linears would take" in capsys.readouterr().out
+    assert "28 quantized linears would take" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     written = convert(str(source), to)
     assert written.bytes == result.bytes and (tmp_path / result.folder / "quantkit.json").exists()

@@ -7,7 +7,16 @@ from math import ceil, floor, log10
 from typing import Any
 
 from quantkit.workflows.report_verdict import Layer
-from quantkit.workflows.report_words import Words, finite, number, percent, tag, text
+from quantkit.workflows.report_words import (
+    Words,
+    finite,
+    number,
+    percent,
+    percent_tick,
+    tag,
+    text,
+    tick,
+)
 
 COLOURS = 10  # of series, see style.css
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
@@ -84,7 +93,7 @@ def _histogram(
     most = max(sum(one[i] for one in counts.values()) for i in bins) / total
     x = Axis(edges[bins[0]], edges[bins[-1] + 1], _LEFT, size.width - _RIGHT)
     y = Axis(0, most * 1.05, size.height - _BOTTOM, _TOP + 10, log=False)
-    parts = [_grid(x, y, size, words("histogram_x"), words("histogram_y"), number, percent)]
+    parts = [_grid(x, y, size, words("histogram_x"), words("histogram_y"), tick, percent_tick)]
     for i in bins:
         left, right = x.at(edges[i]), x.at(edges[i + 1])
         below, bars, shares = 0.0, [], []
@@ -128,7 +137,7 @@ def _layer_chart(layers: list[Layer], words: Words, size: Size) -> str:
     x = Axis(first - 0.5, last + (1.8 if others else 0.5), _LEFT, size.width - _RIGHT, log=False)
     y = _error_axis([layer.error for layer in layers], size.height - _BOTTOM, _TOP)
     radius = 4.5 if len(blocks) <= 40 else 3
-    parts = [_grid(x, y, size, words("block"), "", _block_name(last), percent)]
+    parts = [_grid(x, y, size, words("block"), "", _block_name(last), percent_tick)]
     if others:
         at = x.at(last + 1.2)
         label = words("other")
@@ -165,7 +174,9 @@ def _predicted_chart(layers: list[Layer], both: list[Layer], words: Words, size:
     values = [value for layer in both for value in (layer.error, layer.predicted)]
     x = _error_axis(values, _LEFT, size.width - _RIGHT)
     y = _error_axis(values, size.height - _BOTTOM, _TOP)
-    parts = [_grid(x, y, size, words("predicted_x"), words("predicted_y"), percent, percent)]
+    parts = [
+        _grid(x, y, size, words("predicted_x"), words("predicted_y"), percent_tick, percent_tick)
+    ]
     parts.append(tag("line", x1=x.start, y1=y.start, x2=x.end, y2=y.end, class_="mean"))
     for index, same in enumerate(kinds(layers).values()):
         for layer in same:
@@ -241,13 +252,13 @@ def _cross(x: float, y: float) -> str:
 def _grid(x: Axis, y: Axis, size: Size, below: str, beside: str, x_name: Any, y_name: Any) -> str:
     """Axes with their ticks. ``below`` and ``beside`` are the axes' names (HTML)."""
     parts = []
-    for tick in y.ticks(6):
-        at = y.at(tick)
+    for value in y.ticks(6):
+        at = y.at(value)
         parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-        name = text(y_name(tick))
+        name = text(y_name(value))
         parts.append(tag("text", name, x=_LEFT - 7, y=at + 4, text_anchor="end", class_="tick"))
-    for tick in x.ticks(size.width // (60 if size.kind == "narrow" else 70)):
-        at, name = x.at(tick), x_name(tick)
+    for value in x.ticks(size.width // (60 if size.kind == "narrow" else 70)):
+        at, name = x.at(value), x_name(value)
         if not name:
             continue
         parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 5, class_="axis"))

@@ -19,7 +19,7 @@ from quantkit.workflows.report_words import Words, finite, number, percent, tag,
 
 
 def write(described: dict[str, Any], path: Path, lang: str = "en") -> None:
-    """Write the report of ``described`` (see docs/verify.md; missing keys are left out) to ``path``.
+    """Write the report of ``described`` (what it lacks is left out) to ``path``.
 
     A token's KL is taken as that of the predictions made after it, as core/metrics measures them.
     Raises UsageError for a language without labels, QuantkitError when the file cannot be written.
@@ -108,7 +108,13 @@ def _verdict(d: dict[str, Any], found: str, words: Words) -> list[str]:
         else words("summary_nan")
     )
     return [
-        tag("p", tag("span", words(found), class_=f"verdict v-{found}"), " ", badge),
+        tag(
+            "p",
+            tag("span", words(found), class_=f"verdict v-{found}"),
+            " ",
+            badge,
+            class_="verdict-line",
+        ),
         tag("p", summary, class_="summary"),
         tag("ol", *steps, class_="scale", aria_label=words.plain("scale")),
     ]

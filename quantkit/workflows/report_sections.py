@@ -1,9 +1,9 @@
 """The report's sections: each takes what was described and gives HTML, empty when its part of the
 description is missing (an older one, or not asked for)."""
 
+import re
 from collections.abc import Callable, Iterable
 from math import exp, log
-from os.path import commonprefix
 from typing import Any
 
 from quantkit.workflows import report_charts as charts
@@ -25,6 +25,10 @@ from quantkit.workflows.report_words import (
 # KL of a token, in nats, from which it has the next stronger colour
 HEAT = (0.1, 0.3, 1.0, 3.0)
 _WORST_LAYERS = 8
+_PASSAGES = 4  # shown at once
+_FIRST = (
+    r"\s*\S[^\s、。，．,.]{0,11}"  # what is marked as the first difference: a word, or the like
+)
 _HEX = 16  # digits of a checksum that are enough to compare by eye
 
 Described = dict[str, Any]
@@ -76,7 +80,7 @@ def _prediction_cards(d: Described, words: Words) -> list[str]:
     cards = []
     if "kl" in d:
         error = d.get("kl_error")
-        spread = f" ± {number(error, 2)}" if finite(error) and error else ""
+        spread = f"± {number(error, 2)}" if finite(error) and error else ""
         value = text(number(d["kl"])) + tag("small", spread)
         cards.append(_card(words("card_kl"), value, words("card_kl_note")))
     if "top1" in d:
@@ -131,7 +135,7 @@ def _divergence_card(d: Described, words: Words) -> str:
     found = d.get("divergence")
     if not found:
         return ""
-    value = words("card_divergence_value", mean=number(found["mean"]))
+    value = text(number(found["mean"], 2)) + " " + tag("small", words("card_divergence_unit"))
     counts = {"identical": found["identical"], "prompts": found["prompts"]}
     return _card(
         words("card_divergence"),
@@ -154,11 +158,12 @@ def _check(check: Described, words: Words) -> list[str]:
     what = check["what"].removeprefix("max_").removeprefix("min_")
     least = check["what"].startswith("min") or what in ("top1", "top5")
     show = percent if what in ("top1", "top5") else number
-    label = {"ppl_ratio": "perplexity_ratio"}.get(what, what)
+    label = {"ppl_ratio": "gate_ratio"}.get(what, what)
+    of = check.get("set")
     result = "passed" if check["passed"] else "failed"
     return [
         words(label) if label in words.labels else text(check["what"]),
-        text(words.text_set(check["set"] or "mean")),
+        words("mean") if of in (None, "", "mean") else text(words.text_set(of)),
         words("at_least" if least else "at_most", limit=show(check["limit"])),
         text(show(check["value"])),
         tag("span", ("✓ " if check["passed"] else "✗ ") + words(result), class_=result),
@@ -169,26 +174,29 @@ _Shown = Callable[[Described], str]
 
 
 def _columns() -> dict[str, _Shown]:
-    """How a text set's numbers are shown, in the order of the table."""
+    """How a text set's numbers are shown (HTML), in the order of the table."""
 
-    def plain(key: str) -> _Shown:
-        return lambda one: number(one.get(key))
+    def plain(key: str, digits: int = 3) -> _Shown:
+        return lambda one: text(number(one.get(key), digits))
 
-    def estimate(key: str, unit: str = "") -> _Shown:
-        scale = 100 if unit == "%" else 1
-        return lambda one: with_error(one.get(key), one.get(f"{key}_error"), scale, unit)
+    def estimate(key: str, share: bool = False) -> _Shown:
+        def shown(one: Described) -> str:
+            value, error = with_error(one.get(key), one.get(f"{key}_error"), share)
+            return text(value) + (tag("small", text(error)) if error else "")
+
+        return shown
 
     return {
         "kl": estimate("kl"),
         "kl_p95": plain("kl_p95"),
         "kl_p99": plain("kl_p99"),
         "kl_max": plain("kl_max"),
-        "top1": estimate("top1", "%"),
-        "top5": estimate("top5", "%"),
-        "reference_perplexity": lambda one: number(one.get("reference_perplexity"), 4),
-        "perplexity": lambda one: number(one.get("perplexity"), 4),
+        "top1": estimate("top1", share=True),
+        "top5": estimate("top5", share=True),
+        "reference_perplexity": plain("reference_perplexity", 4),
+        "perplexity": plain("perplexity", 4),
         "perplexity_ratio": estimate("perplexity_ratio"),
-        "probability_lost": estimate("probability_lost", "%"),
+        "probability_lost": estimate("probability_lost", share=True),
         "tokens": lambda one: f"{one['tokens']:,}" if "tokens" in one else NOTHING,
     }
 
@@ -206,14 +214,11 @@ def sets(d: Described, words: Words) -> str:
     if not columns:
         return ""
     rows = [
-        [text(words.text_set(label)), *(text(show(one)) for show in columns.values())]
+        [text(words.text_set(label)), *(show(one) for show in columns.values())]
         for label, one in found.items()
     ]
-    whole = {**{key: d.get(key) for key in ("kl", "kl_error", "top1", "top5")}}
-    foot = [
-        words("mean"),
-        *("" if whole.get(k) is None else text(columns[k](whole)) for k in columns),
-    ]
+    whole = {key: d[key] for key in ("kl", "kl_error", "top1", "top5") if key in d}
+    foot = [words("mean"), *(show(whole) if key in whole else "" for key, show in columns.items())]
     head = [words("set"), *(words(key) for key in columns)]
     made = table(words("sets"), head, rows, foot if len(rows) > 1 else None)
     return section(words, "sets", made, note="sets_note")
@@ -256,7 +261,11 @@ def layer_errors(d: Described, words: Words) -> str:
     compared = charts.predicted_chart(found, words)
     if compared:
         note = tag("p", words("predicted_note"), class_="note")
-        parts += [tag("h3", words("predicted_title")), note, tag("figure", compared, key)]
+        parts += [
+            tag("h3", words("predicted_title")),
+            note,
+            tag("figure", compared, key, class_="square"),
+        ]
     return section(words, "layers", *parts, note="layers_note")
 
 
@@ -283,9 +292,10 @@ def worst(d: Described, words: Words) -> str:
     steps = [tag("span", text(f"< {HEAT[0]}"), class_="h0")]
     steps += [tag("span", text(f"≥ {least}"), class_=f"h{i + 1}") for i, least in enumerate(HEAT)]
     key = tag("p", words("worst_key"), " ", *steps, class_="heat")
-    return section(
-        words, "worst", key, *(_passage(one, words) for one in passages), note="worst_note"
-    )
+    parts = [_passage(one, words) for one in passages]
+    rest = "".join(parts[_PASSAGES:])
+    more = folded(words("worst_more", count=len(parts) - _PASSAGES), rest) if rest else ""
+    return section(words, "worst", key, *parts[:_PASSAGES], more, note="worst_note")
 
 
 def _passage(one: Described, words: Words) -> str:
@@ -348,7 +358,9 @@ def samples(d: Described, words: Words) -> str:
 
 def _sample(one: Described, words: Words) -> str:
     before, after = one["original"], one["quantized"]
-    shared = len(commonprefix([before, after]))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after))
+    )
     if before == after:
         how = words("identical")
     elif "same" in one and "tokens" in one:
@@ -369,9 +381,12 @@ def _sample(one: Described, words: Words) -> str:
 def _continued(content: str, shared: int, language: str | None, words: Words) -> str:
     if not content:
         return tag("p", words("nothing"), class_="note")
-    same, rest = text(content[:shared]), text(content[shared:])
-    marked = tag("mark", rest) if rest else ""
-    return tag("p", tag("span", same), marked, class_="says", lang=_language(language))
+    first = re.match(_FIRST, content[shared:], re.DOTALL)
+    end = shared + (first.end() if first else 0)
+    parts = [tag("span", text(content[:shared])), text(content[end:])]
+    if end > shared:
+        parts.insert(1, tag("mark", text(content[shared:end])))
+    return tag("p", *parts, class_="says", lang=_language(language))
 
 
 def _language(label: str | None) -> str | None:

@@ -90,7 +90,12 @@ def level(described: dict[str, Any]) -> str | None:
 def findings(described: dict[str, Any]) -> list[Finding]:
     """What stands out, worst first; each layer once."""
     found = [Finding("find_nonfinite", {"name": name}) for name in described.get("nonfinite") or []]
-    found += _layer_findings(layers(described))
+    named = tuple(str(one.names["name"]) for one in found)
+    found += [
+        one
+        for one in _layer_findings(layers(described))
+        if not any(name.startswith(str(one.names["name"])) for name in named)
+    ]
     found += _set_findings(described.get("sets") or {})
     size = described.get("size") or {}
     before, after = size.get("original_bytes"), size.get("bytes")

@@ -59,7 +59,7 @@ def text(content: object) -> str:
     return html.escape(kept.translate(_PICTURES))
 
 
-def tag(name: str, *children: str, **attributes: object) -> str:
+def tag(name: str, /, *children: str, **attributes: object) -> str:
     """An element. Children are HTML; attributes are text: None and False leave one out, True needs
     no value, ``class_`` is class and ``aria_label`` aria-label."""
     written = "".join(
@@ -92,13 +92,18 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,.{places}f}".replace("-", "−")
 
 
-def with_error(value: Any, error: Any, scale: float = 1, unit: str = "") -> str:
-    """0.0871 ± 0.0016: both to the place where the error has its second digit."""
-    if value is None or not isfinite(value) or not error or not isfinite(error):
-        return percent(value) if unit == "%" else number(value)
-    value, error = value * scale, error * scale
-    places = min(6, max(1 if unit == "%" else 0, 1 - floor(log10(error))))
-    return f"{value:,.{places}f}{unit} ± {error:.{places}f}".replace("-", "−")
+def with_error(value: Any, error: Any, share: bool = False) -> tuple[str, str]:
+    """0.0871 and ± 0.0016, to the place where the error has its second digit; of a share, 81.8% and
+    ± 0.9. Without an error the second is empty."""
+    if not finite(value) or not finite(error) or not error:
+        return (percent(value) if share else number(value)), ""
+    if share:
+        value, error = value * 100, error * 100
+        places = 2 if error < 0.1 else 1
+    else:
+        places = min(6, max(0, 1 - floor(log10(error))))
+    shown = f"{value:,.{places}f}".replace("-", "−")
+    return shown + ("%" if share else ""), f"± {error:.{places}f}"
 
 
 def percent(value: Any) -> str:
@@ -108,6 +113,19 @@ def percent(value: Any) -> str:
     if value and abs(value) < 0.01:
         return f"{number(value * 100, 2)}%"
     return f"{value:.1%}".replace("-", "−")
+
+
+def tick(value: float) -> str:
+    """A round number on an axis: 0.05, 1, 10⁻⁶."""
+    if 0 < value < 0.001:
+        return "10" + str(round(log10(value))).translate(
+            str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+        )
+    return f"{value:g}"
+
+
+def percent_tick(value: float) -> str:
+    return f"{value * 100:.6g}%"
 
 
 def change(ratio: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from quantkit import __version__, data
 from quantkit.core.checkpoint import write_text
 from quantkit.errors import QuantkitError
+from quantkit.workflows import report_passages as passages
 from quantkit.workflows import report_sections as sections
 from quantkit.workflows.report_verdict import BROKEN, LEVELS, findings, level, shortened
 from quantkit.workflows.report_words import Words, finite, number, percent, tag, text
@@ -60,8 +61,8 @@ def page(described: dict[str, Any], words: Words) -> str:
             sections.sets,
             sections.histogram,
             sections.layer_errors,
-            sections.worst,
-            sections.samples,
+            passages.worst,
+            passages.samples,
             sections.settings,
             sections.notes,
         )

@@ -56,7 +56,10 @@ class Axis:
     def ticks(self, most: int) -> list[float]:
         if not self.log:
             step = _nice((self.high - self.low) / most)
-            return [i * step for i in range(ceil(self.low / step), floor(self.high / step) + 1)]
+            return [
+                round(i * step, 9)
+                for i in range(ceil(self.low / step), floor(self.high / step) + 1)
+            ]
         low, high = ceil(log10(self.low) - 1e-9), floor(log10(self.high) + 1e-9)
         if high - low < 2:
             fine = [m * 10.0**e for e in range(low - 1, high + 1) for m in (1, 2, 5)]
@@ -125,7 +128,13 @@ def layer_chart(layers: list[Layer], words: Words) -> str:
     """Errors over the blocks, one line for every kind of layer. Empty without an error above 0."""
     if not any(finite(layer.error) and layer.error for layer in layers):
         return ""
-    return "".join(_layer_chart(layers, words, size) for size in (WIDE, NARROW))
+    # of many layers of one kind in a block (experts), the worst
+    shown: dict[tuple[str, int | None], Layer] = {}
+    for layer in layers:
+        before = shown.setdefault((layer.kind, layer.block), layer)
+        if finite(before.error) and (not finite(layer.error) or layer.error > before.error):  # type: ignore[operator]
+            shown[layer.kind, layer.block] = layer
+    return "".join(_layer_chart([*shown.values()], words, size) for size in (WIDE, NARROW))
 
 
 def _layer_chart(layers: list[Layer], words: Words, size: Size) -> str:
@@ -150,7 +159,7 @@ def _layer_chart(layers: list[Layer], words: Words, size: Size) -> str:
                 dots.append(_dot(layer, words, _cross(at, y.end + 6), "nan"))
                 continue
             place = at, y.at(layer.error or y.low)
-            if layer.block is not None and (not run or run[-1][0] < at):
+            if layer.block is not None:
                 run.append(place)
             dots.append(_dot(layer, words, marker(index, *place, radius), f"f{index % COLOURS}"))
         if len(run) > 1:
@@ -209,13 +218,14 @@ def marker(index: int, x: float, y: float, r: float) -> str:
     return "M" + "L".join(f"{x + a * r:.1f},{y + b * r:.1f}" for a, b in corners) + "z"
 
 
-def legend(names: list[str]) -> str:
-    """Which series has which colour and shape."""
-    return tag("ul", *(_key(index, name) for index, name in enumerate(names)), class_="legend")
+def legend(names: list[str], shapes: bool = True) -> str:
+    """Which series has which colour, and which shape if they differ (else all have a square)."""
+    keys = (_key(index, name, index if shapes else 1) for index, name in enumerate(names))
+    return tag("ul", *keys, class_="legend")
 
 
-def _key(index: int, name: str) -> str:
-    path = tag("path", d=marker(index, 8, 8, 5), class_=f"f{index % COLOURS}")
+def _key(index: int, name: str, shape: int) -> str:
+    path = tag("path", d=marker(shape, 8, 8, 5), class_=f"f{index % COLOURS}")
     return tag("li", tag("svg", path, width=16, height=16, aria_hidden="true"), text(name))
 
 

@@ -10,9 +10,8 @@ from quantkit.workflows.report_words import Words, finite, number, percent, tag,
 # KL of a token, in nats, from which it has the next stronger colour
 HEAT = (0.1, 0.3, 1.0, 3.0)
 _PASSAGES = 4  # shown at once
-_FIRST = (
-    r"\s*\S[^\s、。，．,.]{0,11}"  # what is marked as the first difference: a word, or the like
-)
+# what is marked as the first difference: a word, or the like
+_FIRST = r"\s*\S[^\s、。，．,.]{0,11}"
 
 
 def worst(d: Described, words: Words) -> str:

@@ -14,10 +14,11 @@ from quantkit.workflows.report_words import (
     finite,
     number,
     percent,
+    percent_tick,
     size,
     tag,
     text,
-    token,
+    tick,
     with_error,
 )
 
@@ -157,7 +158,10 @@ def _check(check: Described, words: Words) -> list[str]:
     return [
         words(label) if label in words.labels else text(check["what"]),
         words("mean") if of in (None, "", "mean") else text(words.text_set(of)),
-        words("at_least" if least else "at_most", limit=show(check["limit"])),
+        words(
+            "at_least" if least else "at_most",
+            limit=(percent_tick if show is percent else tick)(check["limit"]),
+        ),
         text(show(check["value"])),
         tag("span", ("✓ " if check["passed"] else "✗ ") + words(result), class_=result),
     ]
@@ -233,7 +237,7 @@ def histogram(d: Described, words: Words) -> str:
     names = [words.text_set(label) for label in counts]
     head = [words("range"), *map(text, names)]
     numbers = folded(words("as_table"), table(words("histogram"), head, rows))
-    figure = tag("figure", drawn, charts.legend(names))
+    figure = tag("figure", drawn, charts.legend(names, shapes=False))
     return section(words, "histogram", figure, numbers, note="histogram_note")
 
 

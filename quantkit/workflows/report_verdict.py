@@ -124,7 +124,7 @@ def _layer_findings(all_layers: list[Layer]) -> list[Finding]:
     ratios = [layer.ratio for layer in all_layers if layer.ratio is not None]
     usual = max(1.0, median(ratios)) if ratios else 1.0
     dead, lost, unpredicted, outliers = [], [], [], []
-    for layer in sorted(all_layers, key=lambda one: -(one.error or 0)):
+    for layer in sorted(all_layers, key=lambda one: -one.error if finite(one.error) else 0):
         name, error = layer.name, layer.error
         if not finite(error):
             dead.append(Finding("find_nan_layer", {"name": name}))

@@ -132,7 +132,7 @@ def layer_chart(layers: list[Layer], words: Words) -> str:
     shown: dict[tuple[str, int | None], Layer] = {}
     for layer in layers:
         before = shown.setdefault((layer.kind, layer.block), layer)
-        if finite(before.error) and (not finite(layer.error) or layer.error > before.error):  # type: ignore[operator]
+        if finite(before.error) and (not finite(layer.error) or layer.error > before.error):
             shown[layer.kind, layer.block] = layer
     return "".join(_layer_chart([*shown.values()], words, size) for size in (WIDE, NARROW))
 
@@ -239,7 +239,7 @@ def bar(share: float, series: int) -> str:
 
 def _error_axis(values: list[float | None], start: float, end: float) -> Axis:
     real = [value for value in values if finite(value) and value]
-    return Axis(min(real) * 0.75, max(real) * 1.3, start, end)  # type: ignore[operator, type-var]
+    return Axis(min(real) * 0.75, max(real) * 1.3, start, end)
 
 
 def _block_name(last: int) -> Any:

@@ -248,7 +248,7 @@ def layer_errors(d: Described, words: Words) -> str:
     chart = charts.layer_chart(found, words)
     key = charts.legend(list(charts.kinds(found)))
     # a layer whose error is not a number is worse than any other
-    worst = sorted(found, key=lambda one: -one.error if finite(one.error) else float("-inf"))  # type: ignore[operator]
+    worst = sorted(found, key=lambda one: -one.error if finite(one.error) else float("-inf"))
     parts = [tag("figure", chart, key)] if chart else []
     parts.append(tag("h3", words("worst_layers")))
     parts.append(_layer_table(words("worst_layers"), worst[:_WORST_LAYERS], words))

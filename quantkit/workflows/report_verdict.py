@@ -43,7 +43,7 @@ class Layer:
     def ratio(self) -> float | None:
         if not finite(self.error) or not finite(self.predicted) or not self.predicted:
             return None
-        return self.error / self.predicted  # type: ignore[operator]
+        return self.error / self.predicted
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ there too), so nothing that a token holds can become markup.
 import html
 import json
 from math import floor, isfinite, isnan, log10
-from typing import Any
+from typing import Any, TypeGuard
 
 from quantkit import data
 from quantkit.errors import UsageError
@@ -145,5 +145,5 @@ def size(count: Any) -> str:
     return f"{count} B"
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     return value is not None and isfinite(value)

@@ -214,7 +214,7 @@ def sets(d: Described, words: Words) -> str:
         [text(words.text_set(label)), *(show(one) for show in columns.values())]
         for label, one in found.items()
     ]
-    whole = {key: d[key] for key in ("kl", "kl_error", "top1", "top5") if key in d}
+    whole: Described = {key: d[key] for key in ("kl", "kl_error", "top1", "top5") if key in d}
     foot = [words("mean"), *(show(whole) if key in whole else "" for key, show in columns.items())]
     head = [words("set"), *(words(key) for key in columns)]
     made = table(words("sets"), head, rows, foot if len(rows) > 1 else None)

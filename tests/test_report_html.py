@@ -226,6 +226,10 @@ def test_older_descriptions_and_nothing_at_all():
     assert "2.0%" in shown and "Predicted" not in shown and "SQNR" not in shown.split("What the")[0]
     assert "Mean KL" in shown and "Probability lost" not in shown.split("What the numbers")[0]
     read({})
+    assert (
+        "Perplexity compared"
+        not in read(described(sets={"en": text_set(perplexity_ratio=None)})).text
+    )
     read(
         described(histogram={"edges": [0.1, 1], "counts": {"en": [0]}}, gate=None, divergence=None)
     )
@@ -252,6 +256,7 @@ def test_what_is_no_number_is_said():
         for name, value in attributes.items():
             if tag in ("rect", "line", "path", "polyline", "text") and name not in ("class",):
                 assert "nan" not in str(value) and "inf" not in str(value), (tag, attributes)
+    assert level(described(nonfinite=["a tensor that no text reached"])) == "broken"
     # JSON has no NaN; some write null
     assert level(described(kl=None)) == "broken"
     read(described(kl=None, kl_error=None, layers={"a.0.b": layer(None)}))
@@ -291,6 +296,7 @@ def test_findings_point_at_the_layer():
     assert found(layers=changed(layer(0.02, 0.004))) == [("find_unpredicted", names[5])]
     assert found(layers=changed(layer(0.2))) == [("find_outlier", names[5])]
     assert found(layers=changed(layer(0.02))) == []
+    assert found(layers=changed(layer(0.009, 0.001))) == []  # small whatever was predicted
     assert found(size={"bytes": 3, "original_bytes": 2}) == [("find_larger", None)]
     ja = {"en": text_set(), "ja": text_set(kl=0.3), "code": text_set()}
     assert [one.names["set"] for one in findings(described(sets=ja))] == ["ja"]

@@ -29,9 +29,7 @@ Described = dict[str, Any]
 
 
 def section(words: Words, name: str, *content: str, note: str | None = None) -> str:
-    """A heading, a sentence about it, and the content; nothing without content."""
-    if not any(content):
-        return ""
+    """A heading, a sentence about it, and the content."""
     about = [tag("p", words(note), class_="note")] if note else []
     return tag("section", tag("h2", words(name)), *about, *content, class_=name)
 
@@ -91,11 +89,10 @@ def _prediction_cards(d: Described, words: Words) -> list[str]:
 def _mean_ratio(sets: Described) -> float | None:
     """The geometric mean of the sets' ratios: their losses weigh the same."""
     ratios = [_ratio(one) for one in sets.values()]
-    if not ratios or any(ratio is None for ratio in ratios):
+    known = [ratio for ratio in ratios if ratio]
+    if not known or len(known) < len(ratios):
         return None
-    if not all(finite(ratio) and ratio for ratio in ratios):
-        return float("nan")
-    return exp(sum(log(ratio) for ratio in ratios if ratio) / len(ratios))
+    return exp(sum(log(ratio) for ratio in known) / len(known))
 
 
 def _ratio(one: Described) -> float | None:

@@ -226,10 +226,9 @@ def test_older_descriptions_and_nothing_at_all():
     assert "2.0%" in shown and "Predicted" not in shown and "SQNR" not in shown.split("What the")[0]
     assert "Mean KL" in shown and "Probability lost" not in shown.split("What the numbers")[0]
     read({})
-    assert (
-        "Perplexity compared"
-        not in read(described(sets={"en": text_set(perplexity_ratio=None)})).text
-    )
+    unknown = {"en": text_set(), "ja": text_set(perplexity_ratio=None)}
+    assert "compared with the original" in read(described()).text
+    assert "compared with the original" not in read(described(sets=unknown)).text
     read(
         described(histogram={"edges": [0.1, 1], "counts": {"en": [0]}}, gate=None, divergence=None)
     )

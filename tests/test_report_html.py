@@ -80,8 +80,8 @@ def described(**more):
         "gate": {
             "passed": False,
             "checks": [
-                {"what": "max_kl", "set": "mean", "limit": 0.1, "value": 0.0871, "passed": True},
-                {"what": "min_top1", "set": "ja", "limit": 0.9, "value": 0.81, "passed": False},
+                {"what": "kl", "set": "mean", "limit": 0.1, "value": 0.0871, "passed": True},
+                {"what": "top1", "set": "ja", "limit": 0.9, "value": 0.81, "passed": False},
                 {"what": "max_new", "set": None, "limit": 2, "value": NAN, "passed": False},
             ],
         },
@@ -215,6 +215,34 @@ def test_what_is_missing_is_left_out(missing, lang):
     sections = {a.get("class") for tag, a in reader.tags if tag == "section"}
     shown_in = {"sets", "histogram", "worst", "layers", "samples", "gate", "settings", "notes"}
     assert sections == (shown_in - {missing}) | {"numbers", "glossary"}
+
+
+def test_the_gate_shows_what_was_allowed():
+    more = [("perplexity_ratio", 1.1, 1.2), ("nonfinite", 0.0, 2.0), ("min_top1", 0.5, 0.81)]
+    checks = described()["gate"]["checks"] + [
+        {"what": what, "set": "mean", "limit": limit, "value": value, "passed": True}
+        for what, limit, value in more
+    ]
+    reader = read(described(gate={"passed": False, "checks": checks}))
+    assert "Gate failed" in reader.text and "Gate passed" not in reader.text
+    shown = reader.text.split("Text by text")[0].split("The limits that")[1]
+    rows = re.findall(r"(Mean|Japanese) (at \w+ \S+) (\S+) +(✓|✗)", shown)
+    assert [row[1:] for row in rows] == [
+        ("at most 0.1", "0.0871", "✓"),
+        ("at least 90%", "81.0%", "✗"),
+        ("at most 2", "NaN", "✗"),
+        ("at most 1.1", "1.20", "✓"),
+        ("at most 0", "2.00", "✓"),
+        ("at least 50%", "81.0%", "✓"),
+    ]
+    assert rows[1][0] == "Japanese" and "max_new" in shown
+    assert "Perplexity ratio" in shown and "Values that are not numbers" in shown
+
+
+def test_a_mean_that_was_measured_is_the_one_shown():
+    shown = read(described(perplexity_ratio=1.5, perplexity_ratio_error=0.02)).text
+    assert "+50.0%" in shown and "1.500 ± 0.020" in shown
+    assert "+4.0%" in read(described()).text
 
 
 def test_older_descriptions_and_nothing_at_all():

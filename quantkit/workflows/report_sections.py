@@ -79,7 +79,7 @@ def _prediction_cards(d: Described, words: Words) -> list[str]:
         five = words("card_top5_note", top5=percent(d["top5"])) if "top5" in d else ""
         value = text(percent(d["top1"]))
         cards.append(_card(words("card_top1"), value, words("card_top1_note"), five))
-    ratio = _mean_ratio(d.get("sets") or {})
+    ratio = d.get("perplexity_ratio") or _mean_ratio(d.get("sets") or {})
     if ratio is not None:
         note = words("card_perplexity_note")
         cards.append(_card(words("card_perplexity"), text(change(ratio)), note))
@@ -149,7 +149,7 @@ def _check(check: Described, words: Words) -> list[str]:
     what = check["what"].removeprefix("max_").removeprefix("min_")
     least = check["what"].startswith("min") or what in ("top1", "top5")
     show = percent if what in ("top1", "top5") else number
-    label = {"ppl_ratio": "gate_ratio"}.get(what, what)
+    label = _CHECKED.get(what, what)
     of = check.get("set")
     result = "passed" if check["passed"] else "failed"
     return [
@@ -164,6 +164,12 @@ def _check(check: Described, words: Words) -> list[str]:
     ]
 
 
+# checks whose label is not that of a column
+_CHECKED = {
+    "ppl_ratio": "gate_ratio",
+    "perplexity_ratio": "gate_ratio",
+    "nonfinite": "gate_nonfinite",
+}
 _Shown = Callable[[Described], str]
 
 
@@ -211,7 +217,7 @@ def sets(d: Described, words: Words) -> str:
         [text(words.text_set(label)), *(show(one) for show in columns.values())]
         for label, one in found.items()
     ]
-    whole: Described = {key: d[key] for key in ("kl", "kl_error", "top1", "top5") if key in d}
+    whole = {key: value for key, value in d.items() if key.removesuffix("_error") in columns}
     foot = [words("mean"), *(show(whole) if key in whole else "" for key, show in columns.items())]
     head = [words("set"), *(words(key) for key in columns)]
     made = table(words("sets"), head, rows, foot if len(rows) > 1 else None)

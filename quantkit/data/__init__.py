@@ -1,4 +1,5 @@
-"""What comes with quantkit: the demo model, the bundled calibration texts and the recipes."""
+"""What comes with quantkit: the demo model, the bundled calibration texts, the recipes
+and the words of the report."""
 
 from pathlib import Path
 
@@ -18,6 +19,11 @@ def calibration() -> Path:
 def recipes() -> Path:
     """Folder of the recipes: inside the installed package, or at the top of a checkout."""
     return _beside("recipes")
+
+
+def report() -> Path:
+    """Folder with the words (one file per language) and the style of the verification report."""
+    return _HERE / "report"
 
 
 def _beside(name: str) -> Path:

@@ -1,0 +1,154 @@
+"""What to think of a verified model, and what in it to look at first."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from quantkit.workflows.report_words import finite, number, percent
+
+# A level holds while the mean KL (nats) is at most, and the top-1 agreement at least, this. 8-bit
+# models are usually "same", good 4-bit ones of several billion parameters "close" or "very_close",
+# good 3-bit ones "different"; small models lose more at the same bits.
+LEVELS = (
+    ("same", 0.005, 0.97),
+    ("very_close", 0.02, 0.93),
+    ("close", 0.06, 0.88),
+    ("different", 0.2, 0.78),
+    ("worse", 0.7, 0.55),
+)
+BROKEN = "broken"
+_SHOWN = 5  # findings of one kind
+_LOST = 0.5  # relative error of a layer's output that leaves nothing of it
+_UNPREDICTED = 3.0  # measured / predicted, beyond what is usual in this model
+_OUTLIER = 10.0  # times the median of the same kind of layer
+_SMALL = 0.01  # a layer's error that is no finding, whatever the others have
+_SUFFERS = 2.0  # times the median KL of the other texts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear of the model. block: its number, None outside of the blocks; kind: its name in the
+    block, the same in every block."""
+
+    name: str
+    block: int | None
+    kind: str
+    error: float | None
+    sqnr: float | None = None
+    cosine: float | None = None
+    predicted: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        if not finite(self.error) or not finite(self.predicted) or not self.predicted:
+            return None
+        return self.error / self.predicted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence: the label's key, and what to fill in."""
+
+    key: str
+    names: dict[str, object] = field(default_factory=dict)
+
+
+def layers(described: dict[str, Any]) -> list[Layer]:
+    """The layers in their order. Before there was more, a layer was its error only."""
+    found = []
+    for name, one in (described.get("layers") or {}).items():
+        one = one if isinstance(one, dict) else {"error": one}
+        block, kind = _place(name)
+        values = (one.get(key) for key in ("error", "sqnr", "cosine", "predicted"))
+        found.append(Layer(name, block, kind, *values))
+    return found
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """``model.layers.3.mlp.experts.7.up`` is block 3's ``mlp.experts.*.up``."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isascii() and part.isdigit()]
+    if not numbers:
+        return None, name
+    kind = ["*" if i in numbers else part for i, part in enumerate(parts)]
+    return int(parts[numbers[0]]), ".".join(kind[numbers[0] + 1 :]) or name
+
+
+def level(described: dict[str, Any]) -> str | None:
+    """One of LEVELS' names or BROKEN; None when nothing was measured."""
+    if described.get("nonfinite"):
+        return BROKEN
+    if "kl" not in described or "top1" not in described:
+        return None
+    kl, top1 = described["kl"], described["top1"]
+    if not finite(kl) or not finite(top1):
+        return BROKEN
+    return next((name for name, most, least in LEVELS if kl <= most and top1 >= least), BROKEN)
+
+
+def findings(described: dict[str, Any]) -> list[Finding]:
+    """What stands out, worst first; each layer once."""
+    found = [Finding("find_nonfinite", {"name": name}) for name in described.get("nonfinite") or []]
+    named = tuple(str(one.names["name"]) for one in found)
+    found += [
+        one
+        for one in _layer_findings(layers(described))
+        if not any(name.startswith(str(one.names["name"])) for name in named)
+    ]
+    found += _set_findings(described.get("sets") or {})
+    size = described.get("size") or {}
+    before, after = size.get("original_bytes"), size.get("bytes")
+    if before and after and after > before:
+        found.append(Finding("find_larger"))
+    return found
+
+
+def shortened(found: list[Finding]) -> list[tuple[Finding, int]]:
+    """Not more than a few of every kind, with how many more there are (at the last one)."""
+    kinds: dict[str, list[Finding]] = defaultdict(list)
+    for one in found:
+        kinds[one.key].append(one)
+    result = []
+    for same in kinds.values():
+        shown = same[:_SHOWN]
+        result += [(one, 0) for one in shown[:-1]] + [(shown[-1], len(same) - len(shown))]
+    return result
+
+
+def _layer_findings(all_layers: list[Layer]) -> list[Finding]:
+    by_kind = defaultdict(list)
+    for layer in all_layers:
+        if finite(layer.error):
+            by_kind[layer.kind].append(layer.error)
+    ratios = [layer.ratio for layer in all_layers if layer.ratio is not None]
+    usual = max(1.0, median(ratios)) if ratios else 1.0
+    dead, lost, unpredicted, outliers = [], [], [], []
+    for layer in sorted(all_layers, key=lambda one: -one.error if finite(one.error) else 0):
+        name, error = layer.name, layer.error
+        if not finite(error):
+            dead.append(Finding("find_nan_layer", {"name": name}))
+            continue
+        middle = median(by_kind[layer.kind])
+        if error >= _LOST:
+            lost.append(Finding("find_lost", {"name": name, "error": percent(error)}))
+        elif error < _SMALL:
+            continue
+        elif layer.ratio is not None and layer.ratio > _UNPREDICTED * usual:
+            names = {"predicted": percent(layer.predicted), "error": percent(error)}
+            unpredicted.append(Finding("find_unpredicted", {"name": name, **names}))
+        elif len(by_kind[layer.kind]) > 3 and error > _OUTLIER * middle:
+            names = {"median": percent(middle), "error": percent(error)}
+            outliers.append(Finding("find_outlier", {"name": name, **names}))
+    return dead + lost + unpredicted + outliers
+
+
+def _set_findings(sets: dict[str, Any]) -> list[Finding]:
+    kls = {label: one.get("kl") for label, one in sets.items() if finite(one.get("kl"))}
+    if len(kls) < 2:
+        return []
+    label = max(kls, key=lambda one: kls[one])
+    others = median(kl for other, kl in kls.items() if other != label)
+    if kls[label] <= _SUFFERS * others or kls[label] < LEVELS[0][1]:
+        return []
+    return [Finding("find_set", {"set": label, "kl": number(kls[label]), "others": number(others)})]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -40,51 +41,49 @@ def verified_table(found: dict[str, Any]) -> Table:
     title = f"{found['model']} against {found['against']}"
     table = Table(title=Text(title), title_justify="left")
     table.add_column("text")
-    for heading in ("ppl", "quantized", "ratio", "KL (nats)", "99 %", "top-1", "top-5"):
+    for heading in ("ppl", "new ppl", "ratio", "KL (nats)", "99 %", "top-1"):
         table.add_column(heading, justify="right")
     for label, one in found["sets"].items():
         table.add_row(
             Text(_NAMES.get(label, label)),
             f"{one['reference_perplexity']:.2f}",
             f"{one['perplexity']:.2f}",
-            shown(one["perplexity_ratio"], one["perplexity_ratio_error"]),
+            shown(one["perplexity_ratio"], one["perplexity_ratio_error"], 3),
             shown(one["kl"], one["kl_error"]),
             f"{one['kl_p99']:.3f}",
             f"{one['top1']:.1%}",
-            f"{one['top5']:.1%}",
         )
     table.add_section()
     table.add_row(
         "mean",
         "",
         "",
-        shown(found["perplexity_ratio"], found["perplexity_ratio_error"]),
+        shown(found["perplexity_ratio"], found["perplexity_ratio_error"], 3),
         shown(found["kl"], found["kl_error"]),
         "",
         f"{found['top1']:.1%}",
-        f"{found['top5']:.1%}",
     )
     return table
 
 
 def ranking_table(found: dict[str, Any]) -> Table:
     """Models against one original, best first (see Ranking.described)."""
-    table = Table(title=Text(f"against {found['against']}"), title_justify="left")
-    table.add_column("")
+    title = Text(f"against {found['against']}")
+    # narrow, so that names have room
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
-    for heading in ("KL (nats)", "ppl ratio", "top-1", "same tokens", "bits", "size"):
-        table.add_column(heading, justify="right")
+    for heading in ("KL (nats)", "ppl ratio", "top-1", "same", "bits", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for place, one in enumerate(found["models"], 1):
         bits, written = one["size"]["bits_per_weight"], one["divergence"]
         table.add_row(
-            str(place),
-            Text(one["model"]),
+            Text(f"{place} {one['model']}"),
             shown(one["kl"], one["kl_error"]),
-            shown(one["perplexity_ratio"], one["perplexity_ratio_error"]),
+            f"{one['perplexity_ratio']:.4f}",
             f"{one['top1']:.1%}",
-            f"{written['mean']:.1f} of {written['tokens']}" if written else "-",
+            f"{written['mean']:.1f}" if written else "-",
             f"{bits:.2f}" if bits else "-",
-            f"{one['size']['bytes'] / 1e6:,.1f} MB",
+            f"{one['size']['bytes'] / 1e6:,.1f}",
         )
     return table
 
@@ -92,8 +91,8 @@ def ranking_table(found: dict[str, Any]) -> Table:
 def layer_table(layers: dict[str, dict[str, Any]], count: int) -> Table:
     """The linears with the largest relative output errors."""
     table = Table(title=f"largest of {len(layers)} layer errors", title_justify="left")
-    table.add_column("linear")
-    for heading in ("relative error", "SQNR (dB)", "cosine", "predicted"):
+    table.add_column("linear", overflow="fold")
+    for heading in ("error", "dB", "cosine", "predicted"):
         table.add_column(heading, justify="right")
 
     def worst(item: tuple[str, dict[str, Any]]) -> float:

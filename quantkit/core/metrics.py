@@ -214,9 +214,9 @@ def _tokens(following: Tensor, reference: Tensor, other: Tensor) -> tuple[Tensor
     return tuple(x.cpu() for x in (kl, top1, top5, before, after))
 
 
-def shown(value: float, error: float | None) -> str:
+def shown(value: float, error: float | None, digits: int = 4) -> str:
     """A number with its standard error, for people."""
-    return f"{value:.4f} ± {'-' if error is None else f'{error:.4f}'}"
+    return f"{value:.{digits}f} ± {'-' if error is None else f'{error:.{digits}f}'}"
 
 
 def _with_error(name: str, estimate: Estimate) -> dict[str, float | None]:

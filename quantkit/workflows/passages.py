@@ -8,7 +8,7 @@ from torch import Tensor
 
 _KEPT = 8  # passages in all
 _BEFORE, _BEHIND = 24, 16  # tokens of a passage around its worst one
-_CONTEXT = 8  # more tokens in front, so that the first character is whole
+_CONTEXT = 8  # more tokens on both sides, so that the first and last characters are whole
 _CANDIDATES = 5
 _BROKEN = "�"  # what a tokenizer shows for a part of a character
 
@@ -63,16 +63,17 @@ class Passages:
         spans: list[dict[str, Any]] = []
         place = 0
         done, begin = "", start
-        for end in range(start + 1, stop + 1):
+        for end in range(start + 1, min(len(ids), stop + _CONTEXT) + 1):
             text = self._decode(ids[start:end])
             whole = text.startswith(done) and not text.endswith(_BROKEN)
-            if not whole and end < stop:
+            if not whole and not (begin <= at < end == len(ids)):
                 continue
             if end > first:
                 if begin <= at < end:
                     place = len(spans)
-                shown = text[len(done) :] if text.startswith(done) else text
-                spans.append({"text": shown, "kl": _largest(kl[begin:end])})
+                spans.append({"text": text[len(done) :], "kl": _largest(kl[begin:end])})
+            if end >= stop:
+                break
             done, begin = text, end
         return spans, place
 

@@ -303,7 +303,7 @@ def test_the_original_may_be_quantized(found, tmp_path):
 
 
 def test_a_gguf_file_on_either_side(tmp_path):
-    convert(str(quantized()), "gguf", tmp_path / "gguf", lossy=True)
+    convert(str(quantized()), "gguf:q4_0", tmp_path / "gguf", lossy=True)
     file = next((tmp_path / "gguf").glob("*.gguf"))
     one = verify(str(file), against="demo", dtype="float32", samples=False, **FEW)
     two = verify(str(quantized()), against=str(file), dtype="float32", samples=False, **FEW)

@@ -20,11 +20,11 @@ _AT_LEAST = {"top1"}  # of the others it is at most
 
 # from so many bits a weight on: mean KL at most, top-1 agreement at least, perplexity ratio at most
 DEFAULTS = (
-    (7.5, 0.01, 0.95, 1.01),
-    (5.5, 0.03, 0.90, 1.03),
-    (3.8, 0.15, 0.80, 1.15),
-    (2.8, 0.50, 0.65, 1.60),
-    (0.0, 1.50, 0.45, 4.00),
+    (7.5, 0.005, 0.96, 1.005),
+    (5.5, 0.06, 0.88, 1.05),
+    (3.8, 0.15, 0.80, 1.10),
+    (2.8, 0.50, 0.65, 1.50),
+    (0.0, 1.50, 0.42, 2.50),
 )
 
 Given = float | str | Iterable[float | str] | None

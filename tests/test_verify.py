@@ -378,9 +378,12 @@ def test_nothing_is_written_where_quantkit_did_not(own, tmp_path):
 
 def test_a_verdict_is_not_said_of_what_was_rounded(own, tmp_path):
     verify(str(own), rows=1, seqlen=16, samples=False)
-    convert(str(own), "awq", tmp_path / "out", lossy=True)
-    record = read_json(tmp_path / "out" / "quantkit.json")
-    assert ("verified" in record) == record["conversion"]["exact"]
+    for to, exact in (("awq", True), ("dense", False)):
+        options = {} if exact else {"lossy": True}
+        convert(str(own), to, tmp_path / to, **options)
+        record = read_json(tmp_path / to / "quantkit.json")
+        assert record["conversion"]["exact"] is exact
+        assert ("verified" in record) is exact
 
 
 def test_the_table_shows_what_models_write_as_it_is(monkeypatch, capsys):

@@ -350,6 +350,14 @@ def test_the_verdict_goes_into_the_artifact(own):
     assert not list(own.glob("*.tmp"))
 
 
+def test_the_card_does_not_call_a_text_of_one_s_own_held_out(own, tmp_path):
+    (tmp_path / "story.txt").write_text("昔々、ある村に古い灯台がありました。" * 30, "utf-8")
+    verify(str(own), text=[str(tmp_path / "story.txt")], rows=1, seqlen=16, samples=False)
+    card = (own / "README.md").read_text("utf-8")
+    assert "held-out" not in card and "(story.txt)" in card
+    assert str(tmp_path) not in card
+
+
 def test_no_write_leaves_it(own, capsys):
     before = {file.name: file.read_bytes() for file in own.iterdir()}
     options = ["--rows", 1, "--seqlen", 16, "--no-samples", "-q", "--no-write"]

@@ -20,7 +20,8 @@ from quantkit.errors import GateFailed
 def command(as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure every MODEL against one original, and rank them by mean KL.
 
-    The original runs once. Models may be of any format that quantkit loads.
+    The original runs once. "same" is how many tokens of a greedy continuation are the original's,
+    "bits" those of a quantized weight. Models may be of any format that quantkit loads.
     """
     from rich.markup import escape
 

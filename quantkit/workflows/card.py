@@ -6,6 +6,7 @@ from typing import Any
 from quantkit.core.metrics import shown
 from quantkit.workflows import budget as budgeting
 
+HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 
 
@@ -74,7 +75,7 @@ def _quality(measured: dict[str, Any] | None) -> str:
     ]
     return (
         "## Measured quality\n\n"
-        "Against the original, on held-out text that took no part in calibration. KL is the mean "
+        f"Against the original, on {_text(measured)}. KL is the mean "
         "KL divergence of the next-token distributions in nats (0 is identical); agreement is how "
         "often both predict the same next token.\n\n"
         "| text | perplexity, original | perplexity, quantized | KL | agreement |\n"
@@ -82,6 +83,12 @@ def _quality(measured: dict[str, Any] | None) -> str:
         f"| **mean** | | | **{shown(_number(measured['kl']), measured['kl_error'])}** "
         f"| **{_number(measured['top1']):.1%}** |" + _verdict(measured)
     )
+
+
+def _text(measured: dict[str, Any]) -> str:
+    """What can be said of the text; of a user's own, nothing is known."""
+    own = measured.get("settings", {}).get("texts", [HELD_OUT]) != [HELD_OUT]
+    return "text of one's own" if own else "held-out text that took no part in calibration"
 
 
 def _verdict(measured: dict[str, Any]) -> str:

@@ -15,13 +15,13 @@ _KEPT = ("against", "kl", "kl_error", "top1", "top5", "perplexity_ratio", "perpl
 _KEPT += ("sets", "divergence", "nonfinite", "gate")
 
 
-def write(found: dict[str, Any], source: Source, folder: Path, notes: list[str]) -> bool:
+def write(found: dict[str, Any], source: Source, folder: Path, notes: list[str]) -> None:
     """Put the verdict (Verification.described) into ``folder``, where that is the whole model and
     quantkit made it. Each file is replaced at once; a card that somebody edited is left alone.
-    What was not done, and is no surprise to nobody, goes into ``notes``."""
+    What was not done, and would surprise, goes into ``notes``."""
     record = _own_record(source, folder)
     if record is None:
-        return False
+        return
     keys = ("rows", "seqlen", "texts", "dtype", "device", "versions")
     verdict = {key: found[key] for key in _KEPT}
     verdict["settings"] = {key: found["settings"][key] for key in keys}
@@ -37,8 +37,6 @@ def write(found: dict[str, Any], source: Source, folder: Path, notes: list[str])
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         notes.append(f"the verdict could not be written to {source.name} ({reason})")
-        return False
-    return True
 
 
 def plain(value: Any) -> Any:

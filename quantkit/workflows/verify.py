@@ -20,7 +20,7 @@ from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.load import put_together
 from quantkit.runtime.opened import Opened, open_checkpoint, recorded
 from quantkit.runtime.skeleton import read_config
-from quantkit.workflows import divergence, sizes, verdict
+from quantkit.workflows import card, divergence, sizes, verdict
 from quantkit.workflows.calibrate import longest_row
 from quantkit.workflows.check import held_out
 from quantkit.workflows.divergence import Sample
@@ -39,7 +39,6 @@ class Verification:
     size        of the files, a weight, and in memory
     nonfinite   tensors and layers with NaN or infinities
     gate        the limits, and whether they were kept; None without limits
-    written     the verdict was written to the model's folder
     """
 
     name: str
@@ -53,7 +52,6 @@ class Verification:
     gate: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    written: bool = False
 
     def described(self) -> dict[str, Any]:
         """Plain numbers and text, for JSON and the report."""
@@ -172,7 +170,7 @@ class Bench:
             "seqlen": seqlen,
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": provenance.machine(self._device),
-            "texts": [calibration.public_name(name) for name in text] or ["bundled held-out sets"],
+            "texts": [calibration.public_name(name) for name in text] or [card.HELD_OUT],
             "versions": provenance.versions(),
         }
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantkit.runtime.load import load
     from quantkit.workflows.awq import quantize_awq
     from quantkit.workflows.bnb import quantize_bnb
+    from quantkit.workflows.compare import compare
     from quantkit.workflows.convert import convert
     from quantkit.workflows.generate import generate
     from quantkit.workflows.gguf import quantize_gguf
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "load": "quantkit.runtime.load",
+    "compare": "quantkit.workflows.compare",
     "convert": "quantkit.workflows.convert",
     "quantize": "quantkit.workflows.quantize",
     "quantize_awq": "quantkit.workflows.awq",
@@ -36,6 +38,7 @@ _HOMES = {
     "inspect": "quantkit.workflows.inspect",
 }
 __all__ = [
+    "compare",
     "convert",
     "generate",
     "inspect",

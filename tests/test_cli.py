@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 import quantkit
 from quantkit import data
-from quantkit.cli import awq, bnb, convert, generate, gguf, gptq, rtn, verify
+from quantkit.cli import awq, bnb, compare, convert, generate, gguf, gptq, rtn, verify
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -61,7 +61,7 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     methods = {"quantize", *(f"quantize_{name}" for name in ("awq", "bnb", "gguf", "rtn"))}
-    others = {"convert", "verify", "generate", "inspect", "load"}
+    others = {"convert", "compare", "verify", "generate", "inspect", "load"}
     assert set(quantkit.__all__) == methods | others
     assert all(callable(getattr(quantkit, name)) for name in quantkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
@@ -81,7 +81,7 @@ def test_every_command_is_listed_with_its_help(capsys):
 
 # options are parameters
 
-ONLY_HERE = {"quiet", "as_json", "max_kl"}
+ONLY_HERE = {"quiet", "as_json", "report", "lang", "junit", "github"}
 ONLY_IN_PYTHON = {"progress", "write"}
 
 
@@ -95,17 +95,30 @@ ONLY_IN_PYTHON = {"progress", "write"}
         (gguf, quantkit.quantize_gguf, ["demo"]),
         (convert, quantkit.convert, ["demo", "--to", "awq"]),
         (verify, quantkit.verify, ["demo"]),
+        (compare, quantkit.compare, ["demo"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
     ],
-    ids=["gptq", "awq", "rtn", "bnb", "gguf", "convert", "verify", "generate", "inspect"],
+    ids=[
+        "gptq",
+        "awq",
+        "rtn",
+        "bnb",
+        "gguf",
+        "convert",
+        "verify",
+        "compare",
+        "generate",
+        "inspect",
+    ],
 )
 def test_options_are_parameters_with_the_same_defaults(module, function, arguments):
     parameters = inspect.signature(function).parameters
     given = module.command.make_context("quantkit", arguments).params
-    assert given.keys() - ONLY_HERE == parameters.keys() - ONLY_IN_PYTHON
+    only_in_python = ONLY_IN_PYTHON - given.keys()
+    assert given.keys() - ONLY_HERE == parameters.keys() - only_in_python
     for name, parameter in parameters.items():
-        if name in ONLY_IN_PYTHON or parameter.default is inspect.Parameter.empty:
+        if name in only_in_python or parameter.default is inspect.Parameter.empty:
             continue
         wanted = parameter.default
         # one source and a list of one are the same

@@ -43,7 +43,7 @@ def test_one_row(tokens):
     assert found.top1.mean == pytest.approx(top1, abs=1e-6)
     assert found.reference_perplexity == pytest.approx(np.exp(before), rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(after), rel=1e-5)
-    assert found.kl.error == 0
+    assert found.kl.error is None
 
 
 def test_rows_weigh_the_same_and_give_a_standard_error():
@@ -132,4 +132,74 @@ def test_estimate_of_values():
     found = Estimate.of(values)
     assert found.mean == pytest.approx(np.mean(values))
     assert found.error == pytest.approx(np.std(values, ddof=1) / 2)
-    assert Estimate.of([0.7]) == Estimate(0.7, 0.0)
+    assert Estimate.of([0.7]) == Estimate(0.7, None)
+
+
+def test_every_measure_against_numpy():
+    """Rows of several lengths; single tokens count for percentiles, rows for means and errors."""
+    rows = [row(tokens, seed=seed, difference=1.0) for seed, tokens in enumerate((40, 25, 520))]
+    comparison = Comparison()
+    for parts in rows:
+        comparison.add("en", *parts)
+    kl, top5, lost, rise = [], [], [], []
+    for ids, reference, other in rows:
+        p, q, ids = log_softmax(reference), log_softmax(other), ids.numpy()
+        kl.append((np.exp(p) * (p - q)).sum(1))
+        five = np.argsort(-q, axis=1)[:, :5]
+        top5.append((five == p.argmax(1)[:, None]).any(1).mean())
+        steps = np.arange(len(ids) - 1)
+        before, after = p[steps, ids[1:]], q[steps, ids[1:]]
+        lost.append((np.exp(before) - np.exp(after)).mean())
+        rise.append((before - after).mean())
+    found = comparison.described()["sets"]["en"]
+    tokens = np.concatenate(kl)
+    assert found["tokens"] == 585 and found["rows"] == 3
+    for key, share in (("kl_p95", 0.95), ("kl_p99", 0.99), ("kl_max", 1.0)):
+        assert found[key] == pytest.approx(np.quantile(tokens, share), rel=1e-4)
+    means = {"kl": [x.mean() for x in kl], "top5": top5, "probability_lost": lost}
+    for key, values in means.items():
+        assert found[key] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-7)
+        error = np.std(values, ddof=1) / np.sqrt(3)
+        assert found[f"{key}_error"] == pytest.approx(error, rel=1e-3)
+    assert found["perplexity_ratio"] == pytest.approx(np.exp(np.mean(rise)), rel=1e-5)
+    error = np.exp(np.mean(rise)) * np.std(rise, ddof=1) / np.sqrt(3)
+    assert found["perplexity_ratio_error"] == pytest.approx(error, rel=1e-4)
+    ratio = found["perplexity"] / found["reference_perplexity"]
+    assert found["perplexity_ratio"] == pytest.approx(ratio, rel=1e-6)
+    histogram = comparison.histogram()
+    edges, counts = histogram["edges"], histogram["counts"]["en"]
+    assert np.allclose(edges, np.logspace(-6, 1, 71))
+    assert counts == np.histogram(np.clip(tokens, edges[0], edges[-1]), edges)[0].tolist()
+
+
+def test_the_ratio_of_several_sets_is_their_geometric_mean():
+    comparison = Comparison()
+    for seed in range(4):
+        comparison.add(("en", "ja")[seed % 2], *row(40, seed=seed, difference=1 + seed))
+    found = comparison.described()
+    ratios = [one["perplexity_ratio"] for one in found["sets"].values()]
+    assert found["perplexity_ratio"] == pytest.approx(np.sqrt(np.prod(ratios)))
+
+
+def test_one_row_has_no_error_and_says_so():
+    comparison = Comparison()
+    comparison.add("en", *row(40))
+    found = comparison.described()
+    assert found["kl_error"] is None
+    assert all(found["sets"]["en"][f"{key}_error"] is None for key in ("kl", "top1", "top5"))
+    assert metrics.shown(found["kl"], found["kl_error"]).endswith("± -")
+
+
+def test_what_is_no_number_stays_none():
+    """Neither model's logits: nothing agrees, nothing is counted in the histogram."""
+    ids, reference, other = row(40)
+    other[7] = float("nan")
+    comparison = Comparison()
+    kl = comparison.add("en", ids, reference, other)
+    assert torch.isnan(kl).nonzero().flatten().tolist() == [7]
+    found = comparison.described()["sets"]["en"]
+    assert all(np.isnan(found[key]) for key in ("kl", "kl_p99", "kl_max", "perplexity_ratio"))
+    assert sum(comparison.histogram()["counts"]["en"]) == 39
+    alone = Comparison()
+    alone.add("en", ids[:2], reference[7:9], other[[7, 7]])
+    assert alone.described()["top5"] == 0

@@ -1,6 +1,7 @@
 """Verifying: a copy is the same, a quantized model is not, and the numbers are the right ones."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.walk import Walk
-from quantkit.workflows import verify as workflow
+from quantkit.workflows import divergence, reference
 from quantkit.workflows.check import held_out
+from quantkit.workflows.convert import convert
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.verify import verify
 
-FEW = {"rows": 2, "seqlen": 64}
+FEW = {"rows": 2, "seqlen": 64, "write": False}
 SETS = ["en", "ja", "code", "chat"]
 
 
@@ -33,6 +35,14 @@ def dequantized(folder: Path) -> torch.nn.Module:
         for name in opened.linears:
             dense.get_submodule(name).weight.copy_(opened.qweight(name).dequantize())
     return dense
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_continuations():
+    """A token takes a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(divergence, "TOKENS", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +97,7 @@ def test_a_quantized_model_is_measured_on_every_set(found, tokenizer):
 def test_layer_errors_are_those_of_their_outputs_on_the_original_s_inputs(found, tokenizer):
     """One layer, recomputed with hooks on transformers' own model."""
     assert len(found.layers) == 28
-    assert all(0 < error < 0.2 for error in found.layers.values())
+    assert all(0 < layer["error"] < 0.2 for layer in found.layers.values())
     name = "model.layers.2.mlp.down_proj"
     folder = quantized()
     original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
@@ -106,16 +116,17 @@ def test_layer_errors_are_those_of_their_outputs_on_the_original_s_inputs(found,
     with torch.no_grad():
         for row in rows:
             original(input_ids=torch.tensor([row]))
-    assert found.layers[name] == pytest.approx(sums[0] / sums[1], rel=1e-3)
+    assert found.layers[name]["error"] == pytest.approx(sums[0] / sums[1], rel=1e-3)
 
 
 def test_both_continue_the_same_prompts(found, tokenizer):
-    assert [sample.prompt for sample in found.samples] == list(workflow.PROMPTS)
+    prompts = divergence.PROMPTS
+    assert [(sample.language, sample.prompt) for sample in found.samples] == list(prompts)
     assert any(sample.original != sample.quantized for sample in found.samples)
     original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
-    ids = torch.tensor([tokenizer.encode(workflow.PROMPTS[1])])
-    written = original.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
-    assert found.samples[1].original == tokenizer.decode(written, skip_special_tokens=True)
+    ids = torch.tensor([tokenizer.encode(prompts[3][1])])
+    written = original.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert found.samples[3].original == tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_without_samples_there_are_none():
@@ -126,8 +137,8 @@ def test_continuations_are_left_out_where_the_original_does_not_fit(monkeypatch)
     class Little:
         available = 1 << 20
 
-    monkeypatch.setattr(workflow.psutil, "virtual_memory", Little)
-    result = verify(str(quantized()), rows=1, seqlen=16)
+    monkeypatch.setattr(reference.psutil, "virtual_memory", Little)
+    result = verify(str(quantized()), rows=1, seqlen=16, write=False)
     assert result.samples == []
     assert len(result.notes) == 1 and "no continuations" in result.notes[0]
 
@@ -143,7 +154,7 @@ def test_the_original_is_never_in_memory_as_a_whole(monkeypatch):
         return enter(self, index)
 
     monkeypatch.setattr(Walk, "block", watching)
-    verify(str(quantized()), samples=False, rows=1, seqlen=16)
+    verify(str(quantized()), samples=False, rows=1, seqlen=16, write=False)
     assert len(seen) >= 4
     assert all(all(row) for row in seen)
 
@@ -152,7 +163,7 @@ def test_the_original_is_never_in_memory_as_a_whole(monkeypatch):
 
 
 def test_json_and_the_gate(capsys):
-    options = ["--rows", 1, "--seqlen", 32, "--no-samples", "-q", "--json"]
+    options = ["--rows", 1, "--seqlen", 32, "--no-samples", "--no-write", "-q", "--json"]
     assert command("verify", quantized(), *options, "--max-kl", 5) == 0
     one = capsys.readouterr()
     assert one.err == ""
@@ -164,7 +175,9 @@ def test_json_and_the_gate(capsys):
     limit = measured["kl"] * 0.99
     assert command("verify", quantized(), *options, "--max-kl", limit) == 3
     two = capsys.readouterr()
-    assert json.loads(two.out) == measured  # what was found is shown all the same
+    again = json.loads(two.out)  # what was found is shown all the same
+    assert [again.pop("gate")["passed"], measured.pop("gate")["passed"]] == [False, True]
+    assert again == measured
     message, _ = sentence(two.err)
     assert message == f"mean KL {measured['kl']:.4f} is above --max-kl {limit:g}"
 
@@ -175,18 +188,219 @@ def test_a_kl_that_is_not_a_number_does_not_pass_the_gate(tmp_path, capsys):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.scales"][0, 0] = float("nan")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    options = ["--rows", 1, "--seqlen", 16, "--no-samples", "-q"]
+    options = ["--rows", 1, "--seqlen", 16, "--no-samples", "--no-write", "-q"]
     assert command("verify", broken, *options, "--max-kl", 5) == 3
     assert "mean KL nan is above" in sentence(capsys.readouterr().err)[0]
+    assert command("verify", broken, *options, "--gate", "--json") == 3
+    one = capsys.readouterr()
+    assert "hold NaN or infinities" in sentence(one.err)[0]
+    found = json.loads(one.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["kl"] is None
+    assert found["nonfinite"][0] == "model.layers.0.self_attn.q_proj.scale"
+    assert found["layers"]["model.layers.0.self_attn.q_proj"]["error"] is None
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory):
+    """The quantized demo with the tensors of two layers in each other's places."""
+    folder = tmp_path_factory.mktemp("swapped") / "model"
+    shutil.copytree(quantized(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    one, two = (f"model.layers.{i}.mlp.up_proj." for i in (1, 2))
+    for name in [name for name in tensors if name.startswith(one)]:
+        other = two + name.removeprefix(one)
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_layers_that_are_not_what_was_predicted_stand_out(found, swapped):
+    """What quantkit.json said, what they do now, and by how many decibels."""
+    record = read_json(quantized() / "quantkit.json")["layers"]
+    for name, layer in found.layers.items():
+        assert layer["predicted"] == record[name]["error"]
+        assert layer["sqnr"] == pytest.approx(-10 * math.log10(layer["error"]))
+        assert 0.9 < layer["cosine"] < 1
+    layers = verify(str(swapped), samples=False, **FEW).layers
+    wrong = {name for name, layer in layers.items() if layer["error"] > 0.5}
+    assert wrong == {f"model.layers.{i}.mlp.up_proj" for i in (1, 2)}
+    assert all(layers[name]["sqnr"] < 3 and layers[name]["cosine"] < 0.5 for name in wrong)
+
+
+def test_the_cosine_is_that_of_all_outputs(tokenizer):
+    found = verify(str(quantized()), dtype="float32", samples=False, **FEW)
+    name = "model.layers.0.self_attn.q_proj"
+    original = AutoModelForCausalLM.from_pretrained(data.demo(), dtype=torch.float32).eval()
+    weight = open_checkpoint(Source("q", quantized())).qweight(name).dequantize()
+    ours, theirs = [], []
+
+    def see(module, arguments, output):
+        ours.append((arguments[0] @ weight.T).flatten())
+        theirs.append(output.flatten())
+
+    original.get_submodule(name).register_forward_hook(see)
+    rows = [row for some in held_out(tokenizer, 2, 64).values() for row in some][::2]
+    with torch.no_grad():
+        for row in rows:
+            original(input_ids=torch.tensor([row]))
+    cosine = torch.cosine_similarity(torch.cat(ours), torch.cat(theirs), 0)
+    assert found.layers[name]["cosine"] == pytest.approx(float(cosine), rel=1e-5)
+
+
+def test_all_of_it_is_plain_json(found):
+    """The keys that the report is made from."""
+    described = found.described()
+    assert json.loads(json.dumps(described)) == described
+    keys = "model against kl kl_error top1 top5 sets histogram worst layers samples divergence"
+    assert described.keys() >= {*keys.split(), "size", "nonfinite", "gate", "settings", "notes"}
+    assert described["gate"] is None and described["nonfinite"] == []
+    written = read_json(quantized() / "quantkit.json")["size"]["bytes"]
+    assert described["size"]["bytes"] == pytest.approx(written, rel=0.01)  # headers
+    assert described["size"]["bits_per_weight"] == pytest.approx(4.1562, abs=1e-4)
+    assert described["size"]["original_bytes"] == 10494472
+    assert described["settings"]["quantization"]["method"] == "gptq"
+    counts = described["histogram"]["counts"]
+    tokens = {label: one["tokens"] for label, one in described["sets"].items()}
+    assert {label: sum(some) for label, some in counts.items()} == tokens
+
+
+def test_how_long_both_write_the_same(found):
+    same = [sample.same for sample in found.samples]
+    summary = found.described()["divergence"]
+    assert summary["prompts"] == len(same) == 8
+    assert summary["mean"] == sum(same) / 8
+    for sample in found.samples:
+        assert (sample.original == sample.quantized) == (sample.same == sample.tokens)
+    before, after = [[[1, 2, 3], [1, 2]]], [[[1, 2, 4, 5], [1, 2]]]
+    one, two = divergence.compared(before[0], after[0], Words())
+    assert (one.same, one.tokens, two.same, two.tokens) == (2, 4, 2, 2)
+
+
+class Words:
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+# any two models
+
+
+def test_the_original_may_be_quantized(found, tmp_path):
+    """It is multiplied out block by block: a model against itself is no different, and the other
+    way round the tokens that disagree are the same."""
+    options = {**FEW, "dtype": "float32", "samples": False}
+    itself = verify(str(quantized()), against=str(quantized()), **options)
+    measured = itself.comparison.described()
+    assert abs(measured["kl"]) < 1e-5
+    assert measured["top1"] == 1
+    assert all(layer["sqnr"] > 80 for layer in itself.layers.values())
+    turned = verify(str(data.demo()), against=str(quantized()), **options)
+    assert len(turned.layers) == 28  # dense ones count where they differ
+    measured = turned.comparison.described()
+    expected = found.comparison.described()
+    assert measured["top1"] == pytest.approx(expected["top1"], abs=0.01)
+    assert measured["perplexity_ratio"] == pytest.approx(1 / expected["perplexity_ratio"], rel=1e-3)
+    assert measured["kl"] != pytest.approx(expected["kl"], rel=1e-3)
+
+
+def test_a_gguf_file_on_either_side(tmp_path):
+    convert(str(quantized()), "gguf:q4_0", tmp_path / "gguf", lossy=True)
+    file = next((tmp_path / "gguf").glob("*.gguf"))
+    one = verify(str(file), against="demo", dtype="float32", samples=False, **FEW)
+    two = verify(str(quantized()), against=str(file), dtype="float32", samples=False, **FEW)
+    assert one.comparison.described()["kl"] > 0.01
+    assert one.size["bytes"] == file.stat().st_size
+    assert abs(two.comparison.described()["kl"]) < 1e-3  # the same codes
+
+
+def test_gpt2_has_its_weights_the_other_way_round():
+    folder = quantized(model("gpt2"), group=32)
+    options = {"rows": 1, "seqlen": 16, "samples": False, "dtype": "float32", "write": False}
+    itself = verify(str(folder), against=str(folder), **options)
+    assert abs(itself.comparison.described()["kl"]) < 1e-5
+
+
+# the verdict
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder that may be changed."""
+    return shutil.copytree(quantized(), tmp_path / "own")
+
+
+def test_the_verdict_goes_into_the_artifact(own):
+    before = read_json(own / "quantkit.json")
+    result = verify(str(own), rows=2, seqlen=32, samples=False, gate=True)
+    after = read_json(own / "quantkit.json")
+    verified = after.pop("verified")
+    assert after == before
+    described = result.described()
+    assert verified["kl"] == described["kl"]
+    assert verified["sets"] == described["sets"]
+    assert verified["gate"]["passed"] is described["gate"]["passed"]
+    assert verified["settings"]["rows"] == 2
+    card = (own / "README.md").read_text("utf-8")
+    assert f"**{described['kl']:.4f} ± {described['kl_error']:.4f}**" in card
+    assert "Quality was not measured" not in card
+    assert "on 2 rows of 32 tokens" in card
+    assert result.notes == []
+    again = verify(str(own), rows=1, seqlen=16, samples=False)  # its own card is replaced
+    assert read_json(own / "quantkit.json")["verified"]["kl"] == again.described()["kl"]
+    assert "on 1 rows of 16 tokens" in (own / "README.md").read_text("utf-8")
+    assert not list(own.glob("*.tmp"))
+
+
+def test_the_card_does_not_call_a_text_of_one_s_own_held_out(own, tmp_path):
+    (tmp_path / "story.txt").write_text("昔々、ある村に古い灯台がありました。" * 30, "utf-8")
+    verify(str(own), text=[str(tmp_path / "story.txt")], rows=1, seqlen=16, samples=False)
+    card = (own / "README.md").read_text("utf-8")
+    assert "held-out" not in card and "(story.txt)" in card
+    assert str(tmp_path) not in card
+
+
+def test_no_write_leaves_it(own, capsys):
+    before = {file.name: file.read_bytes() for file in own.iterdir()}
+    options = ["--rows", 1, "--seqlen", 16, "--no-samples", "-q", "--no-write"]
+    assert command("verify", own, *options) == 0
+    assert {file.name: file.read_bytes() for file in own.iterdir()} == before
+
+
+def test_a_card_that_somebody_edited_is_left_alone(own):
+    with open(own / "README.md", "a", encoding="utf-8") as file:
+        file.write("\nIt is good at poems.\n")
+    card = (own / "README.md").read_text("utf-8")
+    result = verify(str(own), rows=1, seqlen=16, samples=False)
+    assert (own / "README.md").read_text("utf-8") == card
+    assert "verified" in read_json(own / "quantkit.json")
+    assert "README.md is not as quantkit wrote it" in result.notes[0]
+
+
+def test_nothing_is_written_where_quantkit_did_not(own, tmp_path):
+    shutil.copytree(data.demo(), tmp_path / "plain")
+    (own / "quantkit.json").write_text('{"source": {"name": "demo"}}')
+    for folder in (own, tmp_path / "plain"):
+        before = sorted((file.name, file.read_bytes()) for file in folder.iterdir())
+        verify(str(folder), against="demo", rows=1, seqlen=16, samples=False)
+        assert sorted((file.name, file.read_bytes()) for file in folder.iterdir()) == before
+
+
+def test_a_verdict_is_not_said_of_what_was_rounded(own, tmp_path):
+    verify(str(own), rows=1, seqlen=16, samples=False)
+    for to, exact in (("awq", True), ("dense", False)):
+        options = {} if exact else {"lossy": True}
+        convert(str(own), to, tmp_path / to, **options)
+        record = read_json(tmp_path / to / "quantkit.json")
+        assert record["conversion"]["exact"] is exact
+        assert ("verified" in record) is exact
 
 
 def test_the_table_shows_what_models_write_as_it_is(monkeypatch, capsys):
     """Brackets are no markup."""
-    texts = ("[i]", "x[i] = [bold]y[/INST]", "[/] [red]")
-    monkeypatch.setattr(workflow, "_samples", lambda *_: [workflow.Sample(*texts)])
-    assert command("verify", quantized(), "--rows", 1, "--seqlen", 16) == 0
+    texts = ("[i]", "en", "x[i] = [bold]y[/INST]", "[/] [red]")
+    monkeypatch.setattr(divergence, "compared", lambda *_: [divergence.Sample(*texts, 0, 9)])
+    assert command("verify", quantized(), "--rows", 1, "--seqlen", 16, "--no-write") == 0
     out = capsys.readouterr().out
-    for text in texts:
+    for text in texts[:1] + texts[2:]:
         assert text in out
     for heading in ("English", "Japanese", "code", "chat", "mean", "largest of 28 layer errors"):
         assert heading in out
@@ -214,7 +428,7 @@ def test_two_texts_of_one_name_are_refused_instead_of_one_being_dropped(tmp_path
 def test_rows_are_not_longer_than_the_model_can_take():
     """GPT-2's positions end at 64 here, and the default rows have 512 tokens."""
     folder = quantized(model("gpt2"), group=32)
-    result = verify(str(folder), against=str(model("gpt2")), rows=1, samples=False)
+    result = verify(str(folder), against=str(model("gpt2")), rows=1, samples=False, write=False)
     assert result.comparison.described()["kl"] > 0
     assert result.notes == ["rows are 64 tokens, the longest that the model can take"]
 

@@ -86,6 +86,8 @@ def _facts(found: "Inspection") -> "Table":
 
 def _rows(found: "Inspection") -> list[tuple[str, str]]:
     """What the folder holds, line by line."""
+    from quantkit.core.metrics import shown
+
     kind = "full precision" if found.kind == "dense" else found.kind.replace("_", "-").upper()
     rows = [("kind", f"{kind}, {found.architecture}")]
     if found.method and found.method.replace("_", "-").upper() != kind:
@@ -118,9 +120,7 @@ def _rows(found: "Inspection") -> list[tuple[str, str]]:
     rows += [("made from", found.made_from)] if found.made_from else []
     rows += [("made by", found.made_by)] if found.made_by else []
     if found.measured:
-        rows.append(
-            ("measured KL", f"{found.measured['kl']:.4f} ± {found.measured['kl_error']:.4f}")
-        )
+        rows.append(("measured KL", shown(found.measured["kl"], found.measured["kl_error"])))
     return rows
 
 

@@ -21,6 +21,7 @@ _COMMANDS = {
     "convert": "Convert between formats, without loss where possible.",
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
+    "compare": "Rank several models by what they lost.",
     "generate": "Continue or answer a prompt.",
     "run": "Run a recipe: commands and their options in a file.",
 }

@@ -8,6 +8,12 @@ import click
 Command = Callable[..., Any]
 
 
+class Limit(click.ParamType):
+    """A number, or SET=NUMBER; workflows/gate.py reads it."""
+
+    name = "limit"
+
+
 shard = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 pre_tokenizer = click.option(
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
@@ -15,9 +21,16 @@ pre_tokenizer = click.option(
 
 
 def running(command: Command) -> Command:
+    """Which revision of a model runs, where and in which precision."""
+    revision = click.option(
+        "--revision", metavar="REV", help="Branch, tag or commit of a repository."
+    )
+    return computing(revision(command))
+
+
+def computing(command: Command) -> Command:
     """Where and in which precision a model runs."""
     for option in (
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository."),
         click.option(
             "--dtype",
             default="auto",
@@ -115,6 +128,62 @@ def mixing(command: Command) -> Command:
             metavar="RULE",
             help="Other settings for some linears, repeatable, the last one wins: "
             "'*.mlp.down_proj: bits=8,group=64', '*.layers.0.*: skip', '*.o_proj: method=rtn'.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def measuring(command: Command) -> Command:
+    """On which text models are compared, and how."""
+    for option in (
+        click.option(
+            "--samples/--no-samples",
+            default=True,
+            show_default=True,
+            help="Continue a few prompts too.",
+        ),
+        click.option("--seqlen", type=int, default=512, show_default=True, help="Tokens in a row."),
+        click.option(
+            "--rows", type=int, default=16, show_default=True, help="Rows of each text at most."
+        ),
+        click.option(
+            "--text",
+            multiple=True,
+            metavar="SOURCE",
+            help="Text to measure on, repeatable (as for --calib); default: the bundled held-out "
+            "sets.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def judging(command: Command) -> Command:
+    """Limits."""
+    for option in (
+        click.option(
+            "--gate",
+            is_flag=True,
+            help="Hold it to what is usual for its bits too (see docs/verify.md).",
+        ),
+        click.option(
+            "--max-ppl-ratio",
+            type=Limit(),
+            multiple=True,
+            help="The same for the perplexity divided by the original's.",
+        ),
+        click.option(
+            "--min-top1",
+            type=Limit(),
+            multiple=True,
+            help="Exit with 3 when the share of equal next tokens is below this.",
+        ),
+        click.option(
+            "--max-kl",
+            type=Limit(),
+            multiple=True,
+            help="Exit with 3 when the mean KL is above this; ja=0.2 limits one text, repeatable.",
         ),
     ):
         command = option(command)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from quantkit.cli import options
+from quantkit.cli.options import Limit
 from quantkit.core import recipe as recipes
 from quantkit.core.recipe import Key, Step, Vocabulary
 from quantkit.errors import UsageError
@@ -129,10 +130,13 @@ def _keys(command: click.Command) -> dict[str, Key]:
             kind = "int"
         elif isinstance(kinds, click.types.FloatParamType):
             kind = "float"
+        elif isinstance(kinds, Limit):
+            kind = "limit"
         else:
             kind = "str"
             choices = tuple(kinds.choices) if isinstance(kinds, click.Choice) else ()
-        found[str(parameter.name)] = Key(kind, parameter.multiple, choices)  # type: ignore[arg-type]
+        several = parameter.multiple or parameter.nargs == -1
+        found[str(parameter.name)] = Key(kind, several, choices)  # type: ignore[arg-type]
     return found
 
 
@@ -150,7 +154,7 @@ def arguments(command: click.Command, step: Step, quiet: bool = False) -> list[s
         if isinstance(parameter, click.Option):
             line += _typed(parameter, value)
         else:
-            plain.append(str(value))
+            plain += map(str, value if parameter.nargs == -1 else [value])
     dashes = ["--"] if any(word.startswith("-") for word in plain) else []
     return [*line, *dashes, *plain]
 

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from quantkit.core.metrics import shown
 
 _NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 
@@ -19,7 +22,7 @@ def comparison_table(measured: dict[str, Any], title: str) -> Table:
             Text(_NAMES.get(label, label)),
             f"{one['reference_perplexity']:.2f}",
             f"{one['perplexity']:.2f}",
-            f"{one['kl']:.4f} ± {one['kl_error']:.4f}",
+            shown(one["kl"], one["kl_error"]),
             f"{one['top1']:.1%}",
         )
     table.add_section()
@@ -27,30 +30,142 @@ def comparison_table(measured: dict[str, Any], title: str) -> Table:
         "mean",
         "",
         "",
-        f"{measured['kl']:.4f} ± {measured['kl_error']:.4f}",
+        shown(measured["kl"], measured["kl_error"]),
         f"{measured['top1']:.1%}",
     )
     return table
 
 
-def layer_table(layers: dict[str, float], count: int) -> Table:
-    """The linears with the largest relative output errors."""
-    table = Table(title=f"largest of {len(layers)} layer errors", title_justify="left")
-    table.add_column("linear")
-    table.add_column("relative output error", justify="right")
-    for name, error in sorted(layers.items(), key=lambda item: -item[1])[:count]:
-        table.add_row(name, f"{error:.5f}")
+def verified_table(found: dict[str, Any]) -> Table:
+    """A model against its original, by text set (see Verification.described)."""
+    title = f"{found['model']} against {found['against']}"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("text")
+    for heading in ("ppl", "new ppl", "ratio", "KL (nats)", "99 %", "top-1"):
+        table.add_column(heading, justify="right")
+    for label, one in found["sets"].items():
+        table.add_row(
+            Text(_NAMES.get(label, label)),
+            f"{one['reference_perplexity']:.2f}",
+            f"{one['perplexity']:.2f}",
+            shown(one["perplexity_ratio"], one["perplexity_ratio_error"], 3),
+            shown(one["kl"], one["kl_error"]),
+            f"{one['kl_p99']:.3f}",
+            f"{one['top1']:.1%}",
+        )
+    table.add_section()
+    table.add_row(
+        "mean",
+        "",
+        "",
+        shown(found["perplexity_ratio"], found["perplexity_ratio_error"], 3),
+        shown(found["kl"], found["kl_error"]),
+        "",
+        f"{found['top1']:.1%}",
+    )
     return table
 
 
-def sample_table(samples: list[dict[str, str]]) -> Table:
-    """Continuations side by side. What a model writes is no markup, whatever brackets it has."""
+def ranking_table(found: dict[str, Any]) -> Table:
+    """Models against one original, best first (see Ranking.described)."""
+    title = Text(f"against {found['against']}")
+    # narrow, so that names have room
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
+    for heading in ("KL (nats)", "ppl ratio", "top-1", "same", "bits", "MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place, one in enumerate(found["models"], 1):
+        bits, written = one["size"]["bits_per_weight"], one["divergence"]
+        table.add_row(
+            Text(f"{place} {one['model']}"),
+            shown(one["kl"], one["kl_error"]),
+            f"{one['perplexity_ratio']:.4f}",
+            f"{one['top1']:.1%}",
+            f"{written['mean']:.1f}" if written else "-",
+            f"{bits:.2f}" if bits else "-",
+            f"{one['size']['bytes'] / 1e6:,.1f}",
+        )
+    return table
+
+
+def layer_table(layers: dict[str, dict[str, Any]], count: int) -> Table:
+    """The linears with the largest relative output errors."""
+    table = Table(title=f"largest of {len(layers)} layer errors", title_justify="left")
+    table.add_column("linear", overflow="fold")
+    for heading in ("error", "dB", "cosine", "predicted"):
+        table.add_column(heading, justify="right")
+
+    def worst(item: tuple[str, dict[str, Any]]) -> float:
+        error: float = item[1]["error"]
+        return -error if error == error else float("-inf")
+
+    for name, layer in sorted(layers.items(), key=worst)[:count]:
+        predicted = layer["predicted"]
+        table.add_row(
+            name,
+            f"{layer['error']:.5f}",
+            f"{layer['sqnr']:.1f}",
+            f"{layer['cosine']:.5f}",
+            "-" if predicted is None else f"{predicted:.5f}",
+        )
+    return table
+
+
+def passage_table(worst: list[dict[str, Any]], count: int) -> Table:
+    """Where the two disagree most, up to the token behind which they do."""
+    table = Table(title="largest disagreements", title_justify="left", show_lines=True)
+    for heading in ("text", "KL"):
+        table.add_column(heading, justify="right")
+    for heading in ("behind", "original: next", "quantized: next"):
+        table.add_column(heading, overflow="fold")
+    for passage in worst[:count]:
+        before = "".join(token["text"] for token in passage["tokens"][: passage["at"] + 1])
+        table.add_row(
+            Text(_NAMES.get(passage["set"], passage["set"])),
+            f"{passage['kl']:.2f}",
+            Text("…" + before[-60:].replace("\n", "⏎")),
+            *(
+                Text("  ".join(f"{text!r} {p:.0%}" for text, p in passage[model][:3]))
+                for model in ("reference", "model")
+            ),
+        )
+    return table
+
+
+def sample_table(samples: list[dict[str, Any]], count: int) -> Table:
+    """Continuations side by side, those that part first. What a model writes is no markup, whatever
+    brackets it has."""
     table = Table(title="greedy continuations", title_justify="left", show_lines=True)
     for heading in ("prompt", "original", "quantized"):
         table.add_column(heading, overflow="fold")
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: sample["same"])[:count]:
         table.add_row(*(Text(sample[part]) for part in ("prompt", "original", "quantized")))
     return table
+
+
+def facts(found: dict[str, Any]) -> list[str]:
+    """Lines below the tables."""
+    size, written = found["size"], found["divergence"]
+    bits = size["bits_per_weight"]
+    lines = [
+        f"size: {size['bytes'] / 1e6:,.1f} MB, original {size['original_bytes'] / 1e6:,.1f} MB"
+        + (f"; {bits:.2f} bits per quantized weight" if bits else "")
+        + (f"; {size['memory'] / 1e6:,.1f} MB in memory" if size["memory"] else "")
+    ]
+    if written:
+        lines.append(
+            f"continuations: the same for {written['mean']:.1f} of {written['tokens']} tokens, "
+            f"{written['identical']} of {written['prompts']} identical"
+        )
+    return lines
+
+
+def gate_lines(found: dict[str, Any]) -> list[str]:
+    """The limits that were not kept."""
+    from quantkit.workflows.gate import told
+
+    checks = found["gate"]["checks"] if found["gate"] else []
+    return [told(check) for check in checks if not check["passed"]]
 
 
 def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:

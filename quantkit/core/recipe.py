@@ -37,7 +37,7 @@ _WORDS = {"true": True, "false": False}
 class Key:
     """An option: what a value of it is, whether there may be several, and its choices if few."""
 
-    kind: Literal["bool", "int", "float", "str"]
+    kind: Literal["bool", "int", "float", "str", "limit"]
     several: bool = False
     choices: tuple[str, ...] = ()
 
@@ -176,7 +176,9 @@ def _single(where: str, key: str, value: Any, known: Key) -> Any:
         "float": isinstance(value, (int, float)) and not isinstance(value, bool),
         "str": isinstance(value, str),
     }
+    fits["limit"] = fits["float"] or fits["str"]
     words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+    words["limit"] = "a number or SET=NUMBER"
     if not fits[known.kind]:
         raise UsageError(f"{where}: {key} should be {words[known.kind]}, not {_shown(value)}")
     if known.choices and value not in known.choices:
@@ -248,7 +250,7 @@ def _connect(
     taken: dict[str | None, str] = {model: "it is the model"}
     for index, step in enumerate(steps):
         where = f"{name}, step {index + 1} ({step.command})"
-        if "model" not in step.options:
+        if "model" in vocabulary[step.command] and "model" not in step.options:
             if latest is None:
                 raise UsageError(f"{where} does not say which model", "give --model")
             step.options["model"] = latest

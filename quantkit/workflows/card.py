@@ -1,9 +1,12 @@
 """The model card: what the artifact is, how it was made, how good it measured, how to use it."""
 
+from math import nan
 from typing import Any
 
+from quantkit.core.metrics import shown
 from quantkit.workflows import budget as budgeting
 
+HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 
 
@@ -20,13 +23,24 @@ def model_card(content: dict[str, Any]) -> str:
         f"{content['versions']['quantkit']}. {size['linears']} linear layers hold "
         f"{settings['bits']}-bit codes; all other tensors are kept in 16 bits.",
         _size_table(source, size),
-        _quality(content["measured"]),
+        _quality(content.get("verified") or content["measured"]),
         _chosen(content["budget"]),
         _settings_table(settings, content["calibration"]),
         _fallbacks(content["fallbacks"]),
         _use(settings["format"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_ours(text: str, content: dict[str, Any]) -> bool:
+    """Whether ``text`` is the card of ``content``, as nobody has changed it."""
+    return _made_by_quantize(content) and text == model_card(content)
+
+
+def _made_by_quantize(content: dict[str, Any]) -> bool:
+    """A conversion's record has less, and its folder no card."""
+    parts = ("source", "settings", "size", "calibration", "versions", "fallbacks", "measured")
+    return all(part in content for part in parts) and "conversion" not in content
 
 
 def _at(source: dict[str, Any]) -> str:
@@ -54,20 +68,50 @@ def _quality(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "Quality was not measured when this was made; run `quantkit verify` on it."
     rows = [
-        f"| {_SET_NAMES.get(label, label)} | {m['reference_perplexity']:.2f} "
-        f"| {m['perplexity']:.2f} | {m['kl']:.4f} ± {m['kl_error']:.4f} | {m['top1']:.1%} |"
+        f"| {_SET_NAMES.get(label, label)} | {_number(m['reference_perplexity']):.2f} "
+        f"| {_number(m['perplexity']):.2f} | {shown(_number(m['kl']), m['kl_error'])} "
+        f"| {_number(m['top1']):.1%} |"
         for label, m in measured["sets"].items()
     ]
     return (
         "## Measured quality\n\n"
-        "Against the original, on held-out text that took no part in calibration. KL is the mean "
+        f"Against the original, on {_text(measured)}. KL is the mean "
         "KL divergence of the next-token distributions in nats (0 is identical); agreement is how "
         "often both predict the same next token.\n\n"
         "| text | perplexity, original | perplexity, quantized | KL | agreement |\n"
         "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
-        f"| **mean** | | | **{measured['kl']:.4f} ± {measured['kl_error']:.4f}** "
-        f"| **{measured['top1']:.1%}** |"
+        f"| **mean** | | | **{shown(_number(measured['kl']), measured['kl_error'])}** "
+        f"| **{_number(measured['top1']):.1%}** |" + _verdict(measured)
     )
+
+
+def _text(measured: dict[str, Any]) -> str:
+    """What can be said of the text; of a user's own, nothing is known."""
+    own = measured.get("settings", {}).get("texts", [HELD_OUT]) != [HELD_OUT]
+    return "text of one's own" if own else "held-out text that took no part in calibration"
+
+
+def _verdict(measured: dict[str, Any]) -> str:
+    """What only verify knows."""
+    lines = []
+    if "settings" in measured:
+        settings = measured["settings"]
+        lines.append(
+            f"Measured by `quantkit verify` against `{measured['against']}` on {settings['rows']} "
+            f"rows of {settings['seqlen']} tokens of each text ({', '.join(settings['texts'])})."
+        )
+    if measured.get("nonfinite"):
+        lines.append(f"**NaN or infinities in {', '.join(measured['nonfinite'][:5])}.**")
+    if measured.get("gate"):
+        lines.append(
+            f"Limits that were set: **{'kept' if measured['gate']['passed'] else 'not kept'}**."
+        )
+    return "".join(f"\n\n{line}" for line in lines)
+
+
+def _number(value: float | None) -> float:
+    """JSON has null for what is no number."""
+    return nan if value is None else value
 
 
 def _settings_table(settings: dict[str, Any], calibration: dict[str, Any]) -> str:

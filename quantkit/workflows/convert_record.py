@@ -90,6 +90,7 @@ def provenance_of(opened: Opened, result: Conversion, files: dict[str, str]) -> 
         conversion["before"] = record["conversion"]
     if not result.exact:  # then it was measured on another model
         conversion["measured_before"] = record.pop("measured", None)
+        record.pop("verified", None)
         record.pop("layers", None)
     if not record and not opened.linears:
         record["source"] = {"name": name, "revision": revision, "files": files}

@@ -72,7 +72,7 @@ class Inspection:
     chat_template: bool = False
     made_from: str | None = None
     made_by: str | None = None
-    measured: dict[str, float] | None = None
+    measured: dict[str, float | None] | None = None
     provenance: dict[str, Any] | None = None
     findings: list[Finding] = field(default_factory=list)
     targets: list[Verdict] = field(default_factory=list)
@@ -262,11 +262,14 @@ def _describe_record(found: Inspection) -> None:
     found.made_from = ", from ".join(dict.fromkeys(filter(None, steps))) or None
     if version := _text(made, "versions", "quantkit"):
         found.made_by = f"quantkit {version}"
-    measured = made.get("measured")
-    if isinstance(measured, dict):
-        numbers = {key: measured.get(key) for key in ("kl", "kl_error", "top1")}
-        if all(isinstance(value, int | float) for value in numbers.values()):
-            found.measured = numbers
+    for part in ("verified", "measured"):  # by verify, and when it was made
+        measured = made.get(part)
+        if found.measured is None and isinstance(measured, dict):
+            numbers = {key: measured.get(key) for key in ("kl", "kl_error", "top1")}
+            error = numbers.pop("kl_error")
+            if all(isinstance(value, int | float) for value in numbers.values()):
+                error = error if isinstance(error, int | float) else None
+                found.measured = {**numbers, "kl_error": error}
 
 
 def _named(made: dict[str, Any], *path: str) -> str | None:

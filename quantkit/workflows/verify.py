@@ -4,70 +4,70 @@ The original is run block by block from its files; it is never in memory as a wh
 model is loaded as it would be for use, so what is measured is what will run.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
 
 from quantkit.core import calibration, provenance
-from quantkit.core.checkpoint import Checkpoint
 from quantkit.core.metrics import Comparison
 from quantkit.core.progress import Progress, Step
 from quantkit.core.source import DEMO, Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device, pick_dtype
-from quantkit.runtime.load import load_model
-from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.tokenizer import load_tokenizer
-from quantkit.runtime.walk import Block, Walk, features, is_linear
+from quantkit.runtime.load import put_together
+from quantkit.runtime.opened import Opened, open_checkpoint, recorded
+from quantkit.runtime.skeleton import read_config
+from quantkit.workflows import card, divergence, sizes, verdict
 from quantkit.workflows.calibrate import longest_row
 from quantkit.workflows.check import held_out
-
-PROMPTS = (
-    "In the early morning, the old fisherman",
-    "日本で一番高い山は",
-    "def read_lines(path):\n",
-)
-_GIVE_IT = "give the model that was quantized with --against"
-_CONTINUE = 32
-_TRACED = 4  # rows whose inputs the layers' errors are measured on
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Greedy continuations of one prompt."""
-
-    prompt: str
-    original: str
-    quantized: str
+from quantkit.workflows.divergence import Sample
+from quantkit.workflows.gate import Gate, Given
+from quantkit.workflows.layer_errors import GIVE_IT
+from quantkit.workflows.passages import Passages
+from quantkit.workflows.reference import Reference
 
 
 @dataclass
 class Verification:
-    """comparison  per text set: perplexities, KL, top-1 agreement
-    layers      relative output error of every linear on held-out text, |x (W - Q)|^2 / |x W|^2
+    """comparison  per text set: perplexities, KL, agreement
+    worst       passages where the two disagree most
+    layers      by linear: error, sqnr and cosine on held-out text, and the error that was predicted
     samples     greedy continuations by both
+    size        of the files, a weight, and in memory
+    nonfinite   tensors and layers with NaN or infinities
+    gate        the limits, and whether they were kept; None without limits
     """
 
     name: str
     against: str
     comparison: Comparison = field(default_factory=Comparison)
-    layers: dict[str, float] = field(default_factory=dict)
+    worst: list[dict[str, Any]] = field(default_factory=list)
+    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    size: dict[str, Any] = field(default_factory=dict)
+    nonfinite: list[str] = field(default_factory=list)
+    gate: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def described(self) -> dict[str, Any]:
-        """Plain numbers and text, for JSON."""
+        """Plain numbers and text, for JSON and the report."""
         return {
             "model": self.name,
             "against": self.against,
             **self.comparison.described(),
+            "histogram": self.comparison.histogram(),
+            "worst": self.worst,
             "layers": self.layers,
             "samples": [vars(sample) for sample in self.samples],
+            "divergence": divergence.summary(self.samples),
+            "size": self.size,
+            "nonfinite": self.nonfinite,
+            "gate": self.gate,
+            "settings": self.settings,
             "notes": self.notes,
         }
 
@@ -80,6 +80,11 @@ def verify(
     rows: int = 16,
     seqlen: int = 512,
     samples: bool = True,
+    max_kl: Given = None,
+    min_top1: Given = None,
+    max_ppl_ratio: Given = None,
+    gate: bool = False,
+    write: bool = True,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -87,40 +92,35 @@ def verify(
 ) -> Verification:
     """Measure ``model`` against its original.
 
-    against   the original; by default the one that the model's own provenance names
+    against   the original, in any format; by default the one that the model's own provenance names
     text      texts to measure on (sources as for calibration); by default the bundled held-out sets
     rows      at most so many rows of ``seqlen`` tokens of each text
     samples   also let both continue a few prompts
+    max_kl, min_top1, max_ppl_ratio   limits: a number for the mean over the texts, or
+              ``SET=NUMBER``, or several; whether they were kept is in the result's ``gate``
+    gate      also hold it to what is usual for its bits
+    write     put the verdict into quantkit.json and the card of a folder that quantkit wrote
 
     Raises QuantkitError when either cannot be loaded, or the two do not belong together.
     """
-    progress = progress or Progress()
-    if rows < 1 or seqlen < 2:
-        raise UsageError("measuring needs at least one row of two tokens")
-    on = pick_device(device)
-    kind = pick_dtype(dtype, on)
+    limits = Gate.of(max_kl, min_top1, max_ppl_ratio, gate)
+    _refuse_nothing(rows, seqlen)
     source = resolve(model, revision)
-    original = resolve(against) if against else _recorded_original(source)
-    tokenizer = load_tokenizer(original)
-    walk = Walk(Skeleton(original, Checkpoint(original.folder), on, kind))
-    result = Verification(source.name, original.name)
-    longest = longest_row(walk.skeleton)
-    if longest is not None and longest < seqlen:
-        result.notes.append(f"rows are {longest} tokens, the longest that the model can take")
-        seqlen = longest
-    sets = _texts(list(text), tokenizer, rows, seqlen)
-    quantized = load_model(source, on, kind)
-    if quantized.config.vocab_size != walk.skeleton.model.config.vocab_size:
-        raise QuantkitError(
-            f"{source.name} and {original.name} have different vocabularies", _GIVE_IT
-        )
-    _compare(walk, quantized, sets, result, progress)
-    if samples:
-        result.samples = _samples(walk.skeleton, quantized, tokenizer, result.notes)
+    original = resolve(against) if against else recorded_original(source)
+    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits)
+    result = bench.measure(source, progress or Progress())
+    if write:
+        verdict.write(result.described(), source, Path(model), result.notes)
     return result
 
 
-def _recorded_original(source: Source) -> Source:
+def _refuse_nothing(rows: int, seqlen: int) -> None:
+    if rows < 1 or seqlen < 2:
+        raise UsageError("measuring needs at least one row of two tokens")
+
+
+def recorded_original(source: Source) -> Source:
+    """The original that quantkit.json names. Raises UsageError when it cannot be found."""
     recorded = (source.read_json(provenance.FILE) or {}).get("source", {})
     name, revision = recorded.get("name"), recorded.get("revision")
     if name and "/" in name:
@@ -135,6 +135,103 @@ def _recorded_original(source: Source) -> Source:
         f"{source.name} does not say where its original can be found",
         "give the folder or repository of the original with --against",
     )
+
+
+class Bench:
+    """An original with texts, on which any number of models is measured, one after another."""
+
+    def __init__(
+        self,
+        original: Source,
+        text: list[str],
+        rows: int,
+        seqlen: int,
+        samples: bool,
+        device: str,
+        dtype: str,
+        limits: Gate,
+    ) -> None:
+        _refuse_nothing(rows, seqlen)
+        self._device = pick_device(device)
+        self._dtype = pick_dtype(dtype, self._device)
+        self._samples, self._limits = samples, limits
+        self.reference = Reference(original, self._device, self._dtype)
+        self._notes = []
+        longest = longest_row(self.reference.skeleton)
+        if longest is not None and longest < seqlen:
+            self._notes.append(f"rows are {longest} tokens, the longest that the model can take")
+            seqlen = longest
+        sets = _texts(text, self.reference.tokenizer, rows, seqlen)
+        limits.check_sets(sets)
+        self._labels = [label for label, some in sets.items() for _ in some]
+        self.reference.batches = [torch.tensor([row]) for some in sets.values() for row in some]
+        self._settings = {
+            "rows": rows,
+            "seqlen": seqlen,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "device": provenance.machine(self._device),
+            "texts": [calibration.public_name(name) for name in text] or [card.HELD_OUT],
+            "versions": provenance.versions(),
+        }
+
+    def measure(self, source: Source, progress: Progress) -> Verification:
+        """Everything about one model. Raises QuantkitError when it cannot be loaded, or was not
+        made from the original."""
+        reference = self.reference
+        result = Verification(source.name, reference.source.name, notes=list(self._notes))
+        opened = open_checkpoint(source)
+        described = opened.model_config if opened.format == "gguf" else None
+        words = read_config(source, described).get_text_config().vocab_size
+        if words != reference.skeleton.config.get_text_config().vocab_size:
+            raise QuantkitError(
+                f"{source.name} and {reference.source.name} have different vocabularies", GIVE_IT
+            )
+        model = put_together(opened, self._device, self._dtype)
+        self._compare(model, result, progress)
+        result.size = {
+            "bytes": sizes.bytes_of(opened),
+            "original_bytes": reference.bytes,
+            "bits_per_weight": sizes.bits_per_weight(opened),
+            "memory": sizes.memory_of(model),
+        }
+        _add_record(opened, reference, result)
+        result.settings |= self._settings
+        result.nonfinite = _with_layers(sizes.nonfinite(model), result.layers)
+        if self._samples:
+            written = reference.written()
+            if isinstance(written, str):
+                result.notes.append(written)
+            else:
+                own = divergence.continued(model, reference.tokenizer)
+                result.samples = divergence.compared(written, own, reference.tokenizer)
+        if self._limits:
+            bits = result.size["bits_per_weight"]
+            measured = result.comparison.described()
+            result.gate = self._limits.judge(measured, bits, len(result.nonfinite))
+        return result
+
+    def _compare(self, model: Any, result: Verification, progress: Progress) -> None:
+        """Run both models on all rows; the original's layers are compared on the way."""
+        reference, passages = self.reference, Passages(self.reference.tokenizer)
+        blocks = len(reference.walk)
+        total = blocks + len(self._labels)
+
+        def done(index: int, name: str) -> None:
+            progress.step(Step(index, total, name, None, 0))
+
+        progress.begin(f"verifying {result.name}", total)
+        layers = reference.layers(model, result.name, done)
+        result.layers = {name: {**found, "predicted": None} for name, found in layers.items()}
+        rows = zip(self._labels, reference.batches, reference.logits())
+        for index, (label, batch, logits) in enumerate(rows):
+            with torch.no_grad():
+                other = model(input_ids=batch.to(logits.device), use_cache=False).logits
+            kl = result.comparison.add(label, batch[0], logits[0], other[0])
+            if kl is not None:
+                passages.see(label, batch[0], kl, logits[0], other[0])
+            done(blocks + index + 1, f"text {label}")
+        result.worst = passages.described()
+        progress.end()
 
 
 def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str, list[list[int]]]:
@@ -152,126 +249,28 @@ def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str,
     return sets
 
 
-def _compare(
-    walk: Walk,
-    quantized: nn.Module,
-    sets: dict[str, list[list[int]]],
-    result: Verification,
-    progress: Progress,
-) -> None:
-    """Run both models on all rows; the original's layers are compared on the way."""
-    labels = [label for label, rows in sets.items() for _ in rows]
-    batches = [torch.tensor([row]) for rows in sets.values() for row in rows]
-    hidden = walk.embed(batches)
-    traced = set(range(0, len(batches), max(1, len(batches) // _TRACED)))
-    progress.begin("verifying", len(walk) + len(batches))
-    for index in range(len(walk)):
-        with walk.block(index) as block:
-            errors = _LayerErrors(block, quantized, result)
-            for i, x in enumerate(hidden):
-                if i in traced:
-                    with errors.measuring():
-                        hidden[i] = block.forward(x)
-                else:
-                    hidden[i] = block.forward(x)
-            result.layers |= errors.relative()
-        progress.step(Step(index + 1, len(walk) + len(batches), walk.block_name(index), None, 0))
-    for index, (label, batch, logits) in enumerate(
-        zip(labels, batches, walk.logits(batches, hidden))
-    ):
-        with torch.no_grad():
-            other = quantized(input_ids=batch.to(logits.device), use_cache=False).logits
-        result.comparison.add(label, batch[0], logits[0], other[0])
-        done = len(walk) + index + 1
-        progress.step(Step(done, len(walk) + len(batches), f"text {label}", None, 0))
-    progress.end()
+def _add_record(opened: Opened, reference: Reference, result: Verification) -> None:
+    """What quantkit.json says of how the model was made, and what its layers were to lose."""
+    record = recorded(opened)
+    said = record.get("layers")
+    for disk, layer in said.items() if isinstance(said, dict) else ():
+        live = reference.skeleton.live_name(f"{disk}.weight").removesuffix(".weight")
+        predicted = layer.get("error") if isinstance(layer, dict) else None
+        if live in result.layers and isinstance(predicted, int | float):
+            result.layers[live]["predicted"] = float(predicted)
+    made = record.get("settings")
+    result.settings["quantization"] = {
+        "format": opened.format,
+        **({"method": record["method"]} if "method" in record else {}),
+        **(made if isinstance(made, dict) else {}),
+    }
 
 
-class _LayerErrors:
-    """Output errors of the quantized linears, given the original's inputs. Raises QuantkitError
-    when the quantized model does not have the block's linears."""
-
-    def __init__(self, block: Block, quantized: nn.Module, result: Verification) -> None:
-        self._block = block
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self._others = {}
-        theirs = dict(quantized.named_modules())
-        for name, module in block.module.named_modules():
-            if not is_linear(module):
-                continue
-            other = theirs.get(f"{block.name}.{name}")
-            dense = is_linear(other)
-            if features(module) != (
-                features(other)
-                if dense
-                else (getattr(other, "out_features", None), getattr(other, "in_features", None))
-            ):
-                raise QuantkitError(
-                    f"{result.name} was not made from {result.against}: they differ in "
-                    f"{block.name}.{name}",
-                    _GIVE_IT,
-                )
-            if not dense:
-                self._others[name] = other
-
-    def measuring(self) -> Any:
-        """While open, every linear's output is compared."""
-        return self._block.watching(
-            {name: self._hook(name, other) for name, other in self._others.items()}, outputs=True
-        )
-
-    def _hook(self, name: str, other: nn.Module) -> Callable[[Tensor, Tensor], None]:
-        def see(x: Tensor, y: Tensor) -> None:
-            lost = (other(x).float() - y.float()).square().sum()
-            had = y.float().square().sum()
-            before = self._sums.get(name, (lost.new_zeros(()), had.new_zeros(())))
-            self._sums[name] = before[0] + lost, before[1] + had
-
-        return see
-
-    def relative(self) -> dict[str, float]:
-        return {
-            f"{self._block.name}.{name}": float(lost / had)
-            for name, (lost, had) in self._sums.items()
-        }
-
-
-def _samples(
-    skeleton: Skeleton, quantized: nn.Module, tokenizer: Any, notes: list[str]
-) -> list[Sample]:
-    """Greedy continuations; needs the whole original, so only where there is room for it."""
-    needed = int(skeleton.checkpoint.nbytes * 1.2)
-    free = psutil.virtual_memory().available
-    if skeleton.device.type == "cuda":
-        free = torch.cuda.mem_get_info(skeleton.device)[0]
-    if free < needed:
-        notes.append(
-            f"no continuations: the original needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-            "are free"
-        )
-        return []
-    original = load_model(skeleton.source, skeleton.device, skeleton.dtype)
-    return [
-        Sample(
-            prompt,
-            _continued(original, tokenizer, prompt),
-            _continued(quantized, tokenizer, prompt),
-        )
-        for prompt in PROMPTS
-    ]
-
-
-def _continued(model: Any, tokenizer: Any, prompt: str) -> str:
-    ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=_CONTINUE,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    text: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+def _with_layers(tensors: Iterable[str], layers: dict[str, dict[str, Any]]) -> list[str]:
+    """The tensors, and the layers whose outputs are not numbers though all their tensors are."""
+    found = list(tensors)
+    for name, layer in layers.items():
+        broken = not abs(layer["error"]) < float("inf")
+        if broken and not any(tensor.startswith(f"{name}.") for tensor in found):
+            found.append(name)
+    return found

@@ -1,0 +1,76 @@
+"""What every linear of a model does to the original's inputs of it."""
+
+from collections.abc import Callable
+from math import log10, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import QuantkitError
+from quantkit.runtime.walk import Block, features, is_linear
+
+GIVE_IT = "give the model that was quantized with --against"
+_EXACT = 200.0  # dB; what is closer counts as this close
+
+
+class LayerErrors:
+    """Compares the outputs of a block's linears with those of ``other``, given the original's
+    inputs. Linears with the very same weight are left out. Raises QuantkitError when the other
+    model does not have the block's linears; ``names``: what to call the two."""
+
+    def __init__(self, block: Block, other: nn.Module, names: tuple[str, str]) -> None:
+        self._block = block
+        self._sums: dict[str, Tensor] = {}
+        self._others: dict[str, nn.Module] = {}
+        theirs = dict(other.named_modules())
+        for name, module in block.module.named_modules():
+            if not is_linear(module):
+                continue
+            found = theirs.get(f"{block.name}.{name}")
+            if found is None or _shape(found) != features(module):
+                raise QuantkitError(
+                    f"{names[0]} was not made from {names[1]}: they differ in {block.name}.{name}",
+                    GIVE_IT,
+                )
+            if not (is_linear(found) and torch.equal(found.weight, module.weight)):
+                self._others[name] = found
+
+    def measuring(self) -> Any:
+        """While open, every linear's output is compared."""
+        return self._block.watching(
+            {name: self._hook(name, other) for name, other in self._others.items()}, outputs=True
+        )
+
+    def _hook(self, name: str, other: nn.Module) -> Callable[[Tensor, Tensor], None]:
+        def see(x: Tensor, y: Tensor) -> None:
+            y, z = y.float(), other(x).float()
+            found = [(z - y).square(), y.square(), z.square(), y * z]
+            sums = torch.stack([part.sum(dtype=torch.float64) for part in found])
+            self._sums[name] = self._sums.get(name, 0) + sums
+
+        return see
+
+    def described(self) -> dict[str, dict[str, float]]:
+        """By linear: ``error`` |y - y'|^2 / |y|^2; ``sqnr``, the same in dB, of signal over noise;
+        ``cosine`` between y and y', all outputs of all tokens as one vector."""
+        return {
+            f"{self._block.name}.{name}": _numbers(*sums.tolist())
+            for name, sums in self._sums.items()
+        }
+
+
+def _shape(module: nn.Module) -> tuple[Any, Any]:
+    if is_linear(module):
+        return features(module)
+    return getattr(module, "out_features", None), getattr(module, "in_features", None)
+
+
+def _numbers(lost: float, had: float, found: float, both: float) -> dict[str, float]:
+    error = lost / had if had else float("nan")
+    size = sqrt(had) * sqrt(found)
+    return {
+        "error": error,
+        "sqnr": _EXACT if error < 10 ** (-_EXACT / 10) else -10 * log10(error),
+        "cosine": both / size if size else float("nan"),
+    }

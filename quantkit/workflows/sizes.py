@@ -1,0 +1,53 @@
+"""How large a model is: in its files, a weight on average, and in memory."""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.opened import Folder, Opened
+
+if TYPE_CHECKING:
+    from quantkit.runtime.gguf_opened import GgufOpened
+
+
+def bytes_of(opened: Opened) -> int:
+    """Of its weight files: tensors of a folder, a whole GGUF file."""
+    if isinstance(opened, Folder):
+        return opened.tensors.nbytes
+    return sum(file.stat().st_size for file in opened.files)
+
+
+def bits_per_weight(opened: Opened) -> float | None:
+    """Of quantized linears, scales and zero points included (the order of groups not: ``g_idx``
+    has 4 bytes an input); None where there are none."""
+    weights = sum(packed.out * packed.width for packed in opened.linears.values())
+    if not weights:
+        return None
+    names = [name for prefix in opened.linears for name in opened.names(prefix)]
+    if isinstance(opened, Folder):
+        stored = sum(opened.tensors.spec(n).nbytes for n in names if not n.endswith("g_idx"))
+    else:
+        stored = sum(cast("GgufOpened", opened).tensor(name).nbytes for name in names)
+    return 8 * stored / weights
+
+
+def memory_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each counted once."""
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def nonfinite(model: nn.Module) -> list[str]:
+    """Parameters with NaN or infinities, and quantized linears whose scales or zero points have."""
+    found = [name for name, tensor in model.named_parameters() if not _finite(tensor)]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            held = [(part, getattr(module, part)) for part in ("scale", "zero", "minimum")]
+            found += [f"{name}.{part}" for part, t in held if t is not None and not _finite(t)]
+    return found
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -729,7 +729,7 @@ def test_a_gguf_file_does_not_take_the_record_of_its_neighbour(tmp_path):
 @pytest.mark.parametrize("to", ["awq", "gguf:q4_0"])
 def test_verify_finds_the_original_of_what_was_converted(tmp_path, to):
     few = {"rows": 1, "seqlen": 64, "samples": False, "dtype": "float32"}
-    before = verify(str(quantized()), **few)
+    before = verify(str(quantized()), write=False, **few)
     convert(str(quantized()), to, tmp_path / "out")
     after = verify(str(tmp_path / "out"), **few)
     assert after.against == DEMO

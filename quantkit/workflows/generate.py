@@ -89,7 +89,7 @@ def sampling(
     """Keyword arguments for ``model.generate``. Raises UsageError for values out of range."""
     if temperature is not None and not 0 <= temperature < inf:
         raise UsageError(
-            f"a temperature of {temperature:g} is out of range",
+            f"--temperature {temperature:g} is out of range",
             "0 always takes the likeliest token, 1 is the model's own spread",
         )
     if top_p is not None and not 0 < top_p <= 1:

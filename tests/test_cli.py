@@ -589,6 +589,8 @@ def test_a_place_that_cannot_be_written(copy, capsys, monkeypatch):
         (["gptq", "demo", "--rule", "*: skip", "-o", "x"], "the rules skip every linear"),
         (["gptq", "demo", "--rule", "*.o_proj: skip,bits=8", "-o", "x"], "says how to quantize"),
         (["generate", "demo", "a", "--stop", ""], "empty --stop"),
+        (["verify", "demo", "--against", "demo", "--text", "bundled:en=1"], "no bundled text"),
+        (["gptq", "demo", "-c", "bundled:xx", "-o", "x"], "no bundled calibration"),
         (["generate", "demo", "a", "-t", "nan"], "--temperature nan"),
         (["generate", "demo", "a", "-t", "inf"], "--temperature inf"),
         (["convert", "demo", "--to", "nope"], "no format to convert to"),

@@ -228,6 +228,10 @@ def _script(character: str) -> str:
 
 
 def _bundled(name: str) -> Iterator[Document]:
+    if name and name not in BUNDLED:
+        raise UsageError(
+            f"there is no bundled text '{name}'", f"use bundled:NAME with {', '.join(BUNDLED)}"
+        )
     for label in [name] if name else BUNDLED:
         for _, row in _json_lines(data.calibration() / f"{label}.jsonl"):
             yield _document(row, label, "bundled")

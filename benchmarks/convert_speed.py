@@ -174,7 +174,7 @@ def _convert(source: Path, out: Path, to: str) -> dict[str, float]:
     if status:
         raise SystemExit(f"converting to {to} failed")
     seconds = round(time.perf_counter() - start, 2)
-    return {"seconds": seconds, "peak_mb": round(usage.ru_maxrss / 1024, 1)}
+    return {"seconds": seconds, "peak_mb": round(usage.ru_maxrss * 1024 / 1e6, 1)}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -332,6 +333,7 @@ class ShardWriter:
         self._place: dict[str, tuple[int, int]] = {}
         self._open: list[PlacedFile] = []
         self._dirty: set[int] = set()
+        self._lock = Lock()
         self.complete = True
         for number, names in enumerate(shards):
             header, offsets = _header({name: self._specs[name] for name in names})
@@ -353,13 +355,16 @@ class ShardWriter:
             raise ValueError(f"{name} is {TensorSpec.of(tensor)}, planned was {spec}")
         number, offset = self._place[name]
         self._open[number].write(offset, tensor)
-        self._dirty.add(number)
+        with self._lock:
+            self._dirty.add(number)
 
     def sync(self) -> None:
-        """Make everything written so far survive a crash of the machine."""
-        for number in sorted(self._dirty):
+        """Make everything written so far survive a crash of the machine. Other threads may go on
+        writing meanwhile."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        for number in sorted(dirty):
             self._open[number].sync()
-        self._dirty.clear()
 
     def read(self, name: str) -> Tensor:
         """What the file now holds under ``name``: to check it, or to continue from it."""

@@ -63,3 +63,23 @@ def on_one_core() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_behind() -> Iterator[Callable[..., None]]:
+    """A function that calls another in a thread of its own, once the call before has ended. The
+    last one has ended, too, when this does; an error comes out with the next call, or at the end.
+    """
+    last: list[Future[None]] = []
+
+    def behind(work: Callable[..., None], *args: object) -> None:
+        finish()
+        last.append(pool.submit(work, *args))
+
+    def finish() -> None:
+        while last:
+            last.pop().result()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="behind") as pool:
+        yield behind
+        finish()

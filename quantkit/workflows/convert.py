@@ -24,7 +24,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import digest, fit
 from quantkit.runtime.opened import Folder, Opened, open_checkpoint
 from quantkit.workflows import convert_targets
-from quantkit.workflows.ahead import Ahead, ahead
+from quantkit.workflows.ahead import Ahead, ahead, one_behind
 from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
@@ -196,19 +196,23 @@ def _move(
         opened.release()
         return moved
 
+    def keep(part: str, done: dict[str, Moved]) -> None:
+        target.sync()
+        ledger.finish(part, done)
+
     batches = list(_batches(_sizes(opened)))
     progress.begin("converting", len(batches))
-    for index, batch in enumerate(batches):
-        started = time.perf_counter()
-        part = next(iter(batch))
-        if part not in ledger:
-            done: dict[str, Moved] = {}
-            for _, moved in workers.map(move, batch):
-                done |= moved
-            target.sync()
-            ledger.finish(part, done)
-        spent = time.perf_counter() - started
-        progress.step(Step(index + 1, len(batches), part, None, spent))
+    with one_behind() as behind:  # the disk takes a batch while the next one is worked on
+        for index, batch in enumerate(batches):
+            started = time.perf_counter()
+            part = next(iter(batch))
+            if part not in ledger:
+                done: dict[str, Moved] = {}
+                for _, moved in workers.map(move, batch):
+                    done |= moved
+                behind(keep, part, done)
+            spent = time.perf_counter() - started
+            progress.step(Step(index + 1, len(batches), part, None, spent))
     progress.end()
 
 

@@ -38,7 +38,7 @@ def test_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout[-3000:]
-    assert re.search(r"1[0-9] passed, 1 skipped", run.stdout), run.stdout[-3000:]
+    assert re.search(r"1[0-9] passed, 2 skipped", run.stdout), run.stdout[-3000:]
 
 
 # on a GPU large enough that what follows a flipped tie averages out
@@ -127,6 +127,7 @@ def test_search_finds_scales_as_good(symmetric, monkeypatch):
 
 
 @on_kernels
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no bfloat16 products")
 def test_equations_are_those_of_torch():
     from quantkit.methods import fused, products
 

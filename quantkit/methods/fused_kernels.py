@@ -107,11 +107,27 @@ def _candidate(
 
 
 @triton.jit
+def _consider(
+    factor, direction, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
+    SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The best of the candidates so far and one more, for every row: its cost, factor and sign."""
+    s, least, most = _candidate(floor, reach, factor, direction, middle, top, zero_min, SYMMETRIC)
+    level = _whole(_within(x / s[None, :], least[None, :], most[None, :]))
+    error = level * s[None, :] - x
+    cost = tl.sum(tl.dot(k, error, input_precision=PRECISION) * error, 0)
+    better = cost < best
+    best = tl.where(better, cost, best)
+    return best, tl.where(better, factor, shrink), tl.where(better, direction, side)
+
+
+@triton.jit
 def search(
     target, curvature, scale, low,
     out, middle, top, zero_min, start, step,
     FINE_0: tl.constexpr, FINE_1: tl.constexpr, FINE_2: tl.constexpr, FINE_3: tl.constexpr,
     COARSE: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scale [out] (and the lowest level [out]) with the least e^T K e of every row, among the
     candidates of search._search. ``target`` [group, out], ``curvature`` [group, group]."""
@@ -126,37 +142,27 @@ def search(
     else:
         floor = tl.minimum(tl.min(x, 0), 0.0)
         reach = tl.maximum(tl.max(x, 0), 0.0)
-    best = tl.full([ROWS], float("inf"), tl.float32)
-    shrink = tl.full([ROWS], 1.0, tl.float32)
-    side = tl.full([ROWS], 1.0, tl.float32)
+    one = tl.full([ROWS], 1.0, tl.float32)
+    best, shrink, side = one * float("inf"), one, one
+    for i in range(COARSE):
+        factor = one * (start + i * step)
+        best, shrink, side = _consider(
+            factor, one, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
+            SYMMETRIC, PRECISION,
+        )  # fmt: skip
+        if SYMMETRIC:
+            best, shrink, side = _consider(
+                factor, -one, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
+                SYMMETRIC, PRECISION,
+            )  # fmt: skip
     centre = shrink
-    signs: tl.constexpr = 2 if SYMMETRIC else 1
-    for i in range(COARSE * signs + 4):
-        fine = i - COARSE * signs
-        if fine == 0:
-            centre = shrink
-        if fine < 0:
-            factor = start + (i // signs) * step + 0.0 * centre
-            direction = 1.0 - 2.0 * (i % signs) + 0.0 * side
-        else:
-            offset = tl.where(
-                fine < 2,
-                tl.where(fine == 0, FINE_0, FINE_1),
-                tl.where(fine == 2, FINE_2, FINE_3),
-            )
-            factor = centre + offset * step
-            direction = side
-        s, least, most = _candidate(
-            floor, reach, factor, direction, middle, top, zero_min, SYMMETRIC
-        )
-        level = _whole(_within(x / s[None, :], least[None, :], most[None, :]))
-        error = level * s[None, :] - x
-        cost = tl.sum(tl.dot(k, error, input_precision="tf32x3") * error, 0)
-        better = cost < best
-        best = tl.where(better, cost, best)
-        shrink = tl.where(better, factor, shrink)
-        side = tl.where(better, direction, side)
-    s, least, most = _candidate(floor, reach, shrink, side, middle, top, zero_min, SYMMETRIC)
+    for i in tl.static_range(4):
+        offset = FINE_0 if i == 0 else FINE_1 if i == 1 else FINE_2 if i == 2 else FINE_3
+        best, shrink, side = _consider(
+            centre + offset * step, side, x, k, floor, reach, best, shrink, side, middle, top,
+            zero_min, SYMMETRIC, PRECISION,
+        )  # fmt: skip
+    s, least, _ = _candidate(floor, reach, shrink, side, middle, top, zero_min, SYMMETRIC)
     tl.store(scale + rows, s, inside)
     tl.store(low + rows, least, inside)
 

@@ -1,10 +1,12 @@
 """``quantkit awq MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options
+from quantkit.cli.published import publishing
 
 
 @click.command("awq")
@@ -53,7 +55,8 @@ from quantkit.cli import options
 )
 @options.writing
 @options.quiet
-def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
+@publishing
+def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:
     """Quantize MODEL by AWQ: inputs are scaled, then weights are rounded.
 
     Scales are folded into norms and linears where that changes nothing, and kept where the block's
@@ -70,3 +73,4 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         progress.end()
     if not quiet:
         tell(report, options["model"])
+    return report.folder if report.written else None

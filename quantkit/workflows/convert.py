@@ -14,7 +14,6 @@ import torch
 
 from quantkit import __version__
 from quantkit.core import provenance
-from quantkit.core.checkpoint import write_json
 from quantkit.core.ledger import Ledger
 from quantkit.core.names import natural
 from quantkit.core.progress import Progress, Step
@@ -29,6 +28,7 @@ from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.rounded import Rounded
+from quantkit.workflows.seal import told
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
 _PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
@@ -132,7 +132,7 @@ def carry(
             content = made(opened, result, files)
         else:
             content = provenance_of(opened, result, files)
-        write_json(output.partial / provenance.FILE, content)
+        told(content, opened.source, output.partial, opened.model_config)
         output.complete()
     result.written = True
     return result

@@ -374,3 +374,98 @@ def test_a_branch_of_a_legacy_gptq_repository_generates(hub):
     texts = {at: text(name, revision=at) for at in variants}
     assert text(f"{name}@{branch}", model_basename="gptq_model-4bit-32g") == texts[branch]
     assert texts == {at: text(str(folder)) for at, folder in made.items()}
+
+
+# without the disk for it
+
+
+def test_low_disk_quantizes_what_stays_on_the_hub(hub, tmp_path, monkeypatch):
+    """The same bytes as from the disk; no weight file comes, no tensor's bytes come three times."""
+    from tools import QUICK
+
+    from quantkit import quantize
+
+    source = model("gpt_neox")
+    hub.add_folder(TINY, source)
+    raw = (source / "model.safetensors").read_bytes()
+    settings = {**QUICK, "group": 32}
+    local = quantize(str(source), tmp_path / "local", **settings).folder
+    held = quantize(TINY, tmp_path / "streamed", low_disk=True, **settings).folder
+    name = "model.safetensors"
+    assert (held / name).read_bytes() == (local / name).read_bytes()
+    assert (held / "config.json").read_bytes() == (local / "config.json").read_bytes()
+    recorded = json.loads((held / "quantkit.json").read_text("utf-8"))["source"]
+    assert recorded["files"][name] == sha256(raw)
+    assert recorded["bytes"] == len(raw)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name == name]
+    ranges_ = [wanted for file, wanted in hub.fetched() if file == name]
+    assert None not in ranges_
+    ends = [wanted.removeprefix("bytes=").split("-") for wanted in ranges_]
+    moved = sum(int(stop) - int(start) + 1 for start, stop in ends) / 2  # from two servers
+    assert moved < 2 * len(raw)
+    # what is on the disk is read there
+    resolve(TINY)
+    hub.seen.clear()
+    again = quantize(TINY, tmp_path / "again", low_disk=True, **settings).folder
+    assert (again / name).read_bytes() == (local / name).read_bytes()
+    assert not hub.fetched()
+
+
+def test_low_disk_is_killed_and_goes_on(hub, tmp_path):
+    from tools import QUICK
+
+    from quantkit import quantize
+
+    hub.add_folder(TINY, model("gpt_neox"))
+    settings = {**QUICK, "group": 32, "low_disk": True}
+    whole = quantize(TINY, tmp_path / "whole", **settings).folder
+    count = len(hub.fetched())
+    hub.seen.clear()
+    down = lambda h: len(hub.fetched()) > count * 3 // 4  # noqa: E731
+    hub.instead = lambda h: down(h) and not h.refuse(503, "", "later")
+    with pytest.raises(QuantkitError):
+        quantize(TINY, tmp_path / "out", **settings)
+    hub.instead = lambda h: False
+    again = quantize(TINY, tmp_path / "out", **settings).folder
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_low_disk_is_refused_where_it_means_nothing(hub, tmp_path):
+    with pytest.raises(QuantkitError, match="on this disk already"):
+        resolve("demo", low_disk=True)
+    hub.add("some/pickles", {"config.json": b"{}", "pytorch_model.bin": b"0" * 20_000})
+    with pytest.raises(QuantkitError, match="cannot be read in parts"):
+        resolve("some/pickles", low_disk=True)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\xff" * 8,
+        (1 << 62).to_bytes(8, "little"),
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{",
+    ],
+)
+def test_a_header_that_is_none(hub, header):
+    from quantkit.core.checkpoint import Checkpoint
+
+    hub.add(TINY, {"config.json": b"{}", "model.safetensors": header.ljust(20_000, b" ")})
+    found = resolve(TINY, low_disk=True)
+    with pytest.raises(QuantkitError, match="is not a safetensors file"):
+        Checkpoint(found.folder, remote=found.remote)
+
+
+@pytest.mark.parametrize("place", [[0, 9], [-4, 4], [19_990, 20_006], [8, 0]])
+def test_a_tensor_that_cannot_be_where_the_header_says(hub, place):
+    from quantkit.core.checkpoint import Checkpoint
+
+    entry = {"a": {"dtype": "F32", "shape": [4], "data_offsets": place}}
+    header = json.dumps(entry).encode()
+    raw = len(header).to_bytes(8, "little") + header + bytes(19_000)
+    hub.add(TINY, {"config.json": b"{}", "model.safetensors": raw})
+    found = resolve(TINY, low_disk=True)
+    with pytest.raises(QuantkitError, match="puts a where it cannot be"):
+        Checkpoint(found.folder, remote=found.remote)

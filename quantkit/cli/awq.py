@@ -54,6 +54,7 @@ from quantkit.cli.published import publishing
     help="Of the files. auto: awq for 4 bits, else gptq when symmetric, gptq_v2 when not.",
 )
 @options.writing
+@options.low_disk
 @options.quiet
 @publishing
 def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:

@@ -80,6 +80,7 @@ from quantkit.cli.published import publishing
     help="Of the files. auto: gptq when symmetric, else gptq_v2, which has all zero points.",
 )
 @options.writing
+@options.low_disk
 @options.quiet
 @publishing
 def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:

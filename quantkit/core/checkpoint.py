@@ -12,57 +12,24 @@ import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.core import pickled
 from quantkit.core.needed import KINDS, SHARD, SUFFIX, weight_sets
 from quantkit.core.placed_file import PlacedFile
+from quantkit.core.ranges import Remote
+from quantkit.core.streamed import StreamedFile
+from quantkit.core.tensor_spec import DTYPES, NAMES
+from quantkit.core.tensor_spec import TensorSpec as TensorSpec  # known by this name elsewhere
 from quantkit.errors import QuantkitError
 
 INDEX = f"model.safetensors{SUFFIX}"
 _MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """dtype and shape of a tensor in a file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * prod(self.shape)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorSpec":
-        return cls(tensor.dtype, tuple(tensor.shape))
 
 
 class WeightFile(Protocol):
@@ -78,18 +45,28 @@ class Checkpoint:
     """The tensors of a folder, by name.
 
     Which files they are in: ``files`` if it is given, or those called ``basename`` (a name without
-    its suffix), or what :func:`_weight_files` chooses.
+    its suffix), or what :func:`_weight_files` chooses. Those of ``remote`` that are not in the
+    folder are read from the Hub, tensor by tensor.
 
     Raises QuantkitError when there are no weights or no single choice, when the index names a shard
     that is missing or lies outside of the folder, or when a file is truncated or corrupt.
     """
 
     def __init__(
-        self, folder: Path, files: Iterable[str] | None = None, basename: str | None = None
+        self,
+        folder: Path,
+        files: Iterable[str] | None = None,
+        basename: str | None = None,
+        remote: Mapping[str, Remote] | None = None,
     ) -> None:
         self.folder = folder
+        self.remote = {n: r for n, r in (remote or {}).items() if not (folder / n).exists()}
+        files = remote if remote and files is None else files
         self.files = sorted(files) if files is not None else _weight_files(folder, basename)
-        self._open = {file: _open(folder / file) for file in self.files}
+        self._open = {
+            file: StreamedFile(self.remote[file]) if file in self.remote else _open(folder / file)
+            for file in self.files
+        }
         self._where: dict[str, str] = {}
         for file, held in self._open.items():
             for name in held.names():
@@ -130,7 +107,10 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum((self.folder / file).stat().st_size for file in self.files)
+        return sum(
+            self.remote[file].size if file in self.remote else (self.folder / file).stat().st_size
+            for file in self.files
+        )
 
 
 class _Safetensors:
@@ -147,7 +127,7 @@ class _Safetensors:
 
     def spec(self, name: str) -> TensorSpec:
         part = self._handle.get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
+        dtype = DTYPES.get(part.get_dtype())
         if dtype is None:
             raise QuantkitError(
                 f"tensor {name} has the dtype {part.get_dtype()}, which quantkit does not read"
@@ -398,7 +378,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
         spec = specs[name]
         offsets[name], start, end = end, end, end + spec.nbytes
         entries[name] = {
-            "dtype": _NAMES[spec.dtype],
+            "dtype": NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [start, end],
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 from quantkit.core import hub
 from quantkit.core.needed import beside_file, needed
+from quantkit.core.pickled import SUFFIXES
 from quantkit.core.ranges import Remote, fetch, partial
 from quantkit.errors import QuantkitError
 
@@ -50,12 +51,14 @@ def pull(
         wanted = _wanted(repository, found, file, basename)
         remote: dict[str, Remote] = {}
         if online:
-            large = _large(repository, at.resolved, found, wanted)
+            large = _large(repository, at.resolved, found, wanted, low_disk)
             if low_disk:
-                remote = {n: one for n, one in large.items() if n.endswith(".safetensors")}
-                wanted = [name for name in wanted if name not in remote]
+                remote = _left(repository, large, wanted)
+                wanted = [name for name in wanted if name not in remote or _kept(remote[name])]
             _make_room(repository, found, wanted)
             _fetch(repository, [large[name] for name in wanted if name in large])
+        elif low_disk:
+            raise QuantkitError("--low-disk needs the Hub, which cannot be reached")
         patterns = [glob.escape(name) for name in wanted]
         folder = hub.patiently(
             lambda: huggingface_hub.snapshot_download(
@@ -98,13 +101,33 @@ def _wanted(
 
 
 def _large(
-    repository: str, commit: str, found: dict[str, hub.Entry], wanted: list[str]
+    repository: str,
+    commit: str,
+    found: dict[str, hub.Entry],
+    wanted: list[str],
+    low_disk: bool,
 ) -> dict[str, Remote]:
     return {
         name: Remote(repository, commit, name, found[name].size, found[name].sha256 or "")
         for name in wanted
-        if found[name].sha256 and found[name].size >= LARGE
+        if found[name].sha256 and (found[name].size >= LARGE or low_disk)
     }
+
+
+def _left(repository: str, large: dict[str, Remote], wanted: list[str]) -> dict[str, Remote]:
+    """The files that may stay on the Hub: all weights, which must be large safetensors files."""
+    weights = [name for name in wanted if name.endswith((".safetensors", ".gguf", *SUFFIXES))]
+    if any(not name.endswith(".safetensors") for name in weights):
+        raise QuantkitError(
+            f"the weights of {repository} are no safetensors files, and cannot be read in parts",
+            "leave out --low-disk",
+        )
+    return {name: one for name, one in large.items() if name in weights}
+
+
+def _kept(remote: Remote) -> bool:
+    """Whether the whole file is here already."""
+    return (hub.blobs(remote.repository) / remote.sha256).exists()
 
 
 def _make_room(repository: str, found: dict[str, hub.Entry], wanted: list[str]) -> None:

@@ -51,7 +51,8 @@ class Remote:
                 )
             return content
 
-        return hub.patiently(get)
+        with hub.told(self.repository, self.commit, "downloading"):
+            return hub.patiently(get)
 
     def pieces(self, start: int, stop: int) -> Iterator[bytes]:
         """The bytes start..stop in order, some of them on their way while others are used."""

@@ -68,6 +68,8 @@ def resolve(
 
     ``model_basename`` chooses among the weight files of a repository; ``low_disk`` leaves them
     there, to be read tensor by tensor. Raises QuantkitError when there is no such model."""
+    if low_disk and (model == DEMO or Path(model).expanduser().exists()):
+        raise UsageError(f"{model} is on this disk already", "leave out --low-disk")
     if model == DEMO:
         _no_revision(model, revision)
         return Source(DEMO, data.demo())

@@ -78,6 +78,7 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by GPTQ and write it to ``out``.
@@ -104,6 +105,7 @@ def quantize(
     check            measure the result on held-out text along the way
     strict           raise where a fallback would be taken
     dry_run          plan and calibrate, write nothing
+    low_disk         leave the weights on the Hub, and read them tensor by tensor
 
     Raises UsageError for options that cannot work and QuantkitError for input that cannot be used,
     both before anything is written. An interrupted call goes on when repeated.
@@ -138,6 +140,7 @@ def quantize(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
+        low_disk=low_disk,
         rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
         lm_head=method if lm_head else None,
@@ -150,11 +153,12 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     started = time.perf_counter()
     shard = size_in_bytes(task.max_shard_size)
     on = pick_device(task.device)
-    source = resolve(task.model, task.revision)
+    source = resolve(task.model, task.revision, low_disk=task.low_disk)
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     output.keep_apart(source)
-    skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
+    weights = Checkpoint(source.folder, remote=source.remote)
+    skeleton = Skeleton(source, weights, on, pick_dtype(task.dtype, on))
     head = task.lm_head
     layout = lay_out(skeleton, task.scheme, task.format, task.rules, head is not None)
     specs = layout.specs()
@@ -196,7 +200,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     if task.dry_run:
         return report
 
-    hashes = provenance.hash_files(planning.source_files(source, skeleton.checkpoint))
+    hashes = provenance.hash_files(planning.source_files(source, weights), weights.remote)
     with disk_errors(output.folder):
         writer, ledger = _begin(plan, rows, output)
         try:
@@ -288,6 +292,7 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
         for name, spec in plan.layout.ones.items():
             writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         writer.sync()
+        plan.skeleton.checkpoint.release()
     ledger.finish(_DENSE, {})
 
 
@@ -334,6 +339,7 @@ def _quantize_blocks(
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
             ride.after(block)
+        plan.skeleton.checkpoint.release()
         loss = _tell(jobs, ledger.report(part)["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
     job = plan.layout.head

@@ -37,6 +37,7 @@ class Task:
     overwrite: bool
     dry_run: bool
     revision: str | None
+    low_disk: bool = False
     rules: tuple[Rule, ...] = ()
     budget: Budget | None = None
     lm_head: Gptq | None = None

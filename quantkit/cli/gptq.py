@@ -81,6 +81,7 @@ from quantkit.cli.published import publishing
 )
 @options.writing
 @options.low_disk
+@options.legacy_name
 @options.quiet
 @publishing
 def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:

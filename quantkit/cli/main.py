@@ -24,6 +24,7 @@ _COMMANDS = {
     "compare": "Rank several models by what they lost.",
     "push": "Publish a quantized model on the Hub.",
     "generate": "Continue or answer a prompt.",
+    "cache": "Show or clear what quantkit keeps for this machine.",
     "run": "Run a recipe: commands and their options in a file.",
 }
 

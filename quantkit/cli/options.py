@@ -101,6 +101,11 @@ def carrying(command: Command) -> Command:
     return command
 
 
+legacy_name = click.option(
+    "--legacy-name",
+    metavar="NAME",
+    help="Also name the weight file as AutoGPTQ did: gptq_model-4bit-128g (its model_basename).",
+)
 low_disk = click.option(
     "--low-disk",
     is_flag=True,

@@ -32,8 +32,8 @@ from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import budget as budgeting
 from quantkit.workflows import head as heading
+from quantkit.workflows import legacy, seal, stored
 from quantkit.workflows import plan as planning
-from quantkit.workflows import seal, stored
 from quantkit.workflows.budget import Budget
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
@@ -79,6 +79,7 @@ def quantize(
     dry_run: bool = False,
     revision: str | None = None,
     low_disk: bool = False,
+    legacy_name: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by GPTQ and write it to ``out``.
@@ -106,12 +107,14 @@ def quantize(
     strict           raise where a fallback would be taken
     dry_run          plan and calibrate, write nothing
     low_disk         leave the weights on the Hub, and read them tensor by tensor
+    legacy_name      a second name of the weight file, such as gptq_model-4bit-128g
 
     Raises UsageError for options that cannot work and QuantkitError for input that cannot be used,
     both before anything is written. An interrupted call goes on when repeated.
     """
     scheme = Scheme(bits, group, sym)
     form = planning.format_name(format, scheme, "gptq", ordered=act_order == "group")
+    legacy.check(legacy_name, form)
     method = planning.gptq_method(
         act_order=act_order,
         damp=damp,
@@ -141,6 +144,7 @@ def quantize(
         dry_run=dry_run,
         revision=revision,
         low_disk=low_disk,
+        legacy_name=legacy_name,
         rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
         lm_head=method if lm_head else None,
@@ -164,6 +168,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     specs = layout.specs()
     settled = (source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
     plan = Plan(*settled, lm_head=head)
+    legacy.check_size(task.legacy_name, plan.output_bytes, shard)
     beside = sum(path.stat().st_size for path in companions(source))
     if task.budget:
         budgeting.check(plan, task.budget, beside)
@@ -209,7 +214,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
             rides = held_out(tokenizer, tokens=tokens) if task.check else {}
             _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress)
             with report.timing("seal"):
-                seal.seal(report, output, writer, [*task.calib], hashes.result())
+                seal.seal(report, output, writer, task, hashes.result())
         finally:
             writer.abandon()
     report.written = True

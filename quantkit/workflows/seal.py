@@ -7,19 +7,19 @@ from quantkit.core import calibration, card_data, provenance
 from quantkit.core.checkpoint import ShardWriter, write_json, write_text
 from quantkit.core.source import Source
 from quantkit.formats.older_names import with_older_names
-from quantkit.workflows import card, card_use, inspect
+from quantkit.workflows import card, card_use, inspect, legacy
 from quantkit.workflows.output import Output
 from quantkit.workflows.plan import stored_dtype
 
 if TYPE_CHECKING:
-    from quantkit.workflows.task import Report
+    from quantkit.workflows.task import Report, Task
 
 
 def seal(
     report: "Report",
     output: Output,
     writer: ShardWriter,
-    sources: list[str],
+    task: "Task",
     hashes: dict[str, str],
 ) -> None:
     """Write everything beside the tensors, look at the whole once more, and rename the folder."""
@@ -34,7 +34,8 @@ def seal(
     for file, beside in plan.packer.beside(config, plan.source.name).items():
         write_json(folder / file, beside)
     writer.close()
-    told(_provenance(report, sources, hashes), plan.source, folder, config)
+    legacy.add(folder, task.legacy_name)
+    told(_provenance(report, [*task.calib], hashes), plan.source, folder, config)
     output.complete()
 
 

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LARGE = (".safetensors", ".gguf", ".bin", ".pt", ".model")  # stored by their sha256, as by the Hub
 WRITER, READER = "hf_" + "w" * 34, "hf_" + "r" * 34
-OWNERS = ("me", "my-lab")  # where the writer may write
+OWNERS = ("me", "my-lab", "your-name")  # where the writer may write
 Files = dict[str, bytes]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import opened
-from hub import READER, Handler, sha256
+from hub_answers import Handler
+from hub_store import READER, sha256
 from huggingface_hub import constants
 from tools import model, quantized
 

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub import READER, WRITER, Handler, sha256
+from hub_answers import Handler
+from hub_store import READER, WRITER, git_sha1, sha256
 from tools import QUICK_OPTIONS, command, quantized, read_json, sentence
 
 from quantkit.core.source import resolve
@@ -305,7 +306,5 @@ def test_push_is_refused_before_anything_is_quantized(hub, tmp_path, capsys):
 
 def test_the_hashes_of_the_fixture(writer, made):
     """Those of git and of sha256sum, computed by git itself: git hash-object on 'hello\\n'."""
-    from hub import git_sha1
-
     assert git_sha1(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
     assert sha256(b"")[:8] == "e3b0c442"

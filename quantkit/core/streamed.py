@@ -68,9 +68,10 @@ class StreamedFile:
         return self._places[name][0]
 
     def get(self, name: str) -> Tensor:
-        if name not in self._kept:
-            self._kept[name] = self._fetched(*self._places[name])
-        return self._kept[name]
+        kept = self._kept  # another thread may release meanwhile
+        if name not in kept:
+            kept[name] = self._fetched(*self._places[name])
+        return kept[name]
 
     def _fetched(self, spec: TensorSpec, start: int) -> Tensor:
         raw = torch.empty(spec.nbytes, dtype=torch.uint8)

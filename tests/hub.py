@@ -10,7 +10,6 @@ origin), to which the first one redirects. ``hub.instead`` is asked before every
 another one: faults are made there.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from http.server import ThreadingHTTPServer
@@ -72,23 +71,3 @@ def serving(hub: Hub, port: int = 0) -> Iterator[str]:
         hub.storage = stack.enter_context(_server(Storage, hub, 0))
         hub.endpoint = stack.enter_context(_server(Handler, hub, port))
         yield hub.endpoint
-
-
-def environment(endpoint: str, cache: Path, token: str | None = None) -> dict[str, str]:
-    """For a process that can reach nothing but the server on this machine."""
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()
-    }
-    given = {"HF_TOKEN": token} if token else {}
-    return (
-        kept
-        | given
-        | {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(cache),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-    )

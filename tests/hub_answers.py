@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"transfer": "basic", "objects": objects})
 
     def complete(self, oid: str) -> None:
-        parts = self.hub.parts.pop(oid)
+        parts = self.hub.parts[oid]
         raw = b"".join(parts[part["partNumber"]] for part in json.loads(self.body)["parts"])
         self.keep(oid, raw)
 

@@ -296,6 +296,17 @@ def test_a_quantization_that_is_published(writer, tmp_path, capsys):
     assert without_attributes(writer) == files(out)
 
 
+def test_a_push_behind_a_quantization_fails_and_says_how_to_go_on(writer, tmp_path, capsys):
+    out = tmp_path / "out"
+    writer.instead = faults(writer, "commit/", 403)
+    assert command("gptq", "demo", "--out", out, *QUICK_OPTIONS, "--push", REPO, "-q") == 1
+    hint = sentence(capsys.readouterr().err)[1]
+    again = hint.partition("'")[2].partition("'")[0]
+    writer.instead = lambda handler: False
+    assert command(*again.split()[1:]) == 0
+    assert without_attributes(writer) == files(out)
+
+
 def test_push_is_refused_before_anything_is_quantized(hub, tmp_path, capsys):
     out = tmp_path / "out"
     for name, message in ((REPO, "needs a token"), ("x", "no name of a repository")):

@@ -1,12 +1,14 @@
 """``--push`` of commands that write a model, and what a push says at its end."""
 
 import functools
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit.cli.options import Command
+from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from quantkit.workflows.push import Pushed
@@ -55,7 +57,12 @@ def _publish(folder: Path, given: dict[str, Any], repository: str) -> None:
             verify(str(folder), against=original, samples=False, progress=progress)
         finally:
             progress.end()
-    result = push(folder, repository, progress=progress)
+    try:
+        result = push(folder, repository, progress=progress)
+    except QuantkitError as error:
+        again = shlex.join(["quantkit", "push", str(folder), repository])
+        error.hint = f"the model is finished in {folder}; '{again}' goes on"
+        raise
     if not quiet:
         tell(result)
 

@@ -68,15 +68,13 @@ def resolve(
 
     ``model_basename`` chooses among the weight files of a repository; ``low_disk`` leaves them
     there, to be read tensor by tensor. Raises QuantkitError when there is no such model."""
-    if low_disk and (model == DEMO or Path(model).expanduser().exists()):
-        raise UsageError(f"{model} is on this disk already", "leave out --low-disk")
     if model == DEMO:
-        _no_revision(model, revision)
+        _only_of_repositories(model, revision, low_disk)
         return Source(DEMO, data.demo())
     try:
         path = Path(model).expanduser()
         if path.exists():
-            _no_revision(model, revision)
+            _only_of_repositories(model, revision, low_disk)
         if path.is_dir():
             return Source(path.resolve().name, path)
         is_file = path.exists()
@@ -97,7 +95,9 @@ def resolve(
     return Source(repository, found.folder, found.commit, found.file, found.remote)
 
 
-def _no_revision(model: str, revision: str | None) -> None:
+def _only_of_repositories(model: str, revision: str | None, low_disk: bool) -> None:
+    if low_disk:
+        raise UsageError(f"{model} is on this disk already", "leave out --low-disk")
     if revision is not None:
         raise UsageError(f"{model} is on this machine and has no revisions", "leave out --revision")
 

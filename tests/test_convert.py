@@ -678,6 +678,8 @@ def test_the_record_keeps_the_original_and_tells_the_conversions(tmp_path):
     assert (conversion["to"], conversion["exact"]) == ("awq", True)
     assert conversion["versions"]["quantkit"] == quantkit.__version__
     assert found.pop("size")["bytes"] < first.pop("size")["bytes"] + 1
+    readers = [{one["program"] for one in content.pop("readers")} for content in (found, first)]
+    assert ["mlx" in programs for programs in readers] == [True, False]
     assert found == first
     convert(str(tmp_path / "awq"), "gguf:q4_0", tmp_path / "gguf")
     second = record(tmp_path / "gguf")

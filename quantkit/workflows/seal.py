@@ -45,6 +45,7 @@ def told(content: dict[str, Any], source: Source, folder: Path, config: dict[str
     content["size"]["kv_bytes_per_token"] = card_use.kv_bytes(config)
     content["card"] = content.get("card") or card_data.inherited(source.folder)
     content["readers"] = inspect.readers(source.name, folder)
+    content.pop("file", None)  # of the model that this was converted from
     if single := next(folder.glob("*.gguf"), None):
         content["file"] = single.name
     write_json(folder / provenance.FILE, content)

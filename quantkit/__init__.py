@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantkit.workflows.generate import generate
     from quantkit.workflows.gguf import quantize_gguf
     from quantkit.workflows.inspect import inspect
+    from quantkit.workflows.push import push
     from quantkit.workflows.quantize import quantize
     from quantkit.workflows.rtn import quantize_rtn
     from quantkit.workflows.verify import verify
@@ -28,6 +29,7 @@ _HOMES = {
     "load": "quantkit.runtime.load",
     "compare": "quantkit.workflows.compare",
     "convert": "quantkit.workflows.convert",
+    "push": "quantkit.workflows.push",
     "quantize": "quantkit.workflows.quantize",
     "quantize_awq": "quantkit.workflows.awq",
     "quantize_bnb": "quantkit.workflows.bnb",
@@ -43,6 +45,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "push",
     "quantize",
     "quantize_awq",
     "quantize_bnb",

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 import quantkit
 from quantkit import data
-from quantkit.cli import awq, bnb, compare, convert, generate, gguf, gptq, rtn, verify
+from quantkit.cli import awq, bnb, compare, convert, generate, gguf, gptq, push, rtn, verify
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -61,7 +61,7 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     methods = {"quantize", *(f"quantize_{name}" for name in ("awq", "bnb", "gguf", "rtn"))}
-    others = {"convert", "compare", "verify", "generate", "inspect", "load"}
+    others = {"convert", "compare", "verify", "generate", "inspect", "load", "push"}
     assert set(quantkit.__all__) == methods | others
     assert all(callable(getattr(quantkit, name)) for name in quantkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
@@ -81,7 +81,7 @@ def test_every_command_is_listed_with_its_help(capsys):
 
 # options are parameters
 
-ONLY_HERE = {"quiet", "as_json", "report", "lang", "junit", "github"}
+ONLY_HERE = {"quiet", "push", "as_json", "report", "lang", "junit", "github"}
 ONLY_IN_PYTHON = {"progress", "write"}
 
 
@@ -98,6 +98,7 @@ ONLY_IN_PYTHON = {"progress", "write"}
         (compare, quantkit.compare, ["demo"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
+        (push, quantkit.push, ["folder", "me/model"]),
     ],
     ids=[
         "gptq",
@@ -110,6 +111,7 @@ ONLY_IN_PYTHON = {"progress", "write"}
         "compare",
         "generate",
         "inspect",
+        "push",
     ],
 )
 def test_options_are_parameters_with_the_same_defaults(module, function, arguments):

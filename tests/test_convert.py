@@ -581,12 +581,13 @@ def test_what_belongs_to_a_model_comes_along(tmp_path, to):
     companions = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     companions |= {"special_tokens_map.json", "generation_config.json", "quantkit.json"}
     companions &= {p.name for p in source.iterdir()}
-    for name in companions - {"quantkit.json"}:
+    made = {"quantkit.json", "README.md"}
+    for name in companions - made:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     weight = the_file(out).name
     beside = {"quantize_config.json"} if to.startswith("gptq") else set()
     config = set() if to.startswith("gguf") else {CONFIG}
-    assert names == companions | {weight} | config | beside
+    assert names == companions | made | {weight} | config | beside
     written = sum(t.nbytes for t in load_file(out / weight).values()) if config else None
     assert written is None or result.bytes == written
     assert result.bytes <= the_file(out).stat().st_size < result.bytes + (1 << 20)
@@ -677,6 +678,8 @@ def test_the_record_keeps_the_original_and_tells_the_conversions(tmp_path):
     assert (conversion["to"], conversion["exact"]) == ("awq", True)
     assert conversion["versions"]["quantkit"] == quantkit.__version__
     assert found.pop("size")["bytes"] < first.pop("size")["bytes"] + 1
+    readers = [{one["program"] for one in content.pop("readers")} for content in (found, first)]
+    assert ["mlx" in programs for programs in readers] == [True, False]
     assert found == first
     convert(str(tmp_path / "awq"), "gguf:q4_0", tmp_path / "gguf")
     second = record(tmp_path / "gguf")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tools import QUICK, model, quantized, read_json
@@ -297,7 +298,16 @@ def test_the_card_tells_settings_sizes_and_measured_quality(measured):
     assert "5.9 MB" in card and "10.5 MB" in card
     assert "4 rows, 256 tokens (en 128, ja 128)" in card
     assert "base_model" not in card  # the demo is in no registry
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    data = ModelCard(card).data
+    assert (data.library_name, data.license, data.language) == (
+        "transformers",
+        "apache-2.0",
+        ["en", "ja"],
+    )
+    assert data.tags == ["quantkit", "gptq", "4-bit"]
+    for part in ("vllm serve OWNER/NAME", "## Limits", "## 日本語", "| 日本語 | "):
+        assert part in card
+    assert "llama-cli" not in card and "mlx_lm" not in card  # they do not read GPTQ
 
 
 def test_a_card_without_measurement_says_so(demo):

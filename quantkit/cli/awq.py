@@ -1,10 +1,12 @@
 """``quantkit awq MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options
+from quantkit.cli.published import publishing
 
 
 @click.command("awq")
@@ -52,8 +54,10 @@ from quantkit.cli import options
     help="Of the files. auto: awq for 4 bits, else gptq when symmetric, gptq_v2 when not.",
 )
 @options.writing
+@options.low_disk
 @options.quiet
-def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
+@publishing
+def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:
     """Quantize MODEL by AWQ: inputs are scaled, then weights are rounded.
 
     Scales are folded into norms and linears where that changes nothing, and kept where the block's
@@ -70,3 +74,4 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         progress.end()
     if not quiet:
         tell(report, options["model"])
+    return report.folder if report.written else None

@@ -1,10 +1,12 @@
 """``quantkit bnb MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options, process
+from quantkit.cli.published import publishing
 
 
 @click.command("bnb")
@@ -33,7 +35,8 @@ from quantkit.cli import options, process
 @options.shard
 @options.carrying
 @options.quiet
-def command(quiet: bool, **settings: Any) -> None:
+@publishing
+def command(quiet: bool, **settings: Any) -> Path | None:
     """Quantize MODEL to what bitsandbytes loads, without a GPU and bit for bit as it does.
 
     No calibration; one linear is in memory at a time.
@@ -50,3 +53,4 @@ def command(quiet: bool, **settings: Any) -> None:
         progress.end()
     if not quiet:
         say_quantized(stdout(), result, settings["model"])
+    return result.folder if result.written else None

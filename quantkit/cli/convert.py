@@ -50,6 +50,7 @@ def _check_format(context: click.Context, option: click.Parameter, value: str) -
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
 )
 @options.basename
+@options.legacy_name
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output of quantkit.")
 @click.option("--dry-run", is_flag=True, help="See whether everything fits, write nothing.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a repository.")

@@ -1,10 +1,12 @@
 """``quantkit gguf MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options, process
+from quantkit.cli.published import publishing
 
 
 @click.command("gguf")
@@ -54,7 +56,8 @@ from quantkit.cli import options, process
 @click.option("--dtype", default="auto", show_default=True, help="Precision to calibrate in.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @options.quiet
-def command(quiet: bool, calib: tuple[str, ...], **settings: Any) -> None:
+@publishing
+def command(quiet: bool, calib: tuple[str, ...], **settings: Any) -> Path | None:
     """Quantize MODEL to a GGUF file, which llama.cpp runs.
 
     Q4_0, Q4_1 and Q8_0 are rounded by GPTQ when there is calibration text, in the file's own blocks
@@ -71,8 +74,8 @@ def command(quiet: bool, calib: tuple[str, ...], **settings: Any) -> None:
         result = quantize_gguf(calib=list(calib), progress=progress, **settings)
     finally:
         progress.end()
-    if quiet:
-        return
-    if result.written and result.measured is not None:
-        stdout().print(comparison_table(result.measured, "of GPTQ, on held-out text"))
-    say_quantized(stdout(), result, settings["model"])
+    if not quiet:
+        if result.written and result.measured is not None:
+            stdout().print(comparison_table(result.measured, "of GPTQ, on held-out text"))
+        say_quantized(stdout(), result, settings["model"])
+    return result.folder if result.written else None

@@ -1,10 +1,12 @@
 """``quantkit gptq MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options
+from quantkit.cli.published import publishing
 
 
 @click.command("gptq")
@@ -78,8 +80,11 @@ from quantkit.cli import options
     help="Of the files. auto: gptq when symmetric, else gptq_v2, which has all zero points.",
 )
 @options.writing
+@options.low_disk
+@options.legacy_name
 @options.quiet
-def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
+@publishing
+def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:
     """Quantize MODEL to GPTQ.
 
     Blocks are solved one at a time, so memory holds one of them, whatever the model's size. A
@@ -96,3 +101,4 @@ def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> None:
         progress.end()
     if not quiet:
         tell(report, options["model"])
+    return report.folder if report.written else None

@@ -22,11 +22,13 @@ _COMMANDS = {
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "compare": "Rank several models by what they lost.",
+    "push": "Publish a quantized model on the Hub.",
     "generate": "Continue or answer a prompt.",
+    "cache": "Show or clear what quantkit keeps for this machine.",
     "run": "Run a recipe: commands and their options in a file.",
 }
 
-_RESUMING = ("gptq", "awq", "rtn", "bnb", "gguf", "convert", "run")
+_RESUMING = ("gptq", "awq", "rtn", "bnb", "gguf", "convert", "push", "run")
 
 
 class _Lazy(click.Group):

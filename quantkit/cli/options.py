@@ -101,6 +101,16 @@ def carrying(command: Command) -> Command:
     return command
 
 
+legacy_name = click.option(
+    "--legacy-name",
+    metavar="NAME",
+    help="Also name the weight file as AutoGPTQ did: gptq_model-4bit-128g (its model_basename).",
+)
+low_disk = click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Leave the weights on the Hub and read them tensor by tensor: no disk for the original.",
+)
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 basename = click.option(

@@ -1,10 +1,12 @@
 """``quantkit rtn MODEL``"""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options, process
+from quantkit.cli.published import publishing
 
 
 @click.command("rtn")
@@ -31,7 +33,8 @@ from quantkit.cli import options, process
 @options.pre_tokenizer
 @options.carrying
 @options.quiet
-def command(quiet: bool, **settings: Any) -> None:
+@publishing
+def command(quiet: bool, **settings: Any) -> Path | None:
     """Round MODEL to nearest, without calibration: quick, and the baseline for every method.
 
     Only the linears inside the decoder blocks are quantized; embeddings and head stay as they are
@@ -49,3 +52,4 @@ def command(quiet: bool, **settings: Any) -> None:
         progress.end()
     if not quiet:
         say_quantized(stdout(), result, settings["model"])
+    return result.folder if result.written else None

@@ -8,62 +8,28 @@ finished exactly where it belongs.
 
 import json
 import os
-import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.core import pickled
+from quantkit.core.needed import KINDS, SHARD, SUFFIX, weight_sets
 from quantkit.core.placed_file import PlacedFile
+from quantkit.core.ranges import Remote
+from quantkit.core.streamed import StreamedFile
+from quantkit.core.tensor_spec import DTYPES, NAMES
+from quantkit.core.tensor_spec import TensorSpec as TensorSpec  # known by this name elsewhere
 from quantkit.errors import QuantkitError
 
-_INDEX = ".index.json"
-INDEX = f"model.safetensors{_INDEX}"
+INDEX = f"model.safetensors{SUFFIX}"
 _MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """dtype and shape of a tensor in a file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * prod(self.shape)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorSpec":
-        return cls(tensor.dtype, tuple(tensor.shape))
 
 
 class WeightFile(Protocol):
@@ -79,18 +45,28 @@ class Checkpoint:
     """The tensors of a folder, by name.
 
     Which files they are in: ``files`` if it is given, or those called ``basename`` (a name without
-    its suffix), or what :func:`_weight_files` chooses.
+    its suffix), or what :func:`_weight_files` chooses. Those of ``remote`` that are not in the
+    folder are read from the Hub, tensor by tensor.
 
     Raises QuantkitError when there are no weights or no single choice, when the index names a shard
     that is missing or lies outside of the folder, or when a file is truncated or corrupt.
     """
 
     def __init__(
-        self, folder: Path, files: Iterable[str] | None = None, basename: str | None = None
+        self,
+        folder: Path,
+        files: Iterable[str] | None = None,
+        basename: str | None = None,
+        remote: Mapping[str, Remote] | None = None,
     ) -> None:
         self.folder = folder
+        self.remote = {n: r for n, r in (remote or {}).items() if not (folder / n).exists()}
+        files = remote if remote and files is None else files
         self.files = sorted(files) if files is not None else _weight_files(folder, basename)
-        self._open = {file: _open(folder / file) for file in self.files}
+        self._open = {
+            file: StreamedFile(self.remote[file]) if file in self.remote else _open(folder / file)
+            for file in self.files
+        }
         self._where: dict[str, str] = {}
         for file, held in self._open.items():
             for name in held.names():
@@ -131,7 +107,10 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum((self.folder / file).stat().st_size for file in self.files)
+        return sum(
+            self.remote[file].size if file in self.remote else (self.folder / file).stat().st_size
+            for file in self.files
+        )
 
 
 class _Safetensors:
@@ -148,7 +127,7 @@ class _Safetensors:
 
     def spec(self, name: str) -> TensorSpec:
         part = self._handle.get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
+        dtype = DTYPES.get(part.get_dtype())
         if dtype is None:
             raise QuantkitError(
                 f"tensor {name} has the dtype {part.get_dtype()}, which quantkit does not read"
@@ -212,16 +191,12 @@ def _open(path: Path) -> WeightFile:
     return _Pickled(path) if path.suffix in pickled.SUFFIXES else _Safetensors(path)
 
 
-# What weights may be called, the kind to be preferred first: suffixes, and the usual basename.
-_KINDS = (((".safetensors",), "model"), (pickled.SUFFIXES, "pytorch_model"))
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
-
-
 def _weight_files(folder: Path, basename: str | None = None) -> list[str]:
     """The files that hold the model. Files that differ in ``-00001-of-00002`` alone are one set,
     whose name is what comes before. Chosen is the set ``basename``; or the one with the usual name;
     or the only one; safetensors before pickles. A set's index has the last word on its files."""
-    found = [(suffixes, usual, _sets(folder, suffixes)) for suffixes, usual in _KINDS]
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [(suffixes, usual, weight_sets(names, suffixes)) for suffixes, usual in KINDS]
     for suffixes, usual, sets in found:
         name = basename or (usual if len(sets) != 1 else next(iter(sets)))
         if name in sets:
@@ -240,25 +215,12 @@ def _weight_files(folder: Path, basename: str | None = None) -> list[str]:
     )
 
 
-def _sets(folder: Path, suffixes: Iterable[str]) -> dict[str, list[str]]:
-    """Names of weight files by the set's name. An index makes a set on its own: its shards may be
-    missing, which will have to be told."""
-    sets: dict[str, list[str]] = {}
-    for suffix in suffixes:
-        for path in sorted(folder.glob(f"*{suffix}")):
-            shard = _SHARD.fullmatch(path.stem)
-            sets.setdefault(shard[1] if shard else path.stem, []).append(path.name)
-        for path in folder.glob(f"*{suffix}{_INDEX}"):
-            sets.setdefault(path.name.removesuffix(suffix + _INDEX), [])
-    return sets
-
-
 def _of_set(folder: Path, name: str, suffixes: Iterable[str], files: list[str]) -> list[str]:
     for suffix in suffixes:
-        index = folder / f"{name}{suffix}{_INDEX}"
+        index = folder / f"{name}{suffix}{SUFFIX}"
         if os.path.lexists(index):
             return _indexed(folder, index)
-    shards = [shard for shard in (_SHARD.fullmatch(Path(file).stem) for file in files) if shard]
+    shards = [shard for shard in (SHARD.fullmatch(Path(file).stem) for file in files) if shard]
     if shards and len(shards) != int(shards[0][2]):
         raise QuantkitError(
             f"{folder} has only a part of the shards of {name}: {', '.join(files)}",
@@ -416,7 +378,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
         spec = specs[name]
         offsets[name], start, end = end, end, end + spec.nbytes
         entries[name] = {
-            "dtype": _NAMES[spec.dtype],
+            "dtype": NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [start, end],
         }

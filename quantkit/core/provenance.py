@@ -4,12 +4,14 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from quantkit import __version__
+from quantkit.core.ranges import Remote
 
 FILE = "quantkit.json"
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
@@ -29,12 +31,16 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
-def hash_files(files: list[Path]) -> Future[dict[str, str]]:
-    """sha256 of each file, by name, computed beside the work (hashing frees the interpreter)."""
+def hash_files(
+    files: list[Path], remote: Mapping[str, Remote] | None = None
+) -> Future[dict[str, str]]:
+    """sha256 of each file, by name, computed beside the work (hashing frees the interpreter); of
+    files that are still on the Hub, as it tells them."""
+    known = {name: one.sha256 for name, one in (remote or {}).items()}
     pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     def work() -> dict[str, str]:
-        return {path.name: _sha256(path) for path in files}
+        return {path.name: known.get(path.name) or _sha256(path) for path in files}
 
     future = pool.submit(work)
     pool.shutdown(wait=False)

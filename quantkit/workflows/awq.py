@@ -40,6 +40,7 @@ def quantize_awq(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by AWQ and write it to ``out``.
@@ -85,6 +86,7 @@ def quantize_awq(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
+        low_disk=low_disk,
         rules=rules.parsed(rule),
         budget=wanted(target_bits, target_size),
     )

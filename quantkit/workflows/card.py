@@ -1,67 +1,109 @@
-"""The model card: what the artifact is, how it was made, how good it measured, how to use it."""
+"""The model card: what the artifact is, how it was made, how good it measured, how to use it.
+
+It is made from quantkit.json alone, so that verify can make it again with its verdict, and can see
+whether somebody has edited it.
+"""
 
 from math import nan
 from typing import Any
 
+from quantkit.core import card_data
 from quantkit.core.metrics import shown
 from quantkit.workflows import budget as budgeting
+from quantkit.workflows import card_ja, card_use
 
 HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
+_METHODS = {"bnb": "bitsandbytes", "rtn": "rounded to nearest,"}
+_LIBRARIES = {"gguf": "gguf", "mlx": "mlx"}  # all others are transformers'
 
 
 def model_card(content: dict[str, Any]) -> str:
     """README.md from the content of quantkit.json."""
-    source, settings, size = content["source"], content["settings"], content["size"]
-    title = (
-        f"{source['name'].rpartition('/')[2]}, {content['method'].upper()} {settings['bits']}-bit"
-    )
+    source = content.get("source") or {"name": "a model", "revision": None}
+    name = source["name"].rpartition("/")[2]
+    kind = described(content)
+    measured = content.get("verified") or content.get("measured")
     parts = [
-        _front_matter(source["name"], content["method"], settings),
-        f"# {title}",
-        f"`{source['name']}`{_at(source)} quantized with quantkit "
-        f"{content['versions']['quantkit']}. {size['linears']} linear layers hold "
-        f"{settings['bits']}-bit codes; all other tensors are kept in 16 bits.",
-        _size_table(source, size),
-        _quality(content.get("verified") or content["measured"]),
-        _chosen(content["budget"]),
-        _settings_table(settings, content["calibration"]),
-        _fallbacks(content["fallbacks"]),
-        _use(settings["format"]),
+        _front_matter(content),
+        f"# {name}, {kind}",
+        f"`{source['name']}`{_at(source)} {_made(content)}",
+        _size_table(source, content["size"]),
+        _quality(measured),
+        card_use.run(content),
+        _chosen(content.get("budget")),
+        _settings_table(content),
+        _fallbacks(content.get("fallbacks") or []),
+        _limits(content, measured),
+        card_ja.section(content, kind, measured),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def is_ours(text: str, content: dict[str, Any]) -> bool:
     """Whether ``text`` is the card of ``content``, as nobody has changed it."""
-    return _made_by_quantize(content) and text == model_card(content)
+    return "versions" in content and "size" in content and text == model_card(content)
 
 
-def _made_by_quantize(content: dict[str, Any]) -> bool:
-    """A conversion's record has less, and its folder no card."""
-    parts = ("source", "settings", "size", "calibration", "versions", "fallbacks", "measured")
-    return all(part in content for part in parts) and "conversion" not in content
+def described(content: dict[str, Any]) -> str:
+    """``GPTQ 4-bit``, or ``GGUF Q4_0``."""
+    settings, method = content.get("settings") or {}, content.get("method")
+    form = card_use.format_of(content)
+    if method is None:
+        return form
+    kind = f"{settings['bits']}-bit" if "bits" in settings else settings.get("type", "").upper()
+    named = f"{_METHODS.get(method, method.upper())} {kind}".rstrip()
+    return named if form.startswith(method) else f"{named} in {form}"
+
+
+def _made(content: dict[str, Any]) -> str:
+    by = f"with quantkit {content['versions']['quantkit']}"
+    count = content["size"]["linears"]
+    held = f" {count} linear layers hold codes of few bits." if count else ""
+    done = "quantized " if content.get("method") else "as it was written "
+    return f"{done}{by}{_converted(content)}.{held}"
+
+
+def _converted(content: dict[str, Any]) -> str:
+    done = content.get("conversion")
+    if not done:
+        return ""
+    how = "without changing a number" if done["exact"] else "with rounding"
+    return f", and converted to {done['to']} {how}"
 
 
 def _at(source: dict[str, Any]) -> str:
     return f" (revision `{source['revision'][:12]}`)" if source["revision"] else ""
 
 
-def _front_matter(name: str, method: str, settings: dict[str, Any]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in name:
-        lines += [f"base_model: {name}", "base_model_relation: quantized"]
-    lines += ["tags:", "- quantkit", f"- {method}", f"- {settings['bits']}-bit", "---"]
-    return "\n".join(lines)
+def _front_matter(content: dict[str, Any]) -> str:
+    """See https://huggingface.co/docs/hub/model-cards for what the keys mean."""
+    name = (content.get("source") or {}).get("name", "")
+    form = card_use.format_of(content).partition(":")[0]
+    settings = content.get("settings") or {}
+    tags = ["quantkit", content.get("method"), form]
+    tags += [f"{settings['bits']}-bit"] if "bits" in settings else []
+    base = {"base_model": name, "base_model_relation": "quantized"} if "/" in name else {}
+    sources = (content.get("calibration") or {}).get("sources") or []
+    datasets = [source.split(":")[1] for source in sources if source.startswith("hf:")]
+    return card_data.front_matter(
+        library_name=_LIBRARIES.get(form, "transformers"),
+        pipeline_tag="text-generation",
+        **base,
+        **(content.get("card") or {}),
+        datasets=list(dict.fromkeys(datasets)) or None,
+        tags=list(dict.fromkeys(tag for tag in tags if tag)),
+    )
 
 
 def _size_table(source: dict[str, Any], size: dict[str, Any]) -> str:
-    before, after = source["bytes"], size["bytes"]
-    return (
-        "| | original | quantized |\n|---|---|---|\n"
-        f"| weights on disk | {before / 1e6:,.1f} MB | {after / 1e6:,.1f} MB |\n"
-        f"| bits per quantized weight | | {size['bits_per_weight']:.2f} |"
-    )
+    before = f"{source['bytes'] / 1e6:,.1f} MB" if "bytes" in source else ""
+    lines = ["| | original | quantized |", "|---|---|---|"]
+    lines.append(f"| weights on disk | {before} | {size['bytes'] / 1e6:,.1f} MB |")
+    if size.get("bits_per_weight"):
+        lines.append(f"| bits per quantized weight | | {size['bits_per_weight']:.2f} |")
+    lines.append(f"| memory to run it, about | | {card_use.memory(size)} |")
+    return "\n".join(lines)
 
 
 def _quality(measured: dict[str, Any] | None) -> str:
@@ -100,6 +142,12 @@ def _verdict(measured: dict[str, Any]) -> str:
             f"Measured by `quantkit verify` against `{measured['against']}` on {settings['rows']} "
             f"rows of {settings['seqlen']} tokens of each text ({', '.join(settings['texts'])})."
         )
+        again = (
+            f"quantkit verify OWNER/NAME --rows {settings['rows']} --seqlen {settings['seqlen']}"
+        )
+        lines.append(f"```console\n$ {again}\n```")
+    else:
+        lines.append("Measured while it was quantized; `quantkit verify OWNER/NAME` measures more.")
     if measured.get("nonfinite"):
         lines.append(f"**NaN or infinities in {', '.join(measured['nonfinite'][:5])}.**")
     if measured.get("gate"):
@@ -114,14 +162,21 @@ def _number(value: float | None) -> float:
     return nan if value is None else value
 
 
-def _settings_table(settings: dict[str, Any], calibration: dict[str, Any]) -> str:
-    labels = ", ".join(f"{k} {v:,}" for k, v in calibration["tokens_by_label"].items())
+def _settings_table(content: dict[str, Any]) -> str:
+    settings, calibration = content.get("settings") or {}, content.get("calibration")
     rows = [f"| {key} | {value} |" for key, value in settings.items()]
-    rows.append(
-        f"| calibration | {', '.join(calibration['sources'])}: {calibration['rows']} rows, "
-        f"{calibration['tokens']:,} tokens ({labels}) |"
+    if calibration:
+        labels = ", ".join(f"{k} {v:,}" for k, v in calibration["tokens_by_label"].items())
+        rows.append(
+            f"| calibration | {', '.join(calibration['sources'])}: {calibration['rows']} rows, "
+            f"{calibration['tokens']:,} tokens ({labels}) |"
+        )
+    if not rows:
+        return ""
+    return (
+        "## Settings\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n\n"
+        "Per-layer errors, hashes of the original's files and versions are in `quantkit.json`."
     )
-    return "## Settings\n\n| | |\n|---|---|\n" + "\n".join(rows)
 
 
 def _chosen(budget: dict[str, Any] | None) -> str:
@@ -142,14 +197,20 @@ def _fallbacks(fallbacks: list[str]) -> str:
     return "## Done differently than asked\n\n" + "\n".join(f"- {text}" for text in fallbacks)
 
 
-def _use(format: str) -> str:
-    needed = "compressed-tensors" if format == "compressed-tensors" else "GPTQModel"
-    return (
-        "## Use\n\n"
-        "```python\n"
-        "import quantkit\n\n"
-        'model, tokenizer = quantkit.load("this-folder-or-repository")\n'
-        "```\n\n"
-        f"It also loads with `transformers.AutoModelForCausalLM.from_pretrained` (with {needed} "
-        "installed). Per-layer errors, hashes and versions are in `quantkit.json`."
-    )
+def _limits(content: dict[str, Any], measured: dict[str, Any] | None) -> str:
+    """What the numbers above do not say."""
+    lines = [
+        "What the original says that is false, biased or unsafe, this model says too, and its "
+        "licence goes on to hold."
+    ]
+    if measured:
+        names = ", ".join(_SET_NAMES.get(label, label) for label in measured["sets"])
+        lines.append(
+            f"It was measured on a few thousand tokens of text ({names}). Other languages, long "
+            "contexts, arithmetic and reasoning may have lost more: try it on your own task."
+        )
+    if (content.get("calibration") or {}).get("tokens_by_label"):
+        labels = content["calibration"]["tokens_by_label"]
+        names = ", ".join(_SET_NAMES.get(label, label) for label in labels)
+        lines.append(f"Rounding was fitted to text of these kinds: {names}.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

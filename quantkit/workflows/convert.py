@@ -14,7 +14,6 @@ import torch
 
 from quantkit import __version__
 from quantkit.core import provenance
-from quantkit.core.checkpoint import write_json
 from quantkit.core.ledger import Ledger
 from quantkit.core.names import natural
 from quantkit.core.progress import Progress, Step
@@ -23,12 +22,13 @@ from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import digest, fit
 from quantkit.runtime.opened import Folder, Opened, open_checkpoint
-from quantkit.workflows import convert_targets
+from quantkit.workflows import convert_targets, legacy
 from quantkit.workflows.ahead import Ahead, ahead, one_behind
 from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.rounded import Rounded
+from quantkit.workflows.seal import told
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
 _PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
@@ -46,6 +46,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    legacy_name: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert ``model`` (``demo``, a folder, a .gguf file or a Hub repository) to the format
@@ -54,11 +55,13 @@ def convert(
     lossy           round what the target cannot hold, and measure it, instead of refusing
     pre_tokenizer   GGUF's name for the tokenizer's first step, where it is not recognised
     model_basename  the weight file without its ending, where a folder has several
+    legacy_name     a second name of GPTQ's weight file, such as gptq_model-4bit-128g
 
     Raises UsageError for a target that is not known, QuantkitError when something does not fit,
     both before anything is written. An interrupted call goes on when repeated.
     """
-    opened = open_checkpoint(resolve(model, revision), model_basename)
+    legacy.check(legacy_name, to.lower().replace("-", "_"))
+    opened = open_checkpoint(resolve(model, revision, model_basename), model_basename)
     if not opened.model_config:
         raise QuantkitError(
             f"{opened.source.name} has no config.json",
@@ -74,6 +77,7 @@ def convert(
         settings={"lossy": lossy, "pre_tokenizer": pre_tokenizer},
         max_shard_size=max_shard_size,
         dry_run=dry_run,
+        legacy_name=legacy_name,
         progress=progress,
     )
 
@@ -87,6 +91,7 @@ def carry(
     settings: dict[str, Any],
     max_shard_size: str = "5GB",
     dry_run: bool = False,
+    legacy_name: str | None = None,
     progress: Progress | None = None,
     fingerprint: dict[str, Any] | None = None,
 ) -> Conversion:
@@ -104,10 +109,11 @@ def carry(
         result.notes.append(text)
         progress.note(text)
     result.bytes = target.nbytes
+    shard = size_in_bytes(max_shard_size)
+    legacy.check_size(legacy_name, target.nbytes, shard)
     output.check_space(target.nbytes)
     if dry_run:
         return result
-    shard = size_in_bytes(max_shard_size)
     with disk_errors(folder), ahead() as workers:
         ledger = begin(output, fingerprint or fingerprint_of(opened, to, settings, shard))
         if not target.begin(output.partial, shard):
@@ -132,7 +138,8 @@ def carry(
             content = made(opened, result, files)
         else:
             content = provenance_of(opened, result, files)
-        write_json(output.partial / provenance.FILE, content)
+        legacy.add(output.partial, legacy_name)
+        told(content, opened.source, output.partial, opened.model_config)
         output.complete()
     result.written = True
     return result

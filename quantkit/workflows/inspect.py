@@ -12,7 +12,7 @@ from quantkit.core import ledger
 from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import Tensors, gptq
-from quantkit.runtime.opened import Folder, open_checkpoint, recorded
+from quantkit.runtime.opened import Folder, Opened, open_checkpoint, recorded
 from quantkit.workflows import inspect_checks as checks
 from quantkit.workflows.inspect_checks import Finding, Look
 from quantkit.workflows.inspect_facts import (
@@ -103,25 +103,12 @@ def inspect(
     names the weight file, without its ending, where a folder has several. With ``repair``, write a
     corrected copy to that folder; the findings are those of the original. Raises QuantkitError when
     the model cannot be read, or has nothing to repair."""
-    source = _resolve(model, revision)
+    source = _resolve(model, revision, model_basename)
     unfinished = _unfinished(source)
     if unfinished is not None and repair is not None:
         raise UsageError(f"{source.name} is unfinished, which no repair can change")
-    opened = open_checkpoint(source, model_basename)
     # an unfinished folder has zeros where nothing was written yet
-    linears = look_at_linears(opened, read=unfinished is None)
-    structure = look_at_structure(opened, linears) if opened.model_config else Structure()
-    if not isinstance(opened, Folder):
-        found = _described_gguf(opened, linears, structure)
-        found.findings = checks.check_tensors(linears, structure)
-        kind = str(opened.model_config.get("model_type", ""))
-        found.targets = verdicts(replace(_subject(found, linears), model_type=kind))
-    else:
-        look = Look(opened, opened.model_config, linears, structure)
-        found = _described(look)
-        if unfinished is None:
-            found.findings = checks.check(look)
-            found.targets = verdicts(_subject_of_folder(found, look))
+    found = _look_over(open_checkpoint(source, model_basename), read=unfinished is None)
     if unfinished is not None:
         found.findings, found.targets = [unfinished], []
     if repair is not None:
@@ -130,9 +117,38 @@ def inspect(
     return found
 
 
-def _resolve(model: str, revision: str | None) -> Source:
+def readers(name: str, folder: Path) -> list[dict[str, Any]]:
+    """The programs that load the model in ``folder``, whose files are all written: what they need
+    and what they run on, for quantkit.json."""
+    found = _look_over(open_checkpoint(Source(name, folder)), read=True)
+    return [
+        {"program": one.target, "needs": one.needs, "hardware": one.hardware}
+        for one in found.targets
+        if one.loads
+    ]
+
+
+def _look_over(opened: Opened, read: bool) -> Inspection:
+    """What it is, what is wrong with it, who loads it; without ``read`` from headers alone."""
+    linears = look_at_linears(opened, read=read)
+    structure = look_at_structure(opened, linears) if opened.model_config else Structure()
+    if not isinstance(opened, Folder):
+        found = _described_gguf(opened, linears, structure)
+        found.findings = checks.check_tensors(linears, structure)
+        kind = str(opened.model_config.get("model_type", ""))
+        found.targets = verdicts(replace(_subject(found, linears), model_type=kind))
+        return found
+    look = Look(opened, opened.model_config, linears, structure)
+    found = _described(look)
+    if read:
+        found.findings = checks.check(look)
+        found.targets = verdicts(_subject_of_folder(found, look))
+    return found
+
+
+def _resolve(model: str, revision: str | None, model_basename: str | None) -> Source:
     try:
-        return resolve(model, revision)
+        return resolve(model, revision, model_basename)
     except QuantkitError:
         partial = Path(model).expanduser()
         partial = partial.with_name(partial.name + ".partial") if partial.name else partial

@@ -155,7 +155,7 @@ class Plan:
         """Everything that decides the output's bytes, flat and readable."""
         versions = provenance.versions()
         files = {
-            f"source file {path.name}": f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
+            f"source file {path.name}": _identity(path, self.skeleton.checkpoint)
             for path in source_files(self.source, self.skeleton.checkpoint)
         }
         return {
@@ -174,6 +174,13 @@ class Plan:
     def _digest(self) -> str:
         text = "\n".join(str(rule) for rule in self.chosen)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _identity(path: Path, checkpoint: Checkpoint) -> str:
+    """What changes when the file does."""
+    if remote := checkpoint.remote.get(path.name):
+        return f"{remote.size} bytes, sha256 {remote.sha256}"
+    return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
 
 
 def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:

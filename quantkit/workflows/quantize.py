@@ -33,8 +33,8 @@ from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import budget as budgeting
 from quantkit.workflows import head as heading
+from quantkit.workflows import legacy, seal, stored
 from quantkit.workflows import plan as planning
-from quantkit.workflows import seal, stored
 from quantkit.workflows.ahead import Behind, one_behind
 from quantkit.workflows.budget import Budget
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
@@ -80,6 +80,8 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    low_disk: bool = False,
+    legacy_name: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by GPTQ and write it to ``out``.
@@ -106,12 +108,15 @@ def quantize(
     check            measure the result on held-out text along the way
     strict           raise where a fallback would be taken
     dry_run          plan and calibrate, write nothing
+    low_disk         leave the weights on the Hub, and read them tensor by tensor
+    legacy_name      a second name of the weight file, such as gptq_model-4bit-128g
 
     Raises UsageError for options that cannot work and QuantkitError for input that cannot be used,
     both before anything is written. An interrupted call goes on when repeated.
     """
     scheme = Scheme(bits, group, sym)
     form = planning.format_name(format, scheme, "gptq", ordered=act_order == "group")
+    legacy.check(legacy_name, form)
     method = planning.gptq_method(
         act_order=act_order,
         damp=damp,
@@ -140,6 +145,8 @@ def quantize(
         overwrite=overwrite,
         dry_run=dry_run,
         revision=revision,
+        low_disk=low_disk,
+        legacy_name=legacy_name,
         rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
         lm_head=method if lm_head else None,
@@ -152,16 +159,18 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     started = time.perf_counter()
     shard = size_in_bytes(task.max_shard_size)
     on = pick_device(task.device)
-    source = resolve(task.model, task.revision)
+    source = resolve(task.model, task.revision, low_disk=task.low_disk)
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     output.keep_apart(source)
-    skeleton = Skeleton(source, Checkpoint(source.folder), on, pick_dtype(task.dtype, on))
+    weights = Checkpoint(source.folder, remote=source.remote)
+    skeleton = Skeleton(source, weights, on, pick_dtype(task.dtype, on))
     head = task.lm_head
     layout = lay_out(skeleton, task.scheme, task.format, task.rules, head is not None)
     specs = layout.specs()
     settled = (source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
     plan = Plan(*settled, lm_head=head)
+    legacy.check_size(task.legacy_name, plan.output_bytes, shard)
     beside = sum(path.stat().st_size for path in companions(source))
     if task.budget:
         budgeting.check(plan, task.budget, beside)
@@ -198,7 +207,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     if task.dry_run:
         return report
 
-    hashes = provenance.hash_files(planning.source_files(source, skeleton.checkpoint))
+    hashes = provenance.hash_files(planning.source_files(source, weights), weights.remote)
     with disk_errors(output.folder):
         writer, ledger = _begin(plan, rows, output)
         try:
@@ -207,7 +216,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
             rides = held_out(tokenizer, tokens=tokens) if task.check else {}
             _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress)
             with report.timing("seal"):
-                seal.seal(report, output, writer, [*task.calib], hashes.result())
+                seal.seal(report, output, writer, task, hashes.result())
         finally:
             writer.abandon()
     report.written = True
@@ -290,6 +299,7 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
         for name, spec in plan.layout.ones.items():
             writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         writer.sync()
+        plan.skeleton.checkpoint.release()
     ledger.finish(_DENSE, {})
 
 
@@ -358,6 +368,7 @@ def _walk_blocks(
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
             ride.after(block)
+        plan.skeleton.checkpoint.release()
         loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
     behind.finish()

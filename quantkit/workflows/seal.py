@@ -1,26 +1,28 @@
 """The end of a quantization: what goes beside the weights, and the step that makes it whole."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.core import calibration, provenance
+from quantkit.core import calibration, card_data, provenance
 from quantkit.core.checkpoint import ShardWriter, write_json, write_text
+from quantkit.core.source import Source
 from quantkit.formats.older_names import with_older_names
-from quantkit.workflows import card
+from quantkit.workflows import card, card_use, inspect, legacy
 from quantkit.workflows.output import Output
 from quantkit.workflows.plan import stored_dtype
 
 if TYPE_CHECKING:
-    from quantkit.workflows.task import Report
+    from quantkit.workflows.task import Report, Task
 
 
 def seal(
     report: "Report",
     output: Output,
     writer: ShardWriter,
-    sources: list[str],
+    task: "Task",
     hashes: dict[str, str],
 ) -> None:
-    """Write everything beside the tensors, the index last, and rename the folder."""
+    """Write everything beside the tensors, look at the whole once more, and rename the folder."""
     plan, folder = report.plan, output.partial
     output.copy_companions(plan.source)
     config = plan.source.read_json("config.json") or {}
@@ -31,11 +33,23 @@ def seal(
     write_json(folder / "config.json", config)
     for file, beside in plan.packer.beside(config, plan.source.name).items():
         write_json(folder / file, beside)
-    content = _provenance(report, sources, hashes)
-    write_json(folder / provenance.FILE, content)
-    write_text(folder / "README.md", card.model_card(content))
     writer.close()
+    legacy.add(folder, task.legacy_name)
+    told(_provenance(report, [*task.calib], hashes), plan.source, folder, config)
     output.complete()
+
+
+def told(content: dict[str, Any], source: Source, folder: Path, config: dict[str, Any]) -> None:
+    """quantkit.json and the model card of a folder whose weights are written. ``config``: of the
+    model, for the memory that it takes."""
+    content["size"]["kv_bytes_per_token"] = card_use.kv_bytes(config)
+    content["card"] = content.get("card") or card_data.inherited(source.folder)
+    content["readers"] = inspect.readers(source.name, folder)
+    content.pop("file", None)  # of the model that this was converted from
+    if single := next(folder.glob("*.gguf"), None):
+        content["file"] = single.name
+    write_json(folder / provenance.FILE, content)
+    write_text(folder / card_data.CARD, card.model_card(content))
 
 
 def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Task:
     overwrite: bool
     dry_run: bool
     revision: str | None
+    low_disk: bool = False
+    legacy_name: str | None = None
     rules: tuple[Rule, ...] = ()
     budget: Budget | None = None
     lm_head: Gptq | None = None

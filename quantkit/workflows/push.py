@@ -1,0 +1,210 @@
+"""``quantkit push``: a finished, measured, clean folder to a repository on the Hub.
+
+look at the folder -> look at the repository -> upload -> one commit -> read back by hash. What
+should not be public is refused before anything is sent.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit import __version__
+from quantkit.core import card_data, ledger, provenance, publish
+from quantkit.core.needed import SUFFIX
+from quantkit.core.progress import Progress
+from quantkit.core.publish import MAIN, There
+from quantkit.core.source import Source
+from quantkit.errors import QuantkitError, UsageError
+
+_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", SUFFIX)
+
+
+@dataclass
+class Pushed:
+    """files: the names of all; commit: None when nothing had to be sent or it was a dry run;
+    removed: files of the branch that made way"""
+
+    repository: str
+    branch: str
+    address: str
+    files: list[str]
+    bytes: int
+    removed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    commit: str | None = None
+    written: bool = False
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    branch: str = MAIN,
+    private: bool = False,
+    message: str | None = None,
+    unverified: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Publish the model in ``folder`` as ``owner/name``, in one commit, and compare what landed.
+
+    branch       made if it is not there, with nothing of other branches in it
+    private      of a repository that is made; one that is public is refused then
+    message      of the commit
+    unverified   also a model that nobody measured, or that missed its limits
+    overwrite    also over weights that quantkit did not put there
+    dry_run      look at everything, send nothing
+
+    Raises UsageError or QuantkitError, with nothing published. An interrupted call goes on when
+    repeated: large files that are there are not sent again.
+    """
+    progress = progress or Progress()
+    check_name(repository)
+    folder = Path(folder).expanduser()
+    record = _finished(folder)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    _clean(folder)
+    if not unverified:
+        refuse_unmeasured(record, folder)
+    if repository == _text(record, "source", "name"):
+        raise UsageError(f"{repository} is the original of {folder}", "push to a name of your own")
+    result = Pushed(repository, branch, publish.address(repository, branch), [], 0)
+    result.files = [path.name for path in files]
+    result.bytes = sum(path.stat().st_size for path in files)
+    result.notes = _licence(folder)
+    for text in result.notes:
+        progress.warn(text)
+    publish.check_token()
+    there = publish.look(repository, branch)
+    if private and there.private is False:
+        raise UsageError(f"{repository} is there already, and public", "leave out --private")
+    result.removed = _in_the_way(there, result.files)
+    if result.removed and provenance.FILE not in there.files and not overwrite:
+        raise UsageError(
+            f"{repository} holds other weights in {branch}: {', '.join(result.removed[:3])}",
+            "choose another --branch, or use --overwrite",
+        )
+    if dry_run:
+        return result
+    known = there.files
+    if not result.removed and all(publish.same(path, known.get(path.name)) for path in files):
+        progress.note(f"{repository} holds all of this already")
+        result.written = True
+        return result
+    result.commit = publish.publish(
+        files,
+        repository,
+        branch,
+        there,
+        private=private,
+        remove=result.removed,
+        message=message or _message(record),
+    )
+    if wrong := publish.different(files, repository, result.commit):
+        raise QuantkitError(
+            f"{', '.join(wrong[:3])} in {repository} is not what was sent",
+            "push again; if it stays so, report it to the Hub",
+        )
+    result.written = True
+    return result
+
+
+def check_name(repository: str) -> None:
+    """Raises UsageError for what is not ``owner/name``."""
+    if not _NAME.fullmatch(repository):
+        raise UsageError(f"'{repository}' is no name of a repository", "give owner/name")
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """quantkit.json of a folder that is complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    unfinished = folder.is_dir() and (folder / ledger.FILE).is_file()
+    if unfinished or (partial.is_dir() and not folder.exists()):
+        raise QuantkitError(
+            f"{folder} is unfinished", "run the command that began it again, then push"
+        )
+    if not folder.is_dir():
+        raise QuantkitError(f"there is no folder {folder}", "give one that quantkit wrote")
+    record = Source(folder.name, folder).read_json(provenance.FILE)
+    if record is None:
+        raise QuantkitError(
+            f"{folder} was not written by quantkit, it has no {provenance.FILE}",
+            "quantize or convert the model with quantkit, or upload it with 'hf upload'",
+        )
+    return record
+
+
+def _clean(folder: Path) -> None:
+    """Raises QuantkitError for a model with errors, and for what should stay on this machine."""
+    from quantkit.workflows.inspect import inspect
+
+    findings = inspect(str(folder)).findings
+    for finding in findings:
+        if finding.level == "error":
+            raise QuantkitError(f"{folder} has an error: {finding.text}", "see 'quantkit inspect'")
+    for finding in findings:
+        if finding.code == "leak":
+            raise QuantkitError(
+                f"{folder} should not be published as it is: {finding.text}",
+                f"'quantkit inspect {folder} --repair NEW' writes a copy without it",
+            )
+
+
+def measured(record: dict[str, Any]) -> bool:
+    """Whether the model was compared with its original, by verify or while it was made."""
+    return bool(record.get("verified") or record.get("measured"))
+
+
+def refuse_unmeasured(record: dict[str, Any], folder: Path) -> None:
+    """Raises QuantkitError for a model that nobody measured, or that missed its limits."""
+    verified = record.get("verified")
+    gate = verified.get("gate") if isinstance(verified, dict) else None
+    if isinstance(gate, dict) and not gate.get("passed"):
+        raise QuantkitError(
+            f"{folder} did not keep the limits of its verification",
+            "make a better one, or push it all the same with --unverified",
+        )
+    if not measured(record):
+        raise QuantkitError(
+            f"{folder} was never measured against its original",
+            f"run 'quantkit verify {folder}' first, or push it all the same with --unverified",
+        )
+
+
+def _licence(folder: Path) -> list[str]:
+    """What the licence may forbid."""
+    licence = card_data.read(folder).get("license")
+    if isinstance(licence, str) and _NO_DERIVATIVES.search(licence.lower()):
+        return [
+            f"the licence of the original, {licence}, does not allow to publish changed versions, "
+            "and a quantized model is one"
+        ]
+    return []
+
+
+def _in_the_way(there: There, ours: list[str]) -> list[str]:
+    """Weights in the branch that loaders would mix up with these. GGUF files live side by side."""
+    single = any(name.endswith(".gguf") for name in ours)
+    return [
+        name
+        for name in there.files
+        if name.endswith(_WEIGHTS)
+        and "/" not in name
+        and name not in ours
+        and not (single and name.endswith(".gguf"))
+    ]
+
+
+def _message(record: dict[str, Any]) -> str:
+    what = _text(record, "conversion", "to") or _text(record, "method") or "model"
+    return f"{what}, made with quantkit {__version__}"
+
+
+def _text(content: Any, *path: str) -> str | None:
+    for key in path:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, str) else None

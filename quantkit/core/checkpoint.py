@@ -30,7 +30,7 @@ from quantkit.errors import QuantkitError
 _INDEX = ".index.json"
 INDEX = f"model.safetensors{_INDEX}"
 _MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -47,7 +47,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Safetensors:
 
     def spec(self, name: str) -> TensorSpec:
         part = self._handle.get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
+        dtype = DTYPES.get(part.get_dtype())
         if dtype is None:
             raise QuantkitError(
                 f"tensor {name} has the dtype {part.get_dtype()}, which quantkit does not read"

@@ -44,12 +44,7 @@ _DOES_NOT_FIT = 3
 )
 @click.option("--sym/--asym", default=True, show_default=True, help="Symmetric codes or not.")
 @click.option("--fast", is_flag=True, help="Quantize in one pass, as gptq --fast does.")
-@click.option(
-    "--calib-seqlen", type=int, default=2048, show_default=True, help="Tokens in a row."
-)
-@click.option(
-    "--calib-rows", type=int, default=128, show_default=True, help="Rows of calibration text."
-)
+@options.calibration_text
 @click.option(
     "--seqlen", type=int, default=512, show_default=True, help="Tokens in a row of verify."
 )

@@ -54,9 +54,7 @@ def quantizing(shapes: Shapes, run: Run, thinned: int | None, stored: int, speed
     return _START + stored / _READING + embedding + blocks + head
 
 
-def _block(
-    shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: Speed
-) -> float:
+def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: Speed) -> float:
     widest = max(group.width for group in block.groups)
     used = run.tokens if thinned is None else min(run.tokens, max(1, thinned * widest))
     passes = 3 if run.aligned else 1

@@ -357,9 +357,7 @@ def generating(shapes: Shapes, model: Loaded, context: int, sequences: int = 1) 
     return [_running(shapes, model, "prompt", context, {"keys and values": cache})]
 
 
-def _running(
-    shapes: Shapes, model: Loaded, name: str, tokens: int, parts: dict[str, int]
-) -> Phase:
+def _running(shapes: Shapes, model: Loaded, name: str, tokens: int, parts: dict[str, int]) -> Phase:
     """The whole model, while ``tokens`` tokens go through it."""
     working = max(block.working for block in shapes.blocks)
     parts = {

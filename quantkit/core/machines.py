@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; units as in the module's text."""
+    """A GPU; units as in the module's text. ``model``: the words of its name that tell it from
+    others."""
 
     name: str
+    model: str
     memory: float
     half: float
     single: float
@@ -35,19 +37,17 @@ class Gpu:
 
 
 GPUS = {
-    "t4": Gpu("Tesla T4", 15.0, 65, 8.1, 320, (7, 5)),
-    "l4": Gpu("L4", 22.5, 121, 30.3, 300, (8, 9)),
-    "rtx3060": Gpu("GeForce RTX 3060", 12.0, 25.5, 12.7, 360, (8, 6)),
-    "rtx4090": Gpu("GeForce RTX 4090", 24.0, 165.2, 82.6, 1008, (8, 9)),
-    "a100": Gpu("A100 40GB", 40.0, 312, 19.5, 1555, (8, 0)),
-    "h100": Gpu("H100 80GB", 79.6, 989, 67, 3350, (9, 0)),
-    "h200": Gpu("H200", 139.8, 989, 67, 4800, (9, 0)),
+    "t4": Gpu("Tesla T4", "T4", 15.0, 65, 8.1, 320, (7, 5)),
+    "l4": Gpu("L4", "L4", 22.5, 121, 30.3, 300, (8, 9)),
+    "rtx3060": Gpu("GeForce RTX 3060", "3060", 12.0, 25.5, 12.7, 360, (8, 6)),
+    "rtx4090": Gpu("GeForce RTX 4090", "4090", 24.0, 165.2, 82.6, 1008, (8, 9)),
+    "a100": Gpu("A100 40GB", "A100 40GB", 40.0, 312, 19.5, 1555, (8, 0)),
+    "h100": Gpu("H100 80GB", "H100", 79.6, 989, 67, 3350, (9, 0)),
+    "h200": Gpu("H200", "H200", 139.8, 989, 67, 4800, (9, 0)),
 }
 
 
 def known(name: str) -> Gpu | None:
-    """The entry whose name is in ``name``, as drivers tell it (``Tesla T4``, ``NVIDIA H200``)."""
-    words = name.replace("NVIDIA", "").split()
-    found = (gpu for gpu in GPUS.values() if set(gpu.name.split()[:1]) <= set(words))
-    exact = [gpu for gpu in GPUS.values() if gpu.name in name]
-    return exact[0] if exact else next((g for g in found if g.name.split()[0] != "GeForce"), None)
+    """The entry of a GPU as drivers call it: ``Tesla T4``, ``NVIDIA A100-SXM4-40GB``."""
+    words = name.replace("-", " ").split()
+    return next((gpu for gpu in GPUS.values() if set(gpu.model.split()) <= set(words)), None)

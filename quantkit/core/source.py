@@ -1,8 +1,6 @@
 """Where a model comes from: the demo, a folder, or a repository on the Hub."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +52,9 @@ class Source:
         return content
 
 
-def resolve(
-    model: str, revision: str | None = None, wanted: Sequence[str] = tuple(_WANTED)
-) -> Source:
+def resolve(model: str, revision: str | None = None) -> Source:
     """Find ``model`` and fetch it if need be: ``demo``, a folder, ``owner/name`` or
-    ``owner/name@revision``, of which the files ``wanted`` come here. Raises QuantkitError when
-    there is no such model."""
+    ``owner/name@revision``. Raises QuantkitError when there is no such model."""
     if model == DEMO:
         _no_revision(model, revision)
         return Source(DEMO, data.demo())
@@ -81,16 +76,7 @@ def resolve(
     if not _REPOSITORY.fullmatch(model):
         raise _no_folder(model)
     repository, _, tag = model.partition("@")
-    return _from_hub(repository, revision or tag or None, wanted)
-
-
-def is_remote(model: str) -> bool:
-    """Whether ``model`` names a repository on the Hub, and nothing on this machine."""
-    try:
-        here = model == DEMO or Path(model).expanduser().exists()
-    except (OSError, RuntimeError):
-        return False
-    return not here and bool(_REPOSITORY.fullmatch(model))
+    return _from_hub(repository, revision or tag or None)
 
 
 def _no_revision(model: str, revision: str | None) -> None:
@@ -105,23 +91,14 @@ def _no_folder(model: str) -> QuantkitError:
     )
 
 
-def _from_hub(repository: str, revision: str | None, wanted: Sequence[str]) -> Source:
+def _from_hub(repository: str, revision: str | None) -> Source:
     import huggingface_hub
-
-    with told_by_the_hub(repository, revision, "downloading"):
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=list(wanted)
-        )
-    return Source(repository, Path(folder), Path(folder).name)
-
-
-@contextmanager
-def told_by_the_hub(repository: str, revision: str | None, doing: str) -> Iterator[None]:
-    """What the Hub's client raises, as a sentence."""
     from huggingface_hub import errors
 
     try:
-        yield
+        folder = Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED)
+        )
     except errors.HFValidationError as error:
         raise _no_folder(repository) from error  # no repository can have such a name
     except errors.GatedRepoError as error:
@@ -145,5 +122,6 @@ def told_by_the_hub(repository: str, revision: str | None, doing: str) -> Iterat
         ) from error
     except (errors.HTTPError, OSError) as error:  # the former: a connection that broke, too
         raise QuantkitError(
-            f"{doing} {repository} failed ({error})", "run the same command again to continue"
+            f"downloading {repository} failed ({error})", "run the same command again to continue"
         ) from error
+    return Source(repository, folder, folder.name)

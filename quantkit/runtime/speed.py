@@ -28,7 +28,7 @@ def here() -> tuple[Gpu, int] | None:
     free, total = torch.cuda.mem_get_info(0)
     capability = (properties.major, properties.minor)
     found = machines.known(properties.name)
-    return found or Gpu(properties.name, total / 2**30, 0, 0, 0, capability), free
+    return found or Gpu(properties.name, properties.name, total / 2**30, 0, 0, 0, capability), free
 
 
 def of_gpu(gpu: Gpu) -> Speed | None:

@@ -4,14 +4,15 @@ The plan of a quantization is made as the quantizer makes its own (workflows/pla
 core/footprint.py's, time core/durations.py's.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from quantkit import formats
-from quantkit.core import durations, footprint
+from quantkit import data, formats
+from quantkit.core import calibration, durations, footprint
 from quantkit.core.checkpoint import Checkpoint
 from quantkit.core.footprint import Loaded, Phase, Shapes
 from quantkit.core.qweight import Scheme
@@ -30,7 +31,9 @@ from quantkit.workflows.method import Method
 from quantkit.workflows.plan import Plan
 
 METHODS = ("gptq", "awq", "rtn", "none")
-_SETS = 4  # bundled texts, en, ja, code and chat
+_SETS = len(calibration.BUNDLED)
+# of the bundled texts as they are stored, at least; most tokenizers take 3 to 4
+_BYTES_PER_TOKEN = 2.5
 _SHARD = 5 << 30
 # bytes of a group in a running model: the scale and, asymmetric, the zero point; and on a CPU what
 # the 4-bit kernel reads instead
@@ -48,6 +51,7 @@ class Wish:
     group: int = 128
     sym: bool = True
     fast: bool = False
+    calib: tuple[str, ...] = ("bundled",)
     calib_rows: int = 128
     calib_seqlen: int = 2048
     rows: int = 16
@@ -121,6 +125,25 @@ class Subject:
         return self._skeletons[dtype]
 
 
+def calibration_tokens(calib: Sequence[str], rows: int, row: int) -> int:
+    """Tokens that ``--calib`` comes to, at most: whole rows, but no more than bundled texts have.
+    Raises UsageError for what cannot be read."""
+    parts = [part for text in calib for part in calibration.parse(text)]
+    open_ended = sum(part.rows is None for part in parts)
+    fixed = sum(part.rows or 0 for part in parts)
+    cap = max(1, (rows - fixed) // max(1, open_ended))
+    found = 0
+    for part in parts:
+        tokens = (cap if part.rows is None else part.rows) * row
+        name, _, label = part.source.partition(":")
+        if name == "bundled":
+            files = [data.calibration() / f"{n}.jsonl" for n in calibration.BUNDLED]
+            size = sum(file.stat().st_size for file in files if label in ("", file.stem))
+            tokens = min(tokens, max(row, int(size / _BYTES_PER_TOKEN)))
+        found += tokens
+    return found
+
+
 class Needs:
     """The tasks of one subject, as wished, on one machine. Raises what planning raises."""
 
@@ -155,9 +178,7 @@ class Needs:
         """As workflows/quantize.py makes it."""
         skeleton = self.subject.skeleton(self.machine.dtype)
         usual = "awq" if self.wish.method == "awq" else "gptq"
-        layout = lay_out(
-            skeleton, self._scheme, planning.format_name("auto", self._scheme, usual)
-        )
+        layout = lay_out(skeleton, self._scheme, planning.format_name("auto", self._scheme, usual))
         settled = (self.subject.source, skeleton, layout, self._scheme, self._method)
         return Plan(*settled, layout.specs(), _SHARD)
 
@@ -192,7 +213,8 @@ class Needs:
             seconds = speed and durations.rounding(self.shapes, stored, speed)
             return footprint.rounding(self.shapes), seconds, None, disk
         row = self._at_most(wish.calib_seqlen)
-        run = self._plan.run(wish.calib_rows * row, row, self.machine.cuda)
+        tokens = calibration_tokens(wish.calib, wish.calib_rows, row)
+        run = self._plan.run(tokens, row, self.machine.cuda)
         mode = footprint.choose(self.shapes, run, self.machine.device, self.machine.ram)
         mode = mode or footprint.modes(run.cuda)[-1]
         phases = footprint.quantizing(self.shapes, run, mode)

@@ -1,8 +1,17 @@
-"""What all tests share: the CPU, one thread, no deadlines in hypothesis, the demo's tokenizer."""
+"""What all tests share: the CPU, one thread, no deadlines in hypothesis, the demo's tokenizer, and
+a Hub on this machine in the place of the real one."""
 
 import os
+import socket
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: results are the same on every machine
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    _PORT = free.getsockname()[1]
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_PORT}"  # read when huggingface_hub is imported
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
@@ -20,3 +29,22 @@ def tokenizer():
     from quantkit import data
 
     return AutoTokenizer.from_pretrained(data.demo())
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty Hub for the client in this process, with a cache of its own and no token."""
+    from hub import Hub, serving
+    from huggingface_hub import close_session, constants
+
+    from quantkit.core import hub as client
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(client, "WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    found = Hub()
+    with serving(found, _PORT):
+        yield found
+        close_session()  # its connections belong to this server

@@ -8,7 +8,6 @@ finished exactly where it belongs.
 
 import json
 import os
-import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.core import pickled
+from quantkit.core.needed import KINDS, SHARD, SUFFIX, weight_sets
 from quantkit.core.placed_file import PlacedFile
 from quantkit.errors import QuantkitError
 
-_INDEX = ".index.json"
-INDEX = f"model.safetensors{_INDEX}"
+INDEX = f"model.safetensors{SUFFIX}"
 _MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
 DTYPES = {
     "F64": torch.float64,
@@ -212,16 +211,12 @@ def _open(path: Path) -> WeightFile:
     return _Pickled(path) if path.suffix in pickled.SUFFIXES else _Safetensors(path)
 
 
-# What weights may be called, the kind to be preferred first: suffixes, and the usual basename.
-_KINDS = (((".safetensors",), "model"), (pickled.SUFFIXES, "pytorch_model"))
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
-
-
 def _weight_files(folder: Path, basename: str | None = None) -> list[str]:
     """The files that hold the model. Files that differ in ``-00001-of-00002`` alone are one set,
     whose name is what comes before. Chosen is the set ``basename``; or the one with the usual name;
     or the only one; safetensors before pickles. A set's index has the last word on its files."""
-    found = [(suffixes, usual, _sets(folder, suffixes)) for suffixes, usual in _KINDS]
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = [(suffixes, usual, weight_sets(names, suffixes)) for suffixes, usual in KINDS]
     for suffixes, usual, sets in found:
         name = basename or (usual if len(sets) != 1 else next(iter(sets)))
         if name in sets:
@@ -240,25 +235,12 @@ def _weight_files(folder: Path, basename: str | None = None) -> list[str]:
     )
 
 
-def _sets(folder: Path, suffixes: Iterable[str]) -> dict[str, list[str]]:
-    """Names of weight files by the set's name. An index makes a set on its own: its shards may be
-    missing, which will have to be told."""
-    sets: dict[str, list[str]] = {}
-    for suffix in suffixes:
-        for path in sorted(folder.glob(f"*{suffix}")):
-            shard = _SHARD.fullmatch(path.stem)
-            sets.setdefault(shard[1] if shard else path.stem, []).append(path.name)
-        for path in folder.glob(f"*{suffix}{_INDEX}"):
-            sets.setdefault(path.name.removesuffix(suffix + _INDEX), [])
-    return sets
-
-
 def _of_set(folder: Path, name: str, suffixes: Iterable[str], files: list[str]) -> list[str]:
     for suffix in suffixes:
-        index = folder / f"{name}{suffix}{_INDEX}"
+        index = folder / f"{name}{suffix}{SUFFIX}"
         if os.path.lexists(index):
             return _indexed(folder, index)
-    shards = [shard for shard in (_SHARD.fullmatch(Path(file).stem) for file in files) if shard]
+    shards = [shard for shard in (SHARD.fullmatch(Path(file).stem) for file in files) if shard]
     if shards and len(shards) != int(shards[0][2]):
         raise QuantkitError(
             f"{folder} has only a part of the shards of {name}: {', '.join(files)}",

@@ -1,19 +1,21 @@
-"""Where a model comes from: the demo, a folder, or a repository on the Hub."""
+"""Where a model comes from: the demo, a folder, a file, or a repository on the Hub."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantkit import data
 from quantkit.core.checkpoint import read_json
+from quantkit.core.pull import pull
+from quantkit.core.ranges import Remote
 from quantkit.errors import QuantkitError, UsageError
 
 DEMO = "demo"
-_REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w./-]+)?")
-# everything that is needed to run or quantize a model, and no pickles
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
-_WANTED += ["LICENSE*", "NOTICE*"]
+_REPOSITORY = re.compile(
+    r"([\w][\w.-]*(?:/[\w][\w.-]*)?)(/\w[^@]*\.(?:gguf|safetensors))?(@[\w./-]+)?"
+)
 _FILES = (".gguf", ".safetensors")  # that may be named in the place of a folder
 
 
@@ -26,12 +28,14 @@ class Source:
     folder    where the files are
     revision  the commit, for a repository
     file      the weight file, where one was named (``model-Q4_0.gguf``)
+    remote    weight files that are still on the Hub, by name (``low_disk``)
     """
 
     name: str
     folder: Path
     revision: str | None = None
     file: str | None = None
+    remote: Mapping[str, Remote] = field(default_factory=dict)
 
     @property
     def short_name(self) -> str:
@@ -52,9 +56,18 @@ class Source:
         return content
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
-    """Find ``model`` and fetch it if need be: ``demo``, a folder, ``owner/name`` or
-    ``owner/name@revision``. Raises QuantkitError when there is no such model."""
+def resolve(
+    model: str,
+    revision: str | None = None,
+    model_basename: str | None = None,
+    *,
+    low_disk: bool = False,
+) -> Source:
+    """Find ``model`` and fetch it if need be: ``demo``, a folder, a .gguf or .safetensors file,
+    ``owner/name``, ``owner/name@revision`` or ``owner/name/FILE.gguf``.
+
+    ``model_basename`` chooses among the weight files of a repository; ``low_disk`` leaves them
+    there, to be read tensor by tensor. Raises QuantkitError when there is no such model."""
     if model == DEMO:
         _no_revision(model, revision)
         return Source(DEMO, data.demo())
@@ -73,10 +86,13 @@ def resolve(model: str, revision: str | None = None) -> Source:
         raise QuantkitError(
             f"{model} is a file, not a model's folder", "give the folder that holds config.json"
         )
-    if not _REPOSITORY.fullmatch(model):
+    asked = _REPOSITORY.fullmatch(model)
+    if not asked:
         raise _no_folder(model)
-    repository, _, tag = model.partition("@")
-    return _from_hub(repository, revision or tag or None)
+    repository, named, tag = asked[1], asked[2], asked[3]
+    at = revision or (tag[1:] if tag else None)
+    found = pull(repository, at, named and named[1:], model_basename, low_disk)
+    return Source(repository, found.folder, found.commit, found.file, found.remote)
 
 
 def _no_revision(model: str, revision: str | None) -> None:
@@ -89,39 +105,3 @@ def _no_folder(model: str) -> QuantkitError:
         f"there is no folder {model}",
         "give a folder, a Hub repository such as owner/name, or 'demo'",
     )
-
-
-def _from_hub(repository: str, revision: str | None) -> Source:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_WANTED)
-        )
-    except errors.HFValidationError as error:
-        raise _no_folder(repository) from error  # no repository can have such a name
-    except errors.GatedRepoError as error:
-        raise QuantkitError(
-            f"{repository} is gated, and you have no access to it with the current token",
-            "accept its terms on its Hub page, then run 'hf auth login'",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise QuantkitError(
-            f"{repository} has no revision '{revision}'", "see the branches on its Hub page"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise QuantkitError(
-            f"there is no folder {repository} here, and no such repository on the Hub",
-            "check the spelling; for a private repository run 'hf auth login'",
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise QuantkitError(
-            f"there is no folder {repository} here, and the Hub cannot be reached",
-            "check the path or the network (and HF_HUB_OFFLINE)",
-        ) from error
-    except (errors.HTTPError, OSError) as error:  # the former: a connection that broke, too
-        raise QuantkitError(
-            f"downloading {repository} failed ({error})", "run the same command again to continue"
-        ) from error
-    return Source(repository, folder, folder.name)

@@ -35,7 +35,7 @@ def load(
     loaded, with the reason.
     """
     on = pick_device(device)
-    opened = open_checkpoint(resolve(model, revision), model_basename)
+    opened = open_checkpoint(resolve(model, revision, model_basename), model_basename)
     tokenizer = opened.tokenizer()
     return put_together(opened, on, pick_dtype(dtype, on)), tokenizer
 

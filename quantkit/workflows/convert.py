@@ -58,7 +58,7 @@ def convert(
     Raises UsageError for a target that is not known, QuantkitError when something does not fit,
     both before anything is written. An interrupted call goes on when repeated.
     """
-    opened = open_checkpoint(resolve(model, revision), model_basename)
+    opened = open_checkpoint(resolve(model, revision, model_basename), model_basename)
     if not opened.model_config:
         raise QuantkitError(
             f"{opened.source.name} has no config.json",

@@ -103,7 +103,7 @@ def inspect(
     names the weight file, without its ending, where a folder has several. With ``repair``, write a
     corrected copy to that folder; the findings are those of the original. Raises QuantkitError when
     the model cannot be read, or has nothing to repair."""
-    source = _resolve(model, revision)
+    source = _resolve(model, revision, model_basename)
     unfinished = _unfinished(source)
     if unfinished is not None and repair is not None:
         raise UsageError(f"{source.name} is unfinished, which no repair can change")
@@ -130,9 +130,9 @@ def inspect(
     return found
 
 
-def _resolve(model: str, revision: str | None) -> Source:
+def _resolve(model: str, revision: str | None, model_basename: str | None) -> Source:
     try:
-        return resolve(model, revision)
+        return resolve(model, revision, model_basename)
     except QuantkitError:
         partial = Path(model).expanduser()
         partial = partial.with_name(partial.name + ".partial") if partial.name else partial

@@ -91,8 +91,8 @@ def _print(found: "Forecast") -> None:
     console, on = stdout(), found.machine
     bits = f", {found.bits_per_weight:.2f} bits a weight" if found.bits_per_weight else ""
     console.print(
-        f"{found.name}: {found.parameters / 1e6:,.1f} M parameters, {_gb(found.original)} in files; "
-        f"what is run has {_gb(found.result)}{bits}",
+        f"{found.name}: {found.parameters / 1e6:,.1f} M parameters, {_gb(found.original)} in "
+        f"files; what is run has {_gb(found.result)}{bits}",
         markup=False,
     )
     has = [("GPU memory", on.device), ("RAM", on.ram), ("free disk", on.disk)]
@@ -100,6 +100,8 @@ def _print(found: "Forecast") -> None:
     console.print(f"on {on.name}: {there or 'RAM and disk not given'}", markup=False)
     titles = ["", "GPU memory", "RAM", "disk", "time", "fits"]
     console.print(plain_table("", titles, [_row(need) for need in found.needs]))
+    if not found.exact:
+        console.print("[yellow]guessed:[/] the model does not run on shapes alone")
     for need in found.needs:
         if need.fits:
             continue

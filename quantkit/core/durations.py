@@ -59,7 +59,7 @@ def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: S
     used = run.tokens if thinned is None else min(run.tokens, max(1, thinned * widest))
     passes = 3 if run.aligned else 1
     forward = 2 * block.linears + 2 * shapes.hidden * run.row
-    half = passes * run.tokens * forward + 2 * run.aside * forward
+    half: float = passes * run.tokens * forward + 2 * run.aside * forward
     moved = passes * run.tokens * block.working * run.item
     single = cached = columns = 0.0
     for group in block.groups:

@@ -62,7 +62,7 @@ class Block:
 @dataclass(frozen=True)
 class Shapes:
     """A model. ``outside``: parameters outside of the blocks, a tied head once; ``cache``: values
-    that a block keeps of a token (keys and values)."""
+    that a block keeps of a token (keys and values); ``exact``: no block had to be guessed at."""
 
     hidden: int
     vocabulary: int
@@ -70,6 +70,7 @@ class Shapes:
     tied: bool
     cache: int
     blocks: tuple[Block, ...]
+    exact: bool = True
 
     @property
     def embedding(self) -> int:
@@ -205,7 +206,9 @@ def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
         for name, parts in _of_block(block, run, mode):
             found.append(_phase(run, mode, name, streams * stream, weights | parts))
     if run.head:
-        pieces = _solving(Group(("head",), shapes.hidden, (min(8192, shapes.vocabulary),)), run, 0)
+        pieces = _solving(
+            Group(("head",), shapes.hidden, (min(8192, shapes.vocabulary),)), run, False
+        )
         for name, parts in pieces:
             found.append(_phase(run, mode, name, stream * (2 if run.aligned else 1), parts))
     return found

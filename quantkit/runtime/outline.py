@@ -32,34 +32,31 @@ class _Stop(Exception):
 
 
 def outlined(skeleton: Skeleton) -> Shapes:
-    """The shapes of a model; the skeleton stays as it is. Raises QuantkitError when the forward
-    pass does not go through the decoder blocks, or cannot be run without numbers."""
+    """The shapes of a model; the skeleton stays as it is. A block that cannot be run without
+    numbers is guessed at: each of its linears has an input of its own. Raises QuantkitError when
+    the forward pass does not go through the decoder blocks."""
     model = deepcopy(skeleton.model)
     text = skeleton.config.get_text_config()
     if model.config._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, _no_mask)
         model.set_attn_implementation(_ATTENTION)
-    name, blocks = find_blocks(model)
+    prefix, blocks = find_blocks(model)
     inside = {id(parameter) for parameter in blocks.parameters()}
     outside = {id(p): p.numel() for p in model.parameters() if id(p) not in inside}
-    try:
-        with torch.no_grad():
-            calls = _calls(model, name, blocks)
-            known: dict[tuple[Any, ...], Block] = {}
-            for block, (args, kwargs) in zip(blocks, calls):
-                kind = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-                if kind not in known:
-                    known[kind] = _outlined(block, args, kwargs, text.hidden_size)
-    except (RuntimeError, NotImplementedError) as error:
-        raise QuantkitError(
-            f"the memory of {type(model).__name__} cannot be foreseen: it does not run on shapes "
-            f"alone ({str(error).splitlines()[0]})",
-            "please report the architecture",
-        ) from error
+    known: dict[tuple[Any, ...], Block] = {}
+    kinds: list[tuple[Any, ...]] = []
+    exact = True
+    with torch.no_grad():
+        for block, call in zip(blocks, _calls(model, prefix, blocks)):
+            kinds.append(tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
+            if kinds[-1] not in known:
+                try:
+                    known[kinds[-1]] = _outlined(block, *call, text.hidden_size)
+                except (RuntimeError, TypeError, ValueError):
+                    known[kinds[-1]], exact = _guessed(block, text.hidden_size), False
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = [tuple((n, tuple(p.shape)) for n, p in block.named_parameters()) for block in blocks]
     return Shapes(
         hidden=text.hidden_size,
         vocabulary=features(find_head(model)[1])[0],
@@ -67,6 +64,7 @@ def outlined(skeleton: Skeleton) -> Shapes:
         tied=bool(model.all_tied_weights_keys),
         cache=2 * keys * width,
         blocks=tuple(known[kind] for kind in kinds),
+        exact=exact,
     )
 
 
@@ -137,6 +135,16 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
         block(*args, **kwargs)
     numbers = sum(parameter.numel() for parameter in block.parameters())
     return Block(numbers, tuple(groups), alive.most / _TOKENS / inputs[0].dtype.itemsize)
+
+
+def _guessed(block: nn.Module, hidden: int) -> Block:
+    """At most what it takes, about: no input is shared, and every output stays."""
+    sizes = {name: features(m) for name, m in block.named_modules() if is_linear(m)}
+    groups = [
+        Group((name,), width, (out,), writes=out == hidden) for name, (out, width) in sizes.items()
+    ]
+    working = sum(out for out, _ in sizes.values()) + 4 * hidden
+    return Block(sum(p.numel() for p in block.parameters()), tuple(groups), working)
 
 
 class _Alive(TorchDispatchMode):

@@ -10,7 +10,6 @@ from typing import Any
 
 from quantkit.core.headers import look
 from quantkit.core.machines import GPUS
-from quantkit.core.source import is_remote
 from quantkit.errors import UsageError
 from quantkit.workflows.machine import Machine, machine
 from quantkit.workflows.needs import Need, Needs, Subject, Wish
@@ -22,7 +21,7 @@ _RUNNING = TASKS[2:]
 @dataclass(frozen=True)
 class Forecast:
     """``original`` and ``result``: bytes of the files before and after; ``bits_per_weight`` of the
-    weights that will be quantized, None where none are."""
+    weights that will be quantized, None where none are; ``exact``: see footprint.Shapes."""
 
     name: str
     machine: Machine
@@ -30,6 +29,7 @@ class Forecast:
     original: int
     result: int
     bits_per_weight: float | None
+    exact: bool
     needs: list[Need]
 
     @property
@@ -45,6 +45,7 @@ class Forecast:
             "original_bytes": self.original,
             "result_bytes": self.result,
             "bits_per_weight": self.bits_per_weight,
+            "exact": self.exact,
             "machine": {"name": on.name, "device": on.device, "ram": on.ram, "disk": on.disk},
             "fits": self.fits,
             "tasks": [need.described() for need in self.needs],
@@ -61,8 +62,8 @@ def forecast(
     **wishes: Any,
 ) -> Forecast:
     """Plan ``tasks`` (of quantize, verify, generate and serve; by default all that apply) for
-    ``model`` on the machine that ``gpu`` and ``ram`` name (see machine.py). ``wishes`` are fields of
-    :class:`Wish`. A model that is quantized already is run as it is, as with ``method="none"``.
+    ``model`` on the machine that ``gpu`` and ``ram`` name (see machine.py). ``wishes`` are fields
+    of :class:`Wish`. A model that is quantized already is run as it is, as with ``method="none"``.
 
     Raises UsageError for options that make no sense, QuantkitError for a model that cannot be
     planned with. No weights are read, and none come here from the Hub.
@@ -72,7 +73,7 @@ def forecast(
         if task not in TASKS:
             raise UsageError(f"there is no task '{task}'", f"use {', '.join(TASKS)}")
     on = machine(gpu, ram)
-    subject = Subject(*look(model, revision), remote=is_remote(model))
+    subject = Subject(*look(model, revision))
     if subject.quantized:
         wish = replace(wish, method="none")
     possible = _RUNNING if wish.method == "none" else TASKS
@@ -92,6 +93,7 @@ def forecast(
         subject.tensors.nbytes,
         needs.result,
         needs.bits_per_weight,
+        needs.shapes.exact,
         [n if n.fits else replace(n, changes=tuple(_changes(needs, n, ram))) for n in found],
     )
 

@@ -100,12 +100,17 @@ class Need:
 
 
 class Subject:
-    """A model whose headers were read. ``remote``: what is done with it will fetch it first."""
+    """A model whose headers were read."""
 
-    def __init__(self, source: Source, tensors: Checkpoint, remote: bool) -> None:
-        self.source, self.tensors, self.remote = source, tensors, remote
+    def __init__(self, source: Source, tensors: Checkpoint) -> None:
+        self.source, self.tensors = source, tensors
         self.opened: Folder = recognised(source, tensors)
         self._skeletons: dict[torch.dtype, Skeleton] = {}
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that whatever is done with it will fetch first."""
+        return sum(file.size for file in self.source.remote.values())
 
     @property
     def quantized(self) -> bool:
@@ -208,7 +213,7 @@ class Needs:
     def _quantize(self) -> tuple[list[Phase], float | None, float | None, int]:
         wish, speed = self.wish, self.machine.speed
         stored = self.subject.tensors.nbytes
-        disk = self.result + (stored if self.subject.remote else 0)
+        disk = self.result + self.subject.fetched
         if wish.method == "rtn":
             seconds = speed and durations.rounding(self.shapes, stored, speed)
             return footprint.rounding(self.shapes), seconds, None, disk
@@ -241,7 +246,7 @@ class Needs:
         model, speed = self._loaded, self.machine.speed
         context = self._at_most(self.wish.context)
         phases = footprint.generating(self.shapes, model, context, sequences)
-        disk = self.subject.tensors.nbytes if self.subject.remote and not self.quantizes else 0
+        disk = 0 if self.quantizes else self.subject.fetched
         if speed is None:
             return phases, None, None, disk
         seconds = durations.loading(model.weights)

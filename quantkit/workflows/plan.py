@@ -297,11 +297,12 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
 
 def _memory(plan: Plan, rows: Calibration) -> str:
     phases = plan.memory(rows)
+    about = "about" if plan.shapes.exact else "guessing"
     ram = footprint.peak(phases, "ram").bytes("ram") / 1e9
     if plan.skeleton.device.type != "cuda":
-        return f"about {ram:.1f} GB of memory at most"
+        return f"{about} {ram:.1f} GB of memory at most"
     device = footprint.peak(phases, "device").bytes("device") / 1e9
-    return f"about {device:.1f} GB of GPU memory at most, and {ram:.1f} GB of RAM"
+    return f"{about} {device:.1f} GB of GPU memory at most, and {ram:.1f} GB of RAM"
 
 
 def _exceptions(plan: Plan) -> list[str]:

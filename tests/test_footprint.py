@@ -137,6 +137,7 @@ MEASURED = """
 import json, resource, sys
 from quantkit.cli import process
 process.prepare()
+import torch
 torch.set_num_threads(1)
 from quantkit.core import footprint
 from quantkit.workflows.quantize import quantize

@@ -343,8 +343,10 @@ def verifying(shapes: Shapes, model: Loaded, rows: int, row: int) -> list[Phase]
     block = max(block.numbers for block in shapes.blocks)
     outs = max(sum(group.outs) for kind in shapes.blocks for group in kind.groups)
     layer = {"block of the original": block * model.item, "outputs compared": 24 * row * outs}
+    embedding = 0 if model.mapped else shapes.embedding * model.item  # a page for each token
     head = {
-        "embedding and head of the original": shapes.outside * model.item,
+        "embedding and head of the original": embedding
+        + shapes.hidden * shapes.vocabulary * model.item,
         "logits": _logits(shapes, row, model.item),
     }
     return [

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from quantkit import data, formats
-from quantkit.core import calibration, durations, footprint
+from quantkit.core import calibration, durations, footprint, loaded
 from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.footprint import Loaded, Phase, Shapes
+from quantkit.core.footprint import Phase, Shapes
+from quantkit.core.loaded import Loaded
 from quantkit.core.qweight import Scheme
 from quantkit.core.source import Source
 from quantkit.errors import UsageError
@@ -233,7 +234,7 @@ class Needs:
         seconds = speed and durations.verifying(
             self.shapes, model.weights, self._coded, rows, row, speed
         )
-        return footprint.verifying(self.shapes, model, rows, row), seconds, None, 0
+        return loaded.verifying(self.shapes, model, rows, row), seconds, None, 0
 
     def _generate(self) -> tuple[list[Phase], float | None, float | None, int]:
         return self._running(1)
@@ -245,7 +246,7 @@ class Needs:
         """Seconds are until the model is loaded and a prompt of half the context is read."""
         model, speed = self._loaded, self.machine.speed
         context = self._at_most(self.wish.context)
-        phases = footprint.generating(self.shapes, model, context, sequences)
+        phases = loaded.generating(self.shapes, model, context, sequences)
         disk = 0 if self.quantizes else self.subject.fetched
         if speed is None:
             return phases, None, None, disk

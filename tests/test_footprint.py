@@ -142,23 +142,24 @@ torch.set_num_threads(1)
 from quantkit.core import footprint
 from quantkit.workflows.quantize import quantize
 folder, out, fast = sys.argv[1:]
-report = quantize(folder, out, calib="bundled:en=16", calib_seqlen=512, fast=fast == "fast",
+report = quantize(folder, out, calib="bundled:en=16", calib_seqlen=512, group=64, fast=fast == "fast",
                   dtype="float32")
 predicted = footprint.peak(report.plan.memory(report.calibration), "ram").bytes("ram")
 most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 files = report.plan.skeleton.checkpoint.nbytes
 print(json.dumps([predicted, most, files]))
 """
-# 268 MB of matrices [in, in] alone
-WIDE = {"hidden_size": 256, "intermediate_size": 4096, "max_position_embeddings": 512}
+# with 4,096 inputs 268 MB of matrices [in, in] alone
+WIDE = {"hidden_size": 256, "max_position_embeddings": 512}
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [("llama", "fast"), ("gpt_neox", "default"), ("llama_tied", "default")]
+    ("name", "way", "inner"),
+    [("llama", "fast", 4096), ("gpt_neox", "fast", 4096), ("llama_tied", "default", 2048)],
 )
-def test_predicted_and_measured_memory(name, way, tmp_path):
+def test_predicted_and_measured_memory(name, way, inner, tmp_path):
     """Whole processes. Pages of the original's files are left out: the system takes them back."""
-    folder = model(name, num_hidden_layers=2, **WIDE)
+    folder = model(name, num_hidden_layers=2, intermediate_size=inner, **WIDE)
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, folder, tmp_path / "out", way],
         capture_output=True,
@@ -167,7 +168,7 @@ def test_predicted_and_measured_memory(name, way, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     predicted, most, files = json.loads(result.stdout.splitlines()[-1])
-    assert most > 0.9e9, "too little to say anything"
+    assert most > 0.7e9, "too little to say anything"
     assert 0.8 < predicted / (most - files) < 1.3, (predicted, most, files)
 
 

@@ -142,8 +142,8 @@ torch.set_num_threads(1)
 from quantkit.core import footprint
 from quantkit.workflows.quantize import quantize
 folder, out, fast = sys.argv[1:]
-report = quantize(folder, out, calib="bundled:en=16", calib_seqlen=512, group=64, fast=fast == "fast",
-                  dtype="float32")
+report = quantize(folder, out, calib="bundled:en=16", calib_seqlen=512, group=64,
+                  fast=fast == "fast", dtype="float32")
 predicted = footprint.peak(report.plan.memory(report.calibration), "ram").bytes("ram")
 most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 files = report.plan.skeleton.checkpoint.nbytes

@@ -153,7 +153,7 @@ def test_options_arrive(monkeypatch, tmp_path):
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
         "--format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
-        "--lm-head --dry-run --revision v1 -q"
+        "--lm-head --low-disk --legacy-name old-4bit --dry-run --revision v1 -q"
     )
     assert command(*options.split()) == 130
     del heard["progress"]
@@ -175,6 +175,8 @@ def test_options_arrive(monkeypatch, tmp_path):
         "bias_correction": False,
         "tokens_per_input": 12,
         "lm_head": True,
+        "low_disk": True,
+        "legacy_name": "old-4bit",
         "calib": ["a.txt=3", "self"],
         "calib_rows": 7,
         "calib_seqlen": 99,

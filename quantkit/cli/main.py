@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError, QuantkitWarning
 
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {
+    "plan": "Say what a model will take, before it is downloaded.",
     "gptq": "Quantize a model to GPTQ.",
     "awq": "Quantize a model by AWQ.",
     "rtn": "Round a model to nearest, without calibration.",

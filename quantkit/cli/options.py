@@ -46,11 +46,16 @@ def computing(command: Command) -> Command:
 
 
 def calibrating(command: Command) -> Command:
+    """The text that a method looks at, and its order."""
+    seed = click.option(
+        "--seed", type=int, default=0, show_default=True, help="For shuffling the text."
+    )
+    return calibration_text(seed(command))
+
+
+def calibration_text(command: Command) -> Command:
     """The text that a method looks at."""
     for option in (
-        click.option(
-            "--seed", type=int, default=0, show_default=True, help="For shuffling the text."
-        ),
         click.option(
             "--calib-seqlen", type=int, default=2048, show_default=True, help="Tokens in a row."
         ),

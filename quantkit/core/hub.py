@@ -93,7 +93,7 @@ def told(repository: str, revision: str | None, doing: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise QuantkitError(
             f"{repository} is gated, and you have no access to it with the current token",
-            f"accept its terms on https://huggingface.co/{repository}, then run 'hf auth login'",
+            "accept its terms on its Hub page, then run 'hf auth login'",
         ) from error
     except errors.RevisionNotFoundError as error:
         raise QuantkitError(

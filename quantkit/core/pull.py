@@ -37,11 +37,12 @@ def pull(
     file: str | None = None,
     basename: str | None = None,
     low_disk: bool = False,
+    no_weights: bool = False,
 ) -> Pulled:
     """Fetch what is needed of ``repository`` at ``revision`` (a branch, tag or commit): ``file``
     and what belongs to it, or the weights called ``basename``, or the only ones. With ``low_disk``
-    large safetensors files are left there. Raises QuantkitError, also when the disk is too small;
-    an interrupted call goes on when repeated."""
+    large safetensors files are left there, with ``no_weights`` all files of LFS. Raises
+    QuantkitError, also when the disk is too small; an interrupted call goes on when repeated."""
     import huggingface_hub
 
     with hub.told(repository, revision, "downloading"):
@@ -51,10 +52,14 @@ def pull(
         wanted = _wanted(repository, found, file, basename)
         remote: dict[str, Remote] = {}
         if online:
-            large = _large(repository, at.resolved, found, wanted, low_disk)
+            least = 0 if low_disk or no_weights else LARGE
+            large = _large(repository, at.resolved, found, wanted, least)
             if low_disk:
                 remote = _left(repository, large, wanted)
                 wanted = [name for name in wanted if name not in remote or _kept(remote[name])]
+            elif no_weights:
+                remote = large
+                wanted = [name for name in wanted if name not in remote]
             _make_room(repository, found, wanted)
             _fetch(repository, [large[name] for name in wanted if name in large])
         elif low_disk:
@@ -101,16 +106,12 @@ def _wanted(
 
 
 def _large(
-    repository: str,
-    commit: str,
-    found: dict[str, hub.Entry],
-    wanted: list[str],
-    low_disk: bool,
+    repository: str, commit: str, found: dict[str, hub.Entry], wanted: list[str], least: int
 ) -> dict[str, Remote]:
     return {
         name: Remote(repository, commit, name, found[name].size, found[name].sha256 or "")
         for name in wanted
-        if found[name].sha256 and (found[name].size >= LARGE or low_disk)
+        if found[name].sha256 and found[name].size >= least
     }
 
 

@@ -62,12 +62,14 @@ def resolve(
     model_basename: str | None = None,
     *,
     low_disk: bool = False,
+    no_weights: bool = False,
 ) -> Source:
     """Find ``model`` and fetch it if need be: ``demo``, a folder, a .gguf or .safetensors file,
     ``owner/name``, ``owner/name@revision`` or ``owner/name/FILE.gguf``.
 
     ``model_basename`` chooses among the weight files of a repository; ``low_disk`` leaves them
-    there, to be read tensor by tensor. Raises QuantkitError when there is no such model."""
+    there, to be read tensor by tensor, ``no_weights`` leaves whatever they are. Raises
+    QuantkitError when there is no such model."""
     if model == DEMO:
         _only_of_repositories(model, revision, low_disk)
         return Source(DEMO, data.demo())
@@ -90,9 +92,20 @@ def resolve(
     if not asked:
         raise _no_folder(model)
     repository, named, tag = asked[1], asked[2], asked[3]
+    _check_name(repository)
     at = revision or (tag[1:] if tag else None)
-    found = pull(repository, at, named and named[1:], model_basename, low_disk)
+    found = pull(repository, at, named and named[1:], model_basename, low_disk, no_weights)
     return Source(repository, found.folder, found.commit, found.file, found.remote)
+
+
+def _check_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise _no_folder(repository) from error
 
 
 def _only_of_repositories(model: str, revision: str | None, low_disk: bool) -> None:

@@ -206,7 +206,11 @@ def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
 
         return GgufOpened(gguf, source)
     named = [source.file] if source.file else None
-    tensors = Checkpoint(source.folder, named, basename)
+    return recognised(source, Checkpoint(source.folder, named, basename))
+
+
+def recognised(source: Source, tensors: Checkpoint) -> "Folder":
+    """What the tensors are. Raises QuantkitError as :func:`open_checkpoint` does."""
     config = formats.declared(source.read_json)
     linears = {n: formats.by_name(n).linears(tensors, config) for n in formats.SAFETENSORS}
     found = [name for name in linears if linears[name]]

@@ -53,6 +53,10 @@ class Awq:
     def damp(self) -> float:
         return self.gptq.damp
 
+    @property
+    def rounds(self) -> int:
+        return self.gptq.rounds if self.refine == "gptq" else 0
+
     def resolved(self) -> dict[str, Any]:
         return {**self.gptq.resolved(), "rounds": self.gptq.options.rounds, "refine": self.refine}
 

@@ -77,7 +77,7 @@ def _at(source: dict[str, Any]) -> str:
 
 
 def _front_matter(content: dict[str, Any]) -> str:
-    """See https://huggingface.co/docs/hub/model-cards for what the keys mean."""
+    """The keys are those of the Hub's documentation of model cards."""
     name = (content.get("source") or {}).get("name", "")
     form = card_use.format_of(content).partition(":")[0]
     settings = content.get("settings") or {}

@@ -60,6 +60,10 @@ class Gptq:
     def damp(self) -> float:
         return self.options.damp
 
+    @property
+    def rounds(self) -> int:
+        return self.options.rounds
+
     def resolved(self) -> dict[str, Any]:
         return {
             "act_order": self.options.act_order,

@@ -69,6 +69,7 @@ class Method(Protocol):
     name     as in ``quantkit NAME``
     aligned  whether the hidden states of the quantized model are carried along too
     damp     what is added to Hessians; a linear that needed more is reported
+    rounds   of refinement after rounding
     copies   whether it holds a block a second time, in float32, and all its Hessians at once
     """
 
@@ -78,6 +79,8 @@ class Method(Protocol):
     def aligned(self) -> bool: ...
     @property
     def damp(self) -> float: ...
+    @property
+    def rounds(self) -> int: ...
     @property
     def copies(self) -> bool: ...
 

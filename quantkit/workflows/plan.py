@@ -3,33 +3,35 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantkit import __version__, formats
-from quantkit.core import provenance
-from quantkit.core.calibration import Calibration
+from quantkit.core import footprint, provenance
+from quantkit.core.calibration import BUNDLED, Calibration
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
+from quantkit.core.footprint import Phase, Run, Shapes
 from quantkit.core.qweight import Scheme
 from quantkit.core.rules import Rule
 from quantkit.core.source import Source
 from quantkit.errors import UsageError
 from quantkit.formats import Format
 from quantkit.methods import gptq
+from quantkit.runtime.outline import outlined
 from quantkit.runtime.skeleton import Skeleton
+from quantkit.workflows import check
 from quantkit.workflows.gptq_block import Gptq
 from quantkit.workflows.layout import Layout
 from quantkit.workflows.method import Method
 
 FORMATS = ("auto", "gptq", "gptq_v2", "awq", "compressed-tensors")
 BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of the numbers
-_BASE = 350 << 20  # Python, torch and transformers
 # Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
 # 3 % in KL and save a fifth of the time.
-_FAST_TOKENS = 10
-_CUDA_TOKENS, _CPU_TOKENS = 16384, 2048
+FAST_TOKENS = 10
 _CUDA_COMPARED = 4096
 
 
@@ -64,7 +66,7 @@ class Plan:
     @property
     def tokens_at_once(self) -> int:
         """Tokens in a micro-batch: what keeps the device busy and its caches warm."""
-        return _CUDA_TOKENS if self.skeleton.device.type == "cuda" else _CPU_TOKENS
+        return footprint.modes(self.skeleton.device.type == "cuda")[0].tokens
 
     @property
     def tokens_compared(self) -> int:
@@ -113,29 +115,35 @@ class Plan:
         found = {name.removesuffix(".weight") for name in self.layout.dense} & heads
         return list(dict.fromkeys([*kept, *sorted(found | {"lm_head"} if found else found)]))
 
-    def peak_memory(self, tokens: int) -> int:
-        """Bytes that calibrating with ``tokens`` tokens takes at most, roughly: the hidden states,
-        one block, and what solving its largest linear needs; or the head."""
-        skeleton, jobs = self.skeleton, self.layout.block_jobs()
-        item = skeleton.dtype.itemsize
-        hidden = skeleton.config.get_text_config().hidden_size
-        states = tokens * hidden * item * (3 if self.method.aligned else 1)
-        blocks = [sum(job.out * job.width for job in block) * item for block in self.layout.jobs]
-        widest = max(jobs, key=lambda job: job.width)
-        grams = 4 * sum(w * w for w in {job.width for job in self.layout.jobs[0]})
-        solving = 4 * (3 * widest.width**2 + 6 * max(job.out * job.width for job in jobs))
-        if self.method.copies:
-            solving += grams + 4 * max(blocks) // item
-        return _BASE + states + max(max(blocks) + grams + solving, self._head_memory())
+    @cached_property
+    def shapes(self) -> Shapes:
+        """What the memory of a run follows from."""
+        return outlined(self.skeleton)
 
-    def _head_memory(self) -> int:
-        """Bytes for the head: codes several times while they are packed and read back, and both
-        heads' weights while they are compared."""
-        head = self.layout.head
-        if head is None:
-            return 0
-        numbers, item = head.out * head.width, self.skeleton.dtype.itemsize
-        return numbers * (4 + 2 * item) + 4 * 4 * head.width**2
+    def run(self, tokens: int, row: int, cuda: bool) -> Run:
+        """Calibrating with ``tokens`` tokens, in rows of ``row`` at most, on a GPU or not, in the
+        dtype of the skeleton."""
+        dtype = self.skeleton.dtype
+        stored = {self.skeleton.checkpoint.spec(name).dtype for name in self.skeleton.live_names}
+        return Run(
+            tokens=tokens,
+            row=row,
+            aside=len(BUNDLED) * check.ROWS * check.TOKENS,
+            item=dtype.itemsize,
+            mapped=stored == {dtype},
+            aligned=self.method.aligned,
+            copies=self.method.copies,
+            rounds=self.method.rounds,
+            group=self.scheme.group_size,
+            cuda=cuda,
+            head=self.layout.head is not None,
+        )
+
+    def memory(self, rows: Calibration) -> list[Phase]:
+        """What is in memory when, in calibration with ``rows``."""
+        tokens, row = sum(len(row) for row in rows.rows), max(len(row) for row in rows.rows)
+        run = self.run(tokens, row, self.skeleton.device.type == "cuda")
+        return footprint.quantizing(self.shapes, run, footprint.modes(run.cuda)[0])
 
     def resolved(self) -> dict[str, Any]:
         """The settings as they were resolved, for reports."""
@@ -204,7 +212,7 @@ def gptq_method(
     """The method from options. ``fast`` leaves out alignment and refinement and thins the
     statistics out, unless they are given."""
     if tokens_per_input is None and fast:
-        tokens_per_input = _FAST_TOKENS
+        tokens_per_input = FAST_TOKENS
     if tokens_per_input is not None and tokens_per_input < 1:
         raise UsageError("tokens-per-input must be at least 1", "10 is few, 50 are many")
     align = (0.0 if fast else 0.5) if align is None else align
@@ -289,7 +297,7 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
         f"{plan.skeleton.checkpoint.nbytes / 1e6:,.1f} MB; "
         f"{plan.bits_per_weight:.2f} bits per quantized weight",
         f"running on {plan.skeleton.device} in {str(plan.skeleton.dtype).removeprefix('torch.')}, "
-        f"about {plan.peak_memory(tokens) / 1e9:.1f} GB of memory at most",
+        f"{_memory(plan, rows)}",
     ]
     lines += rows.notes
     lines += _exceptions(plan)
@@ -298,6 +306,16 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
             f"{len(plan.layout.dropped)} tensors that the model has no use for are left out"
         )
     return lines
+
+
+def _memory(plan: Plan, rows: Calibration) -> str:
+    phases = plan.memory(rows)
+    about = "about" if plan.shapes.exact else "guessing"
+    ram = footprint.peak(phases, "ram").bytes("ram") / 1e9
+    if plan.skeleton.device.type != "cuda":
+        return f"{about} {ram:.1f} GB of memory at most"
+    device = footprint.peak(phases, "device").bytes("device") / 1e9
+    return f"{about} {device:.1f} GB of GPU memory at most, and {ram:.1f} GB of RAM"
 
 
 def _exceptions(plan: Plan) -> list[str]:

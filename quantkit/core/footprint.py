@@ -1,0 +1,319 @@
+"""How much memory a model takes while it is quantized, measured or run: pure arithmetic.
+
+Everything follows from the shapes of a model (:class:`Shapes`) and a few numbers about the run. The
+answer is a list of :class:`Phase`, one for each time in a run at which other things are in memory,
+with what they are and their bytes; the largest one is what has to fit. docs/plan.md says how far
+these figures were from measured ones.
+
+    phases = quantizing(shapes, run, mode)
+    peak(phases, "device")                           bytes on the GPU
+    choose(shapes, run, free_on_gpu, free_ram)       the fastest mode that fits, or None
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["device", "ram"]
+
+# Python, torch and transformers with a model's classes (470 MB, measured) and what the C library
+# keeps of freed memory (150 MB, measured); what the CUDA runtime adds to that, and what its context
+# takes on the GPU (usual values).
+PROCESS = 620_000_000
+CUDA_RAM, CUDA_CONTEXT = 1 << 30, 500 << 20
+# Share of a GPU's memory that torch's allocator holds and cannot use, in pieces between tensors.
+FRAGMENTS = 0.05
+_SYSTEM_BYTES, _SYSTEM_COPIES = 256 << 20, 5  # refine.py's normal equations
+_STRIPS = 8  # of stats.py
+_AWAY = 16  # micro-batches from which on stats.py multiplies in the activations' dtype
+_COMPARED = 6  # float32 copies of the logits of a row while metrics.py compares two models
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block that share an input of ``width`` features; ``writes``: its output is
+    added to the residual stream (see runtime/walk.py)."""
+
+    names: tuple[str, ...]
+    width: int
+    outs: tuple[int, ...]
+    writes: bool = False
+
+    @property
+    def numbers(self) -> int:
+        return self.width * sum(self.outs)
+
+
+@dataclass(frozen=True)
+class Block:
+    """``numbers``: parameters; ``working``: values a token that are alive at once while it runs."""
+
+    numbers: int
+    groups: tuple[Group, ...]
+    working: float
+
+    @property
+    def linears(self) -> int:
+        """Weights of its linears."""
+        return sum(group.numbers for group in self.groups)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model. ``outside``: parameters outside of the blocks, a tied head once; ``cache``: values
+    that a block keeps of a token (keys and values); ``exact``: no block had to be guessed at."""
+
+    hidden: int
+    vocabulary: int
+    outside: int
+    tied: bool
+    cache: int
+    blocks: tuple[Block, ...]
+    exact: bool = True
+
+    @property
+    def embedding(self) -> int:
+        """Parameters outside of the blocks without the head."""
+        return self.outside - (0 if self.tied else self.hidden * self.vocabulary)
+
+    @property
+    def numbers(self) -> int:
+        return self.outside + sum(block.numbers for block in self.blocks)
+
+    @property
+    def kinds(self) -> tuple[Block, ...]:
+        """The blocks that differ."""
+        return tuple(dict.fromkeys(self.blocks))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to quantize: where the activations of all calibration rows are, and how many tokens are
+    run at once (at least a row)."""
+
+    name: str
+    states: Literal["device", "ram", "disk"]
+    tokens: int
+
+
+# The fastest first; each needs less memory on the GPU than the one before.
+GPU_MODES = (
+    Mode("activations on the GPU", "device", 16384),
+    Mode("activations in RAM", "ram", 16384),
+    Mode("activations in RAM, few tokens at once", "ram", 2048),
+    Mode("activations on disk, few tokens at once", "disk", 2048),
+)
+CPU_MODES = (Mode("on the CPU", "ram", 2048),)
+# What workflows/quantize.py carries out so far.
+_CARRIED_OUT = GPU_MODES[:1]
+
+
+def modes(cuda: bool) -> tuple[Mode, ...]:
+    """Those that there are."""
+    return _CARRIED_OUT if cuda else CPU_MODES
+
+
+@dataclass(frozen=True)
+class Run:
+    """A quantization by calibration.
+
+    tokens, row  all calibration tokens, and those of the longest row
+    aside        tokens of the held-out rows that ride along
+    item         bytes of an activation, and of a weight in the running model
+    mapped       weights need no copy in RAM: they are run in the dtype that they are stored in
+    aligned      the quantized model's activations are carried along too (see gptq_block.py)
+    copies       the method holds a block twice and all its statistics at once (AWQ)
+    rounds       of refinement
+    group        inputs that share one scale, -1 for a whole row
+    cuda         on a GPU
+    head         the output head is quantized too
+    """
+
+    tokens: int
+    row: int
+    aside: int
+    item: int
+    mapped: bool
+    aligned: bool
+    copies: bool
+    rounds: int
+    group: int
+    cuda: bool
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A time in a run: bytes on the device that computes, in RAM, and in files beside the output,
+    by what they are. On a CPU the device is the RAM, and everything is in ``ram``."""
+
+    name: str
+    device: dict[str, int]
+    ram: dict[str, int]
+    disk: int = 0
+
+    def bytes(self, place: Place) -> int:
+        return sum((self.device if place == "device" else self.ram).values())
+
+
+def peak(phases: Iterable[Phase], place: Place) -> Phase:
+    """The phase with the most bytes there."""
+    return max(phases, key=lambda phase: phase.bytes(place))
+
+
+def fits(phases: Sequence[Phase], device: int | None, ram: int | None) -> bool:
+    """Whether all phases do, in so many bytes (None: as many as it takes)."""
+    limits: list[tuple[Place, int | None]] = [("device", device), ("ram", ram)]
+    return all(
+        limit is None or peak(phases, place).bytes(place) <= limit for place, limit in limits
+    )
+
+
+def choose(shapes: Shapes, run: Run, device: int | None, ram: int | None) -> Mode | None:
+    """The fastest mode that fits into ``device`` bytes of the GPU and ``ram`` of RAM; None when not
+    even the smallest does."""
+    found = (m for m in modes(run.cuda) if fits(quantizing(shapes, run, m), device, ram))
+    return next(found, None)
+
+
+def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
+    """The phases of a quantization by calibration (workflows/quantize.py)."""
+    stream = run.tokens * shapes.hidden * run.item
+    aside = 2 * run.aside * shapes.hidden * run.item
+    found = [
+        _phase(run, mode, "embed", 2 * stream, {"embedding": shapes.embedding * run.item}),
+        _phase(
+            run,
+            mode,
+            "check",
+            stream * (2 if run.aligned else 1),
+            {
+                "held-out rows": aside,
+                "embedding": shapes.embedding * run.item,
+                "head": shapes.hidden * shapes.vocabulary * run.item,
+                "logits": logits(shapes, min(run.row, 512), run.item),
+            },
+        ),
+    ]
+    for block in shapes.kinds:
+        # of writers, all but the last one's wanted outputs are kept beside the two streams
+        writers = [group for group in block.groups if group.writes]
+        streams = 1 + run.aligned * (1 + max(0, len(writers) - 1))
+        weights = {"held-out rows": aside, "block": block.numbers * run.item}
+        if run.copies:
+            weights["block in float32"] = 4 * block.numbers
+        for name, parts in _of_block(block, run, mode):
+            found.append(_phase(run, mode, name, streams * stream, weights | parts))
+    if run.head:
+        pieces = _solving(
+            Group(("head",), shapes.hidden, (min(8192, shapes.vocabulary),)), run, False
+        )
+        for name, parts in pieces:
+            found.append(_phase(run, mode, name, stream * (2 if run.aligned else 1), parts))
+    return found
+
+
+def _phase(run: Run, mode: Mode, name: str, streams: int, parts: dict[str, int]) -> Phase:
+    """Put the parts where they are; ``streams``: bytes of activations of all rows."""
+    if not run.cuda:
+        if run.mapped:  # a page for each token that occurs
+            parts = {key: size for key, size in parts.items() if key != "embedding"}
+        return Phase(name, {}, {"program": PROCESS, "activations": streams, **parts})
+    ram = {"program": PROCESS + CUDA_RAM, "weights on their way": parts.get("block", 0)}
+    device = dict(parts)
+    if mode.states == "device":
+        device["activations"] = streams
+    elif mode.states == "ram":
+        ram["activations"] = streams
+    device["pieces between tensors"] = int(FRAGMENTS * sum(device.values()))
+    return Phase(
+        name,
+        {"CUDA": CUDA_CONTEXT, **device},
+        ram,
+        streams if mode.states == "disk" else 0,
+    )
+
+
+def _of_block(block: Block, run: Run, mode: Mode) -> list[tuple[str, dict[str, int]]]:
+    """What is in memory beside weights and activations while statistics are gathered, and while
+    each group is solved. With alignment readers and writers have their turns one after another."""
+    readers = [group for group in block.groups if not group.writes]
+    writers = [group for group in block.groups if group.writes]
+    turns = [(readers, False), (writers, True)] if run.aligned else [(block.groups, False)]
+    found = []
+    solved = 0
+    for groups, drift in turns:
+        if not groups:
+            continue
+        held = [_statistics(group, drift) for group in groups]
+        results = {"results": solved * (1 + run.item)}
+        widest = max(groups, key=lambda group: group.width)
+        passing = _passing(block, widest, run, mode)
+        found.append(("statistics", results | {"statistics": sum(held)} | passing))
+        for index, group in reversed(list(enumerate(groups))):  # the last one is taken first
+            others = sum(held) if run.copies else sum(held[:index])
+            solved += group.numbers
+            results = {"results": solved * (1 + run.item)}
+            for name, parts in _solving(group, run, drift):
+                found.append((name, results | {"statistics": others} | parts))
+    return found
+
+
+def _statistics(group: Group, drift: bool) -> int:
+    """Bytes of stats.InputStats."""
+    return 4 * group.width**2 + (4 * group.numbers if drift else 0)
+
+
+def _passing(block: Block, widest: Group, run: Run, mode: Mode) -> dict[str, int]:
+    """A micro-batch on its way through the block, and in the statistics of its widest input."""
+    tokens = min(run.tokens, max(run.row, mode.tokens))
+    inputs = tokens * widest.width
+    exact = not run.cuda and run.item < 4 and run.tokens < _AWAY * tokens
+    product = 4 * widest.width**2 // _STRIPS
+    return {
+        "micro-batch": int(tokens * block.working * run.item),
+        "sums": inputs * run.item + product + (8 * inputs if exact else 0),
+    }
+
+
+# What is alive at each step of methods/gptq.py, align.py and refine.py, float32: so many matrices
+# [in, in] and so many [out, in] beside the original weights and the target.
+_STEPS = {
+    "align": (3, 3),
+    "factor": (4, 1),
+    "round": (3, 4),
+    "refit": (2, 4),
+    "polish": (2, 4),
+    "assemble": (2, 5),
+}
+
+
+def _solving(group: Group, run: Run, drift: bool) -> list[tuple[str, dict[str, int]]]:
+    """The steps of solving one group. Its own statistics are among the matrices; those that pair
+    outputs with inputs (``drift``) stay until the end."""
+    found = []
+    for step, (square, wide) in _STEPS.items():
+        if (step == "align" and not drift) or (step in ("refit", "polish") and not run.rounds):
+            continue
+        parts = {
+            "matrices in x in": 4 * square * group.width**2,
+            "matrices out x in": 4 * (wide + 2 + drift) * group.numbers,
+        }
+        if step == "refit":
+            width = group.width if run.group == -1 else run.group
+            systems = 4 * sum(group.outs) * (group.width // width) ** 2
+            parts["scale systems"] = _SYSTEM_COPIES * min(_SYSTEM_BYTES, systems)
+        found.append((f"{step}, {group.width} inputs", parts))
+    return found
+
+
+def logits(shapes: Shapes, tokens: int, item: int) -> int:
+    """Of one row by two models, and their comparison."""
+    return tokens * shapes.vocabulary * (2 * item + 4 * _COMPARED)
+
+
+def rounding(shapes: Shapes) -> list[Phase]:
+    """Quantizing without calibration: tensor by tensor, several at once (workflows/ahead.py)."""
+    largest = max(group.numbers for block in shapes.blocks for group in block.groups)
+    outside = shapes.hidden * shapes.vocabulary
+    return [Phase("round", {}, {"program": PROCESS, "tensors": 9 * max(largest, outside)})]

@@ -3,6 +3,7 @@
 import gguf_tools
 import pytest
 import torch
+from tools import command, sentence
 
 from quantkit import data
 from quantkit.core.sampling import Sampling
@@ -123,3 +124,54 @@ def test_without_it_the_extra_is_named(monkeypatch, tmp_path):
     with pytest.raises(QuantkitError) as caught:
         LlamaCpp(tmp_path / "x.gguf")
     assert "quantkit[llamacpp]" in caught.value.hint
+
+
+def said(capsys, *arguments: object) -> tuple[str, str]:
+    assert command("generate", *arguments, TEXT, "--raw", "-n", 12, "-t", 0) == 0
+    return capsys.readouterr()
+
+
+@needs_llamacpp
+def test_a_gguf_file_on_a_cpu_is_run_by_llamacpp(file, capsys):
+    found, told = said(capsys, file)
+    assert "llama.cpp runs this GGUF file" in told
+    ours, told = said(capsys, file, "--engine", "torch", "--dtype", "float32")
+    assert "llama.cpp" not in told
+    assert found == ours == said(capsys, file, "--engine", "llama.cpp")[0]
+
+
+def test_without_llamacpp_a_gguf_file_runs_too(file, capsys, monkeypatch):
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    found, told = said(capsys, file, "--dtype", "float32")
+    assert "torch runs this GGUF file; pip install" in told
+    assert found == said(capsys, "demo", "--dtype", "float32")[0]
+    assert command("generate", file, "hello", "--engine", "llama.cpp") == 1
+    assert "not installed" in sentence(capsys.readouterr().err)[0]
+
+
+@needs_llamacpp
+def test_what_llamacpp_cannot_open_goes_to_torch_and_this_is_said(file, capsys, monkeypatch):
+    def fails(path):
+        raise QuantkitError("llama.cpp does not open it")
+
+    monkeypatch.setattr("quantkit.runtime.engine.LlamaCpp", fails)
+    assert "torch runs this GGUF file: llama.cpp does not open it" in said(capsys, file)[1]
+
+
+def test_only_gguf_files_go_to_llamacpp(capsys):
+    assert command("generate", "demo", "hello", "--engine", "llama.cpp") == 2
+    assert "llama.cpp runs GGUF files" in sentence(capsys.readouterr().err)[0]
+    assert command("generate", "demo", "hello", "--engine", "vroom") == 2
+    assert "no engine 'vroom'" in sentence(capsys.readouterr().err)[0]
+
+
+def test_files_with_names_from_before(file, tmp_path, capsys):
+    """GPT4All called its files ggml-something.bin, before and after they became GGUF."""
+    old = tmp_path / "ggml-model-gpt4all-q4_0.bin"
+    old.write_bytes(file.read_bytes())
+    assert said(capsys, old, "--engine", "torch")[0] == said(capsys, file, "--engine", "torch")[0]
+    for magic in (b"lmgg", b"fmgg", b"tjgg"):
+        old.write_bytes(magic + bytes(40))
+        assert command("generate", old, "hello") == 1
+        problem, hint = sentence(capsys.readouterr().err)
+        assert "old GGML file" in problem and "GGUF" in hint

@@ -1,43 +1,88 @@
-"""``quantkit generate MODEL PROMPT``"""
+"""``quantkit generate MODEL [PROMPT]``"""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from quantkit.cli import options
+from quantkit.cli.console import Drawn
 from quantkit.errors import UsageError
 
 
 @click.command("generate")
 @click.argument("model")
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@options.talking
 @click.option(
     "--chat/--raw",
     default=None,
     help="Put the prompt into the model's chat template, or not.  [default: if it has one]",
 )
-@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True)
-@click.option("--temperature", "-t", type=float, help="0 always takes the likeliest token.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total share.")
-@click.option("--top-k", type=int, help="Sample from this many tokens.")
-@click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest.")
-@click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.")
-@click.option("--stop", multiple=True, help="Stop after this text; repeatable.")
-@click.option("--seed", type=int, help="For the same text again.")
+@click.option(
+    "--in",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Answer every row of this .csv, .tsv, .jsonl or .txt file (one question a line).",
+)
+@click.option(
+    "--out",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the answers go, beside the rows: .csv, .tsv or .jsonl.",
+)
+@click.option("--column", metavar="NAME", help="The column with the question.")
+@click.option("--batch", type=int, default=8, show_default=True, help="Rows at a time.")
+@click.option("--encoding", default="auto", show_default=True, help="Of --in: utf-8, cp932, ...")
+@click.option("--overwrite", is_flag=True, help="Begin --out again.")
 @options.basename
 @options.running
 @options.quiet
-def command(quiet: bool, **options: Any) -> None:
+def command(
+    prompt: str | None,
+    quiet: bool,
+    out: Path | None,
+    column: str | None,
+    batch: int,
+    encoding: str,
+    overwrite: bool,
+    **options: Any,
+) -> None:
     """Continue PROMPT (- reads it from standard input), or answer it if the model can chat.
 
-    Sampling settings that are not given are those of the model's generation_config.json.
+    Sampling settings that are not given are those of the model's generation_config.json. With --in
+    and --out every row of a file is answered; a run that was stopped goes on where it was.
     """
+    questions = options.pop("in")  # a word of Python's
+    if (questions is None) != (out is None):
+        raise UsageError("--in and --out belong together", "name the file to read and to write")
+    if (questions is None) == (prompt is None):
+        raise UsageError("give either a PROMPT or --in FILE")
+    progress = Drawn(quiet)
+    if questions is None:
+        _print_answer(prompt, quiet, note=progress.note, **options)
+        return
+    from quantkit.workflows.answers import answer_file
+
+    done = answer_file(
+        questions=questions,
+        out=out,
+        column=column,
+        batch=batch,
+        encoding=encoding,
+        overwrite=overwrite,
+        progress=progress,
+        **options,
+    )
+    progress.note(f"{done.rows} rows, {done.failed} without an answer: {out}")
+
+
+def _print_answer(prompt: str | None, quiet: bool, **options: Any) -> None:
     from quantkit.workflows.generate import generate
 
-    if options["prompt"] == "-":
+    if prompt == "-":
         try:
-            options["prompt"] = sys.stdin.read()
+            prompt = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise UsageError("the prompt on standard input is not UTF-8 text") from error
 
@@ -45,13 +90,14 @@ def command(quiet: bool, **options: Any) -> None:
         click.echo(text, nl=False)
         sys.stdout.flush()
 
-    result = generate(write=write, **options)
+    result = generate(prompt=prompt or "", write=write, **options)
     click.echo()
     if not quiet:
         rate = result.tokens / result.seconds
+        ended = {"length": ", cut off", "context": ", the context is full"}
         click.secho(
             f"{result.prompt_tokens} + {result.tokens} tokens, {result.seconds:.1f} s, "
-            f"{rate:.1f} tokens/s",
+            f"{rate:.1f} tokens/s{ended.get(result.reason or '', '')}",
             dim=True,
             err=True,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantkit import data
 from quantkit.core.checkpoint import read_json
+from quantkit.core.gguf_file import looks_like_one
 from quantkit.errors import QuantkitError, UsageError
 
 DEMO = "demo"
@@ -67,7 +68,7 @@ def resolve(model: str, revision: str | None = None) -> Source:
         is_file = path.exists()
     except (OSError, RuntimeError):  # a name too long for this system, a user that it does not know
         is_file = False
-    if is_file and path.suffix in _FILES:
+    if is_file and (path.suffix in _FILES or looks_like_one(path)):
         return Source(path.stem, path.parent, file=path.name)
     if is_file:
         raise QuantkitError(

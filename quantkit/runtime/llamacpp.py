@@ -11,7 +11,7 @@ again, which makes the next turn of a chat cheap.
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.gguf_file import GgufFile
+from quantkit.core.prefix import shared
 from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import QuantkitError, UsageError
 
@@ -84,6 +85,11 @@ class LlamaCpp:
         ids = {"bos_token": self._llama.token_bos(), "eos_token": self._llama.token_eos()}
         return {name: self._text(token) if token >= 0 else "" for name, token in ids.items()}
 
+    @property
+    def own_settings(self) -> Mapping[str, object]:
+        """Nothing: GGUF has no place for what generation_config.json says."""
+        return {}
+
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a text or a turn."""
@@ -113,7 +119,7 @@ class LlamaCpp:
         """Tokens that follow ``ids``, one by one: up to ``max_new_tokens``, up to the end of the
         context, or up to one of ``end_ids``, which is given out too."""
         sampler = Sampler(sampling, ids)
-        self._forget(_alike(self._held, ids[:-1]))
+        self._forget(shared(self._held, ids[:-1]))
         logits = self._computed(ids[len(self._held) :], every=False)
         for count in range(1, max_new_tokens + 1):
             token = sampler.next(logits[0])
@@ -181,9 +187,3 @@ def _trained_context(path: Path) -> int:
     metadata = GgufFile(path).metadata
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return min(trained, CONTEXT) if isinstance(trained, int) and trained > 0 else CONTEXT
-
-
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = zip(one, other)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -59,7 +59,7 @@ def command(
     if (questions is None) == (prompt is None):
         raise UsageError("give either a PROMPT or --in FILE")
     progress = Drawn(quiet)
-    if questions is None:
+    if prompt is not None or out is None:
         _print_answer(prompt, quiet, note=progress.note, **options)
         return
     from quantkit.workflows.answers import answer_file

@@ -1,6 +1,6 @@
 """A transformers model as an engine: prompts in, tokens out, one text or several at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -88,7 +88,7 @@ class TorchEngine:
     @torch.inference_mode()
     def batch(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling], max_new_tokens: int
-    ) -> Iterator[list[tuple[int, int]]]:
+    ) -> Generator[list[tuple[int, int]], Collection[int] | None, None]:
         """Several texts at once: at every step the (index, token) of those that go on. ``send`` the
         indices of texts that shall end, or None. A text ends as in ``stream``."""
         longest = max(map(len, prompts))
@@ -105,11 +105,11 @@ class TorchEngine:
         for count in range(1, max_new_tokens + 1):
             logits = self._step(ids, mask, places, cache)
             found = [(i, samplers[i].next(row)) for i, row in zip(alive, logits)]
-            ended = set((yield found) or ()) | {i for i, token in found if token in self.end_ids}
-            if count == max_new_tokens or mask.shape[1] >= self.context:
-                return
+            ended = set((yield found) or ())
+            ended |= {i for i, token in found if token in self.end_ids}
+            ended |= {i for i in alive if len(prompts[i]) + count > self.context}
             keep = [row for row, i in enumerate(alive) if i not in ended]
-            if not keep:
+            if count == max_new_tokens or not keep:
                 return
             if len(keep) < len(alive):
                 rows = torch.tensor(keep, device=device)

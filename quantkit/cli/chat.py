@@ -39,17 +39,10 @@ def command(quiet: bool, model: str, **settings: Any) -> None:
 
     From a pipe every line is a turn, and standard output has the answers alone.
     """
-    from quantkit.runtime.engine import open_engine
-    from quantkit.workflows.conversation import Conversation
-    from quantkit.workflows.generate import Wanted
+    from quantkit.workflows.conversation import open_conversation
 
-    names = ("engine", "device", "dtype", "revision", "model_basename")
-    placed = {name: settings.pop(name) for name in names}
-    wanted = Wanted(**settings)
-    wanted.check()
     progress = Drawn(quiet)
-    engine = open_engine(model, note=progress.note, **placed)
-    chat = Conversation(engine, wanted)
+    chat = open_conversation(model, note=progress.note, **settings)
     progress.note("/help shows what there is, Ctrl-D leaves")
     for line in _lines():
         try:

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from quantkit.core.prefix import shared
 from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import UsageError
+from quantkit.runtime import decode_cpu
+from quantkit.runtime.decode_cpu import LlamaState
 
 _PREFILL = 1024  # tokens of a prompt that are computed together
 _UNKNOWN = 1 << 20  # tokens of context, where a model does not say
@@ -135,51 +138,69 @@ class TorchEngine:
 
 
 class Decoder:
-    """Any causal LM of transformers with the keys and values of one text.
+    """A model with the keys and values of one text.
 
     held   the tokens of that text
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
         self.held: list[int] = []
-        self._cache = DynamicCache(config=model.config)
+        self._model = model
+        self._state: LlamaState | CacheState | None = None  # made when it is needed
 
+    @torch.inference_mode()
     def begin(self, ids: list[int], context: int) -> Tensor:
         """Logits [vocab] behind ``ids``. Raises UsageError when they are none or too many."""
         if not ids:
             raise UsageError("there are no tokens to compute")
         if len(ids) > context:
             raise _too_long(len(ids), context)
-        self._cut(shared(self.held, ids[:-1]))
+        if self._state is None:
+            fast = decode_cpu.fits(self._model)
+            self._state = LlamaState(self._model) if fast else CacheState(self._model)
+        keep = shared(self.held, ids[:-1])
+        if keep < len(self.held):
+            del self.held[self._state.cut(keep) :]
         return self.extend(ids[len(self.held) :])
 
     @torch.inference_mode()
     def extend(self, ids: list[int]) -> Tensor:
         """Logits [vocab] behind ``ids`` after what is held."""
+        assert self._state is not None
         for start in range(0, len(ids), _PREFILL):
             part = ids[start : start + _PREFILL]
-            out = self.model(
-                input_ids=torch.tensor([part], device=self.model.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            logits = self._state.compute(part)
             self.held += part
-        logits: Tensor = out.logits[0, -1]
         return logits
 
-    def _cut(self, keep: int) -> None:
-        """Forget all but the first ``keep`` tokens; everything, where the state of a model cannot
-        be cut (sliding windows, recurrent layers)."""
-        plain = all(type(layer).__name__ == "DynamicLayer" for layer in self._cache.layers)
-        if keep == len(self.held):
-            return
+
+class CacheState:
+    """Any causal LM of transformers, with a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+
+    def cut(self, keep: int) -> int:
+        """Forget all but the first ``keep`` tokens -> how many are kept: none, where the state of a
+        model cannot be cut (sliding windows, recurrent layers)."""
+        plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
         if keep and plain:
-            self._cache.crop(keep - len(self.held))
-        else:
-            keep, self._cache = 0, DynamicCache(config=self.model.config)
-        del self.held[keep:]
+            self._cache.crop(keep - self._cache.get_seq_length())
+            return keep
+        self._cache = DynamicCache(config=self._model.config)
+        return 0
+
+    def compute(self, ids: list[int]) -> Tensor:
+        """Logits [vocab] behind ``ids`` after what is held."""
+        out = self._model(
+            input_ids=torch.tensor([ids], device=self._model.device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[0, -1]
+        return logits
 
 
 def _too_long(tokens: int, context: int) -> UsageError:

@@ -4,13 +4,14 @@ Every turn is put through the template from the beginning; the engine notices th
 as before and computes only what is new.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quantkit.core.checkpoint import read_json, write_json
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.runtime.engine import Engine
+from quantkit.runtime.engine import Engine, open_engine
 from quantkit.runtime.stream import Answer
 from quantkit.runtime.templates import Message
 from quantkit.workflows.generate import Wanted
@@ -122,6 +123,32 @@ class Conversation:
                 )
             turns = turns[2:]
             self.dropped += 1
+
+
+def open_conversation(
+    model: str,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    model_basename: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> Conversation:
+    """Load a model and begin. ``settings`` as of generate, ``note`` as of open_engine."""
+    wanted = Wanted(**settings)
+    wanted.check()
+    loaded = open_engine(
+        model,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        model_basename=model_basename,
+        note=note,
+    )
+    return Conversation(loaded, wanted)
 
 
 def _in_turns(messages: list[object]) -> bool:

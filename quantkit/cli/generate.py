@@ -11,7 +11,22 @@ from quantkit.cli.console import Drawn
 from quantkit.errors import UsageError
 
 
-@click.command("generate")
+class _Asked(click.Command):
+    """Needs a prompt or a file of them; recipes are checked by this too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        prompt, questions, out = (ctx.params.get(name) for name in ("prompt", "in", "out"))
+        if (questions is None) != (out is None):
+            raise click.UsageError("--in and --out belong together.", ctx)
+        if prompt is None and questions is None:
+            raise click.UsageError("Missing argument 'PROMPT' (or --in FILE).", ctx)
+        if prompt is not None and questions is not None:
+            raise click.UsageError("Give either a PROMPT or --in FILE.", ctx)
+        return rest
+
+
+@click.command("generate", cls=_Asked)
 @click.argument("model")
 @click.argument("prompt", required=False)
 @options.talking
@@ -54,10 +69,6 @@ def command(
     and --out every row of a file is answered; a run that was stopped goes on where it was.
     """
     questions = options.pop("in")  # a word of Python's
-    if (questions is None) != (out is None):
-        raise UsageError("--in and --out belong together", "name the file to read and to write")
-    if (questions is None) == (prompt is None):
-        raise UsageError("give either a PROMPT or --in FILE")
     progress = Drawn(quiet)
     if prompt is not None or out is None:
         _print_answer(prompt, quiet, note=progress.note, **options)

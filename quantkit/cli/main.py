@@ -24,6 +24,7 @@ _COMMANDS = {
     "compare": "Rank several models by what they lost.",
     "generate": "Continue or answer a prompt.",
     "chat": "Talk with a model.",
+    "bench": "Measure how fast a model runs.",
     "run": "Run a recipe: commands and their options in a file.",
 }
 

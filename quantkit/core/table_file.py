@@ -62,7 +62,7 @@ def read(path: Path, encoding: str = "auto") -> Table:
             f"{path} is not {encoding} text (byte {error.start})", "name its --encoding"
         ) from error
     if kind == ".txt":
-        rows = [{TEXT: line} for line in text.splitlines() if line.strip()]
+        rows = [{TEXT: line} for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         return Table([TEXT], rows, encoding)
     found = _json_lines(path, text) if kind == ".jsonl" else _records(path, text)
     columns = list(dict.fromkeys(name for row in found for name in row))

@@ -55,7 +55,12 @@ class LlamaCpp:
 
         self._api: Any = llama_cpp
         threads = threads or torch.get_num_threads()
-        trained = _trained_context(Path(path))
+        self.path = Path(path)
+        metadata = GgufFile(
+            self.path
+        ).metadata  # says what is wrong with a file; llama.cpp does not
+        trained = _trained_context(metadata)
+        self.token_bytes = _token_bytes(metadata)
         try:
             self._llama: Any = llama_cpp.Llama(
                 os.fspath(path),
@@ -181,9 +186,20 @@ class LlamaCpp:
         return piece.decode("utf-8", "replace")
 
 
-def _trained_context(path: Path) -> int:
-    """Tokens of a context that the model knows, at most CONTEXT. A look at the header first also
-    finds what is wrong with a file, which llama.cpp does not say."""
-    metadata = GgufFile(path).metadata
+def _trained_context(metadata: dict[str, Any]) -> int:
+    """Tokens of a context that the model knows, at most CONTEXT."""
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return min(trained, CONTEXT) if isinstance(trained, int) and trained > 0 else CONTEXT
+
+
+def _token_bytes(metadata: dict[str, Any]) -> int:
+    """Memory for keys and values of a token: float16, unless llama.cpp is told otherwise."""
+    kind = metadata.get("general.architecture")
+    names = ("block_count", "attention.head_count", "embedding_length")
+    blocks, heads, width = (metadata.get(f"{kind}.{name}") for name in names)
+    shared = metadata.get(f"{kind}.attention.head_count_kv", heads)
+    counts = [n for n in (blocks, heads, width, shared) if isinstance(n, int) and n > 0]
+    if len(counts) < 4:
+        return 0  # heads that differ by block: llama.cpp knows
+    blocks, heads, width, shared = counts
+    return 2 * 2 * blocks * shared * width // heads

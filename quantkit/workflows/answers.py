@@ -93,7 +93,7 @@ def answer_file(
         try:
             for index, rows in enumerate(parts, 1):
                 started = perf_counter()
-                texts = {row: table.rows[row][column] for row in rows}
+                texts = {row: table.rows[row].get(column) for row in rows}
                 found = _answers(loaded, prompts, texts, wanted)
                 ledger.finish(str(rows[0]), {str(row): found[row] for row in rows})
                 done |= found
@@ -172,11 +172,12 @@ def _answers(
         try:
             if not isinstance(text, str):
                 raise QuantkitError("there is no text in this row")
-            ids[row] = prompts.ids(asked(text, wanted.system))
-            if len(ids[row]) > engine.context:
+            tokens = prompts.ids(asked(text, wanted.system))
+            if len(tokens) > engine.context:
                 raise QuantkitError(
-                    f"{len(ids[row])} tokens do not fit into the context of {engine.context}"
+                    f"{len(tokens)} tokens do not fit into the context of {engine.context}"
                 )
+            ids[row] = tokens
         except QuantkitError as error:
             found[row] = dict(zip(COLUMNS, ("", "", error.message)))
     if not ids:

@@ -218,7 +218,7 @@ def test_steps_are_shown_as_they_would_be_typed(tmp_path, capsys):
     file = write(tmp_path / "r.toml", TWO % "x")
     assert command("run", file, "--dry-run", "--set", "samples=false") == 0
     assert [" ".join(words) for words in shown(capsys.readouterr().out)] == [
-        "quantkit generate --raw --max-new-tokens 3 --stop a --stop b -- demo - of the city",
+        "quantkit generate --stop a --stop b --max-new-tokens 3 --raw -- demo - of the city",
         "quantkit verify --no-samples x",
     ]
 

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from quantkit.cli import options
-from quantkit.cli.console import Drawn, stdout
 from quantkit.errors import UsageError
 
 
@@ -36,6 +35,7 @@ def command(
     that is."""
     if plot is not None and plot.suffix != ".svg":
         raise UsageError(f"{plot} is not an .svg file", "name it so")
+    from quantkit.cli.console import Drawn, stdout
     from quantkit.cli.tables import bench_table
     from quantkit.core.checkpoint import write_text
     from quantkit.workflows.bench import bench

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options
-from quantkit.cli.console import Drawn
 from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ def command(quiet: bool, model: str, **settings: Any) -> None:
 
     From a pipe every line is a turn, and standard output has the answers alone.
     """
+    from quantkit.cli.console import Drawn
     from quantkit.workflows.conversation import open_conversation
 
     progress = Drawn(quiet)

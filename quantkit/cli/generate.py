@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from quantkit.cli import options
-from quantkit.cli.console import Drawn
 from quantkit.errors import UsageError
 
 
@@ -16,7 +15,7 @@ class _Asked(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
-        prompt, questions, out = (ctx.params.get(name) for name in ("prompt", "in", "out"))
+        prompt, questions, out = (ctx.params.get(name) for name in ("prompt", "in", "answers"))
         if (questions is None) != (out is None):
             raise click.UsageError("--in and --out belong together.", ctx)
         if prompt is None and questions is None:
@@ -43,6 +42,7 @@ class _Asked(click.Command):
 @click.option(
     "--out",
     "-o",
+    "answers",  # "out" is a folder with a model in recipes, for the next step to work on
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the answers go, beside the rows: .csv, .tsv or .jsonl.",
 )
@@ -56,7 +56,7 @@ class _Asked(click.Command):
 def command(
     prompt: str | None,
     quiet: bool,
-    out: Path | None,
+    answers: Path | None,
     column: str | None,
     batch: int,
     encoding: str,
@@ -69,15 +69,17 @@ def command(
     and --out every row of a file is answered; a run that was stopped goes on where it was.
     """
     questions = options.pop("in")  # a word of Python's
+    from quantkit.cli.console import Drawn
+
     progress = Drawn(quiet)
-    if prompt is not None or out is None:
+    if prompt is not None or answers is None:
         _print_answer(prompt, quiet, note=progress.note, **options)
         return
     from quantkit.workflows.answers import answer_file
 
     done = answer_file(
         questions=questions,
-        out=out,
+        out=answers,
         column=column,
         batch=batch,
         encoding=encoding,
@@ -85,7 +87,7 @@ def command(
         progress=progress,
         **options,
     )
-    progress.note(f"{done.rows} rows, {done.failed} without an answer: {out}")
+    progress.note(f"{done.rows} rows, {done.failed} without an answer: {answers}")
 
 
 def _print_answer(prompt: str | None, quiet: bool, **options: Any) -> None:

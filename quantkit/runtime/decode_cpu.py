@@ -153,7 +153,7 @@ class _Block:
         self.down = joined([mlp.down_proj])
 
 
-def joined(linears: list[nn.Module]) -> Product:
+def joined(linears: list[Any]) -> Product:
     """The outputs of ``linears`` beside each other, for inputs [tokens, in]; as one product for few
     tokens, where they are of one kind."""
 
@@ -167,7 +167,7 @@ def joined(linears: list[nn.Module]) -> Product:
     return lambda x: few(x) if len(x) <= _FEW else each(x)
 
 
-def _joined_int4(linears: list[nn.Module]) -> Product | None:
+def _joined_int4(linears: list[Any]) -> Product | None:
     if not all(type(one) is CpuInt4Linear and one.order is None for one in linears):
         return None
     group = linears[0].group
@@ -188,7 +188,7 @@ def _joined_int4(linears: list[nn.Module]) -> Product | None:
     return lambda x: cpu_int4.matmul(x, packed, group, scales).add_(bias)
 
 
-def _joined_dense(linears: list[nn.Module]) -> Product | None:
+def _joined_dense(linears: list[Any]) -> Product | None:
     if not all(type(one) is nn.Linear for one in linears):
         return None
     weight = torch.cat([one.weight for one in linears])
@@ -201,12 +201,9 @@ def _joined_dense(linears: list[nn.Module]) -> Product | None:
     return lambda x: functional.linear(x, weight, bias)
 
 
-def _joined_bias(linears: list[nn.Module]) -> Tensor | None:
+def _joined_bias(linears: list[Any]) -> Tensor | None:
     if all(one.bias is None for one in linears):
         return None
-    each = []
-    for one in linears:
-        bias = one.bias
-        out = one.out_features
-        each.append(torch.zeros(out) if bias is None else bias)
-    return torch.cat([bias.to(each[0].dtype) for bias in each])
+    dtype = next(one.bias.dtype for one in linears if one.bias is not None)
+    none = [torch.zeros(one.out_features, dtype=dtype) for one in linears]
+    return torch.cat([empty if one.bias is None else one.bias for one, empty in zip(linears, none)])

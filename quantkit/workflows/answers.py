@@ -58,7 +58,8 @@ def answer_file(
     **settings: Any,
 ) -> Answered:
     """Answer every row of ``questions`` (.csv, .tsv, .jsonl, .txt) into ``out``: the rows as they
-    are, with the columns of COLUMNS behind. ``settings`` as of generate; a seed counts up by row.
+    are, with the columns of COLUMNS behind. ``settings`` are the fields of Wanted; a seed counts up
+    by row.
 
     Raises UsageError when OUT is there already, or has begun with other settings.
     """

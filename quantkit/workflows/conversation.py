@@ -136,7 +136,7 @@ def open_conversation(
     note: Callable[[str], None] = lambda text: None,
     **settings: Any,
 ) -> Conversation:
-    """Load a model and begin. ``settings`` as of generate, ``note`` as of open_engine."""
+    """Load a model and begin. ``settings`` are the fields of Wanted, ``note`` as of open_engine."""
     wanted = Wanted(**settings)
     wanted.check()
     loaded = open_engine(

@@ -71,6 +71,18 @@ def generate(
     model: str,
     prompt: str,
     *,
+    system: str | None = None,
+    template: str | None = None,
+    chat: bool | None = None,
+    max_new_tokens: int = 256,
+    until_eos: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
     engine: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -78,15 +90,28 @@ def generate(
     model_basename: str | None = None,
     write: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
-    **settings: Any,
 ) -> Generated:
-    """Continue ``prompt``, or answer it when the model has a chat template.
+    """Continue ``prompt``, or answer it when the model has a chat template (``chat=False``: never,
+    ``chat=True``: it must have one) or ``template`` names one.
 
-    ``settings`` are the fields of Wanted: temperature (0 is greedy), top_p, top_k, min_p,
-    repetition_penalty, seed, max_new_tokens, until_eos, stop, system, template, chat. ``write``
-    receives the text piece by piece, ``note`` what else there is to say.
+    Sampling settings that are not given are the model's own; ``temperature=0`` is greedy. ``write``
+    receives the text piece by piece, ``note`` what else there is to say. Raises UsageError for
+    settings out of range and prompts that do not fit, QuantkitError when the model does not load.
     """
-    wanted = Wanted(**settings)
+    wanted = Wanted(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        until_eos=until_eos,
+        stop=tuple(stop),
+        system=system,
+        template=template,
+        chat=chat,
+    )
     wanted.check()
     if not prompt:
         raise UsageError("the prompt is empty")
@@ -110,7 +135,7 @@ def generate(
 
 def stream_generate(model: Any, tokenizer: Any, prompt: str, **settings: Any) -> Iterator[str]:
     """The answer to ``prompt`` piece by piece, in whole characters, from what quantkit.load
-    returned (or any causal LM of transformers). ``settings`` as of ``generate``."""
+    returned (or any causal LM of transformers). ``settings`` are the fields of Wanted."""
     wanted = Wanted(**settings)
     wanted.check()
     return iter(begin(TorchEngine(model, tokenizer), prompt, wanted))

@@ -194,6 +194,8 @@ def nbytes(shape: tuple[int, ...], type: str) -> int:
 def looks_like_one(path: Path) -> bool:
     """Whether ``path`` begins as a GGUF file does, or as one of its predecessors; the name of
     older files often ends in .bin."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(4) in (MAGIC, *OLD)

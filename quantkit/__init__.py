@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantkit.workflows.bnb import quantize_bnb
     from quantkit.workflows.compare import compare
     from quantkit.workflows.convert import convert
-    from quantkit.workflows.generate import generate
+    from quantkit.workflows.generate import generate, stream_generate
     from quantkit.workflows.gguf import quantize_gguf
     from quantkit.workflows.inspect import inspect
     from quantkit.workflows.push import push
@@ -37,6 +37,7 @@ _HOMES = {
     "quantize_rtn": "quantkit.workflows.rtn",
     "verify": "quantkit.workflows.verify",
     "generate": "quantkit.workflows.generate",
+    "stream_generate": "quantkit.workflows.generate",
     "inspect": "quantkit.workflows.inspect",
 }
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "quantize_bnb",
     "quantize_gguf",
     "quantize_rtn",
+    "stream_generate",
     "verify",
 ]
 

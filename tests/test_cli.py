@@ -61,7 +61,16 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     methods = {"quantize", *(f"quantize_{name}" for name in ("awq", "bnb", "gguf", "rtn"))}
-    others = {"convert", "compare", "verify", "generate", "inspect", "load", "push"}
+    others = {
+        "convert",
+        "compare",
+        "verify",
+        "generate",
+        "stream_generate",
+        "inspect",
+        "load",
+        "push",
+    }
     assert set(quantkit.__all__) == methods | others
     assert all(callable(getattr(quantkit, name)) for name in quantkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
@@ -82,7 +91,8 @@ def test_every_command_is_listed_with_its_help(capsys):
 # options are parameters
 
 ONLY_HERE = {"quiet", "push", "as_json", "report", "lang", "junit", "github"}
-ONLY_IN_PYTHON = {"progress", "write"}
+OF_FILES = {"in", "answers", "column", "batch", "encoding", "overwrite"}  # generate's: answer_file
+ONLY_IN_PYTHON = {"progress", "write", "note"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +128,8 @@ def test_options_are_parameters_with_the_same_defaults(module, function, argumen
     parameters = inspect.signature(function).parameters
     given = module.command.make_context("quantkit", arguments).params
     only_in_python = ONLY_IN_PYTHON - given.keys()
-    assert given.keys() - ONLY_HERE == parameters.keys() - only_in_python
+    only_here = ONLY_HERE | OF_FILES if module is generate else ONLY_HERE
+    assert given.keys() - only_here == parameters.keys() - only_in_python
     for name, parameter in parameters.items():
         if name in only_in_python or parameter.default is inspect.Parameter.empty:
             continue

@@ -1,19 +1,23 @@
 """Generating: whole characters as they come, repeatable, with the sampling that was asked for."""
 
 import io
+import json
 import shutil
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tools import command, model, quantized, sentence
+from tools import command, model, quantized, read_json, sentence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit import data
 from quantkit.errors import UsageError
-from quantkit.runtime.stream import Detokenizer, Streamer
-from quantkit.workflows.generate import encode_prompt, generate, sampling
+from quantkit.runtime.load import load
+from quantkit.runtime.stream import Detokenizer, StopStrings
+from quantkit.runtime.torch_engine import TorchEngine
+from quantkit.workflows.generate import generate
+from quantkit.workflows.prompts import Prompts, asked
 
 PROMPT = "昔々、ある村に"
 GREEDY = {"temperature": 0, "chat": False, "max_new_tokens": 24}
@@ -67,7 +71,7 @@ def byte_fallback(tmp_path_factory):
 
 
 def pieces_of(tokenizer, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(lambda ids: whole(tokenizer, ids))
     return [*(detokenizer.push(token) for token in ids), detokenizer.rest()]
 
 
@@ -131,14 +135,28 @@ def test_special_tokens_are_not_shown(tokenizer):
     assert "".join(pieces_of(tokenizer, ids)) == "日本東京"
 
 
-def test_the_streamer_leaves_the_prompt_out(tokenizer):
-    heard: list[str] = []
-    streamer = Streamer(tokenizer, heard.append)
-    streamer.put(torch.tensor([tokenizer.encode("日本の")]))
-    for token in tokenizer.encode("首都"):
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert "".join(heard) == "首都"
+@given(text=TEXTS, stops=st.lists(st.text("ab。日", min_size=1, max_size=4), max_size=3))
+@example("日本ab", ["本a"])
+@settings(max_examples=300)
+def test_stop_strings_are_found_in_any_pieces_and_never_shown(text, stops):
+    for size in (1, 2, 5, len(text)):
+        stopping = StopStrings(stops)
+        pieces = [stopping.push(text[i : i + size]) for i in range(0, len(text), size)]
+        places = [text.index(stop) for stop in stops if stop in text]
+        assert "".join(pieces) + stopping.rest() == text[: min(places, default=len(text))]
+        assert stopping.found == bool(places)
+
+
+def test_only_what_may_be_a_stop_string_is_held_back():
+    stopping = StopStrings(["</answer>"])
+    assert [stopping.push(t) for t in ("a <", "/ans", "ets", "</answer", ">b")] == [
+        "a ",
+        "",
+        "</ansets",
+        "",
+        "",
+    ]
+    assert stopping.found and stopping.rest() == ""
 
 
 # text from a model
@@ -174,15 +192,37 @@ def test_top_k_1_is_greedy():
     assert generate("demo", PROMPT, **{**exact, "temperature": None}, top_k=1).text == greedy
 
 
-def test_it_stops_behind_a_stop_string():
+def test_it_stops_before_a_stop_string():
     free = generate("demo", PROMPT, **GREEDY).text
     stop = free[5:7]
     assert free.index(stop) > 0
     heard: list[str] = []
-    found = generate("demo", PROMPT, stop=[stop, "no such text"], write=heard.append, **GREEDY)
-    assert found.text == free[: free.index(stop) + len(stop)]
+    found = generate("demo", PROMPT, stop=(stop, "no such text"), write=heard.append, **GREEDY)
+    assert found.text == free[: free.index(stop)]
     assert "".join(heard) == found.text
     assert found.tokens < 24
+    assert found.reason == "stop"
+
+
+def test_until_the_model_ends_the_text():
+    settings = {"temperature": 0, "max_new_tokens": 1}
+    short = generate("demo", "日本の首都はどこですか。", **settings)
+    assert (short.tokens, short.reason) == (1, "length")
+    ended = generate("demo", "日本の首都はどこですか。", until_eos=True, **settings)
+    assert ended.reason == "end"
+    assert ended.tokens > 1 and ended.text.startswith(short.text)
+
+
+def test_a_text_ends_where_the_context_does(tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(data.demo(), folder)
+    config = read_json(folder / "config.json") | {"max_position_embeddings": 24}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = generate(str(folder), PROMPT, temperature=0, chat=False, until_eos=True)
+    assert found.reason == "context"
+    assert found.prompt_tokens + found.tokens == 24 + 1  # the last one is not computed with
+    with pytest.raises(UsageError, match="the model's context 24"):
+        generate(str(folder), PROMPT * 10, chat=False)
 
 
 def test_a_penalty_changes_what_is_repeated():
@@ -193,46 +233,30 @@ def test_a_penalty_changes_what_is_repeated():
     assert len(set(found)) > len(set(free))
 
 
-@pytest.mark.parametrize(
-    ("given_settings", "expected"),
-    [
-        ({}, {}),
-        ({"temperature": 0.0, "top_k": 5}, {"do_sample": False, "top_k": None}),
-        ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}),
-        ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
-        ({"top_k": 0}, {"do_sample": True, "top_k": 0}),
-        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
-    ],
-)
-def test_settings_that_are_not_given_stay_the_model_s(given_settings, expected):
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    found = sampling(*(given_settings.get(name) for name in names))
-    assert {name: found[name] for name in expected} == expected
-    if given_settings.get("temperature") != 0:
-        assert found == expected
-
-
 # prompts
 
 
 def test_the_chat_template_is_used_unless_it_is_refused(tokenizer):
-    chat = encode_prompt(tokenizer, "やあ", None)
-    assert torch.equal(chat, encode_prompt(tokenizer, "やあ", True))
+    engine = TorchEngine(load("demo")[0], tokenizer)
+    chat = Prompts(engine).ids(asked("やあ"))
+    assert chat == Prompts(engine, chat=True).ids(asked("やあ"))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "やあ"}], tokenize=False, add_generation_prompt=True
     )
-    assert chat.tolist() == [tokenizer.encode(text, add_special_tokens=False)]
-    raw = encode_prompt(tokenizer, "やあ", False)
-    assert raw.tolist() == [tokenizer.encode("やあ")]
-    assert chat.shape[1] > raw.shape[1]
+    assert chat == tokenizer.encode(text, add_special_tokens=False)
+    raw = Prompts(engine, chat=False).ids(asked("やあ"))
+    assert raw == tokenizer.encode("やあ")
+    assert len(chat) > len(raw)
 
 
 def test_a_chat_needs_a_template():
-    tokenizer = AutoTokenizer.from_pretrained(model("gpt_neox"))
-    assert not tokenizer.chat_template
-    assert encode_prompt(tokenizer, "やあ", None).tolist() == [tokenizer.encode("やあ")]
+    engine = TorchEngine(*load(str(model("gpt_neox"))))
+    assert engine.chat_template is None
+    assert Prompts(engine).ids(asked("やあ")) == engine.encode("やあ")
     with pytest.raises(UsageError, match="no chat template"):
-        encode_prompt(tokenizer, "やあ", True)
+        Prompts(engine, chat=True)
+    with pytest.raises(UsageError, match="no place for a system message"):
+        Prompts(engine).ids(asked("やあ", "親切に"))
 
 
 def test_an_empty_prompt_is_refused():
@@ -287,6 +311,8 @@ def test_chat_and_raw_differ(capsys, tmp_path):
         (["--top-p", "1.5"], "--top-p"),
         (["--top-k", "-3"], "--top-k"),
         (["--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--min-p", "2"], "--min-p"),
+        (["--seed", "-1"], "--seed"),
         (["-n", "0"], "--max-new-tokens"),
         (["--dtype", "int8"], "int8"),
         (["--device", "gpu"], "gpu"),

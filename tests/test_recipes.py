@@ -218,7 +218,7 @@ def test_steps_are_shown_as_they_would_be_typed(tmp_path, capsys):
     file = write(tmp_path / "r.toml", TWO % "x")
     assert command("run", file, "--dry-run", "--set", "samples=false") == 0
     assert [" ".join(words) for words in shown(capsys.readouterr().out)] == [
-        "quantkit generate --raw --max-new-tokens 3 --stop a --stop b -- demo - of the city",
+        "quantkit generate --stop a --stop b --max-new-tokens 3 --raw -- demo - of the city",
         "quantkit verify --no-samples x",
     ]
 
@@ -233,7 +233,7 @@ def test_all_steps_are_checked_before_the_first_one_runs(tmp_path, capsys):
     file = write(tmp_path / "r.toml", TWO.replace("prompt", "#") % "x")
     assert command("run", file) == 2
     message, _ = sentence(capsys.readouterr().err)
-    assert message == "step 1 (generate): Missing argument 'PROMPT'."
+    assert message == "step 1 (generate): Missing argument 'PROMPT' (or --in FILE)."
     file = write(tmp_path / "r.toml", (TWO % "x") + 'rows = "1"\n')
     assert command("run", file) == 2
     captured = capsys.readouterr()

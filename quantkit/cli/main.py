@@ -25,6 +25,8 @@ _COMMANDS = {
     "compare": "Rank several models by what they lost.",
     "push": "Publish a quantized model on the Hub.",
     "generate": "Continue or answer a prompt.",
+    "chat": "Talk with a model.",
+    "bench": "Measure how fast a model runs.",
     "cache": "Show or clear what quantkit keeps for this machine.",
     "run": "Run a recipe: commands and their options in a file.",
 }

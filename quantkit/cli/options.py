@@ -45,6 +45,48 @@ def computing(command: Command) -> Command:
     return command
 
 
+def talking(command: Command) -> Command:
+    """How a model answers: prompt, length, sampling, and which program computes."""
+    for option in (
+        click.option(
+            "--engine",
+            default="auto",
+            show_default=True,
+            help="torch or llama.cpp; auto: llama.cpp for GGUF files on a CPU, where it is "
+            "installed.",
+        ),
+        click.option("--seed", type=int, help="For the same text again."),
+        click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating."),
+        click.option(
+            "--min-p", type=float, help="Leave out tokens below this share of the likeliest."
+        ),
+        click.option("--top-k", type=int, help="Sample from this many tokens."),
+        click.option(
+            "--top-p", type=float, help="Sample from the likeliest tokens of this total share."
+        ),
+        click.option("--temperature", "-t", type=float, help="0 always takes the likeliest token."),
+        click.option(
+            "--until-eos",
+            is_flag=True,
+            help="Go on past --max-new-tokens until the model ends the text itself.",
+        ),
+        click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True),
+        click.option(
+            "--stop", multiple=True, help="Stop before this text, and leave it out; repeatable."
+        ),
+        click.option(
+            "--template",
+            metavar="NAME|FILE",
+            help="Prompt format in the place of the model's own chat template: weblab, alpaca-ja, "
+            "llama-2, deepseek, synthia, qa, or a file (.jinja, or text with {system} and "
+            "{prompt}).",
+        ),
+        click.option("--system", help="System message: what the model should be, or do."),
+    ):
+        command = option(command)
+    return command
+
+
 def calibrating(command: Command) -> Command:
     """The text that a method looks at, and its order."""
     seed = click.option(

@@ -176,3 +176,26 @@ def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def bench_table(found: dict[str, Any]) -> Table:
+    """Speeds of a model (see workflows/bench.py)."""
+    where = ", ".join(filter(None, (found["engine"], found["device"], found["dtype"])))
+    title = (
+        f"{found['model']} ({where}, {found['threads']} threads): loaded in "
+        f"{found['load_seconds']:.1f} s, {found['peak_bytes'] / 1e9:.2f} GB at most, "
+        f"copies reach {found['copy_bandwidth'] / 1e9:.1f} GB/s"
+    )
+    table = Table(title=Text(title), title_justify="left")
+    for heading in ("batch", "context", "prefill", "decode", "MB a step", "of bandwidth"):
+        table.add_column(heading, justify="right")
+    for row in found["rows"]:
+        table.add_row(
+            str(row["batch"]),
+            str(row["context"]),
+            f"{row['prefill']:.0f} tokens/s",
+            f"{row['decode']:.1f} tokens/s",
+            f"{row['step_bytes'] / 1e6:.1f}",
+            f"{row['bandwidth'] / found['copy_bandwidth']:.0%}",
+        )
+    return table

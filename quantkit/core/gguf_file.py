@@ -48,10 +48,9 @@ _MAX_ENTRIES = 1 << 16
 _MAX_STRINGS = {"key": 65535, "name": 4096}
 _MAX_DEPTH = 4
 _NESTED = 64  # elements that an array inside of an array counts for
+# GGML, GGMF and GGJT: one after the other until August 2023
+OLD = (b"lmgg", b"fmgg", b"tjgg")
 _OTHERS = {
-    b"lmgg": "is an old GGML file, from before GGUF",
-    b"fmgg": "is an old GGML file (ggmf), from before GGUF",
-    b"tjgg": "is an old GGML file (ggjt), from before GGUF",
     b"vers": "is a Git LFS pointer and not the model itself",
 }
 
@@ -192,6 +191,18 @@ def nbytes(shape: tuple[int, ...], type: str) -> int:
     return prod(shape) // elements * size
 
 
+def looks_like_one(path: Path) -> bool:
+    """Whether ``path`` begins as a GGUF file does, or as one of its predecessors; the name of
+    older files often ends in .bin."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (MAGIC, *OLD)
+    except OSError:
+        return False
+
+
 class GgufFile:
     """A GGUF file, version 2 or 3. Its header is read and checked at once, its data never before
     :meth:`raw` is asked for it. ``metadata`` has the plain values of its keys, ``typed`` the same
@@ -296,6 +307,12 @@ class _Header:
 
     def version(self) -> int:
         magic = self.take(4)
+        if magic in OLD:
+            raise QuantkitError(
+                f"{self.path} is an old GGML file, from before GGUF",
+                "download the model as GGUF, or convert it with llama.cpp's "
+                "convert_llama_ggml_to_gguf.py",
+            )
         if magic != MAGIC:
             raise self.error(_OTHERS.get(magic, "is not a GGUF file"))
         version = int(self.number("I"))

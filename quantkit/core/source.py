@@ -8,6 +8,7 @@ from typing import Any
 
 from quantkit import data
 from quantkit.core.checkpoint import read_json
+from quantkit.core.gguf_file import looks_like_one
 from quantkit.core.pull import pull
 from quantkit.core.ranges import Remote
 from quantkit.errors import QuantkitError, UsageError
@@ -82,7 +83,7 @@ def resolve(
         is_file = path.exists()
     except (OSError, RuntimeError):  # a name too long for this system, a user that it does not know
         is_file = False
-    if is_file and path.suffix in _FILES:
+    if is_file and (path.suffix in _FILES or looks_like_one(path)):
         return Source(path.stem, path.parent, file=path.name)
     if is_file:
         raise QuantkitError(

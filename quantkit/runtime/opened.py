@@ -24,6 +24,7 @@ from torch import Tensor
 from quantkit import formats
 from quantkit.core import provenance
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
+from quantkit.core.gguf_file import looks_like_one
 from quantkit.core.names import in_block
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
@@ -200,7 +201,7 @@ def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
     """Look at the weights of ``source``, in the file called ``basename`` (without its ending) where
     it is given. Raises QuantkitError when there are none, when two formats lie in one folder, or
     when the files speak of a quantization that is not in the tensors."""
-    gguf = _gguf_file(source, basename)
+    gguf = gguf_file(source, basename)
     if gguf is not None:
         from quantkit.runtime.gguf_opened import GgufOpened
 
@@ -257,10 +258,11 @@ def recorded(opened: Opened) -> dict[str, Any]:
     return {}
 
 
-def _gguf_file(source: Source, basename: str | None) -> Path | None:
+def gguf_file(source: Source, basename: str | None) -> Path | None:
     """The GGUF file that ``source`` is, if it is one."""
     if source.file:
-        return source.folder / source.file if source.file.endswith(".gguf") else None
+        path = source.folder / source.file
+        return path if path.suffix == ".gguf" or looks_like_one(path) else None
     if (source.folder / "config.json").exists():
         return None
     found = sorted(source.folder.glob("*.gguf"))

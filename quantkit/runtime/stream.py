@@ -1,9 +1,10 @@
-"""Text that appears while it is generated, in whole characters."""
+"""Text that appears while it is generated: in whole characters, and never with what stops it."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
-from torch import Tensor
+from quantkit.core.sampling import Sampling
+from quantkit.runtime.engine import Engine
 
 _BROKEN = "\ufffd"
 
@@ -16,8 +17,8 @@ class Detokenizer:
     token of a text in their own way.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
         self._ids: list[int] = []
         self._start = 0  # decoding starts here
         self._given = 0  # tokens before this one have been given out
@@ -39,31 +40,105 @@ class Detokenizer:
         self._start = self._given = len(self._ids)
         return now[len(before) :].rstrip(_BROKEN)
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+
+class StopStrings:
+    """Text in, text out, up to the first of ``stops``. What may be the beginning of one is held
+    back until it is clear."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What can be given out now that ``text`` is here."""
+        if self.found or not text:
+            return ""
+        self._held += text
+        at = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if at:
+            self.found = True
+            return self._take(min(at))
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for start in range(max(0, len(self._held) - longest), len(self._held)):
+            if any(stop.startswith(self._held[start:]) for stop in self._stops):
+                return self._take(start)
+        return self._take(len(self._held))
+
+    def rest(self) -> str:
+        """What was held back and is no stop string after all."""
+        return "" if self.found else self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        given, self._held = self._held[:count], self._held[count:]
+        return given
+
+
+class Written:
+    """One text while it is generated: give it tokens, get text. ``ids`` are the tokens so far."""
+
+    def __init__(self, engine: Engine, stop: Sequence[str] = ()) -> None:
+        self._ends = engine.end_ids
+        self._detokenizer = Detokenizer(engine.decode)
+        self._stops = StopStrings(stop)
+        self.ids: list[int] = []
+        self.reason: Literal["end", "stop"] | None = None
+
+    def push(self, token: int) -> str:
+        """The text that can be shown now. ``reason`` says afterwards whether this was the last."""
+        self.ids.append(token)
+        if token in self._ends:
+            self.reason = "end"
+            return ""
+        text = self._stops.push(self._detokenizer.push(token))
+        if self._stops.found:
+            self.reason = "stop"
         return text
 
+    def rest(self) -> str:
+        """What is left when no token follows."""
+        return self._stops.push(self._detokenizer.rest()) + self._stops.rest()
 
-class Streamer:
-    """What ``model.generate(streamer=...)`` wants: passes new text on, leaves the prompt out."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._write = write
-        self._prompt_seen = False
+class Answer:
+    """What ``engine`` says behind the tokens ``prompt``. Iterate over it once, for text in pieces;
+    then ``text``, ``ids`` and ``reason`` are complete.
 
-    def put(self, ids: Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in ids.reshape(-1).tolist():
-            text = self._detokenizer.push(token)
-            if text:
-                self._write(text)
+    reason   end: the model ended it; stop: a stop string came; length: ``max_new_tokens`` were
+             made; context: the model's context is full; None: it was left before
+    """
 
-    def end(self) -> None:
-        text = self._detokenizer.rest()
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self._engine, self._sampling, self._most = engine, sampling, max_new_tokens
+        self._written = Written(engine, stop)
+        self.prompt = list(prompt)
+        self.text = ""
+        self.reason: Literal["end", "stop", "length", "context"] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens so far."""
+        return self._written.ids
+
+    def __iter__(self) -> Iterator[str]:
+        written = self._written
+        tokens = self._engine.stream(self.prompt, self._sampling, self._most)
+        for token in tokens:
+            yield from self._shown(written.push(token))
+            if written.reason is not None:
+                break
+        yield from self._shown(written.rest())
+        full = len(self.ids) < self._most
+        self.reason = written.reason or ("context" if full else "length")
+
+    def _shown(self, text: str) -> Iterator[str]:
         if text:
-            self._write(text)
+            self.text += text
+            yield text

@@ -1,134 +1,161 @@
 """``quantkit generate``: a prompt in, text out as it is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
 from time import perf_counter
 from typing import Any
 
-import torch
+from quantkit.core.sampling import Sampling, chosen
+from quantkit.errors import UsageError
+from quantkit.runtime import templates
+from quantkit.runtime.engine import Engine, open_engine
+from quantkit.runtime.stream import Answer
+from quantkit.runtime.torch_engine import TorchEngine
+from quantkit.workflows.prompts import Prompts, asked
 
-from quantkit.errors import QuantkitError, UsageError
-from quantkit.runtime.load import load
-from quantkit.runtime.stream import Streamer
+UNTIL_EOS = 8192  # tokens after which a text that does not end is ended
 
 
 @dataclass(frozen=True)
 class Generated:
-    """text: what was generated; tokens: how many; seconds: how long it took, prompt included."""
+    """text: what was generated; tokens: how many; seconds: how long it took, prompt included;
+    reason: why it ended (see runtime/stream.py)."""
 
     text: str
     prompt_tokens: int
     tokens: int
     seconds: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How texts are made: what is not given, None, is the model's own. ``until_eos`` goes on past
+    ``max_new_tokens``, until the model ends the text, its context is full, or UNTIL_EOS tokens."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_new_tokens: int = 256
+    until_eos: bool = False
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    template: str | None = None
+    chat: bool | None = None
+
+    def check(self) -> None:
+        """Raises UsageError for what no model could do, before one is loaded."""
+        self.sampling({})
+        if not all(self.stop):
+            raise UsageError("an empty --stop would end every answer at once", "leave it out")
+        if self.max_new_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1")
+        if self.template is not None:
+            templates.find(self.template)
+
+    def sampling(self, own: Any) -> Sampling:
+        """The settings, those of the model where nothing was given."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        return chosen(own, {name: getattr(self, name) for name in names})
+
+    @property
+    def budget(self) -> int:
+        """Tokens to make at most."""
+        return max(UNTIL_EOS, self.max_new_tokens) if self.until_eos else self.max_new_tokens
 
 
 def generate(
     model: str,
     prompt: str,
     *,
+    system: str | None = None,
+    template: str | None = None,
     chat: bool | None = None,
     max_new_tokens: int = 256,
+    until_eos: bool = False,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     repetition_penalty: float | None = None,
-    stop: list[str] | tuple[str, ...] = (),
+    stop: Sequence[str] = (),
     seed: int | None = None,
+    engine: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
     model_basename: str | None = None,
     write: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Generated:
     """Continue ``prompt``, or answer it when the model has a chat template (``chat=False``: never,
-    ``chat=True``: it must have one).
+    ``chat=True``: it must have one) or ``template`` names one.
 
     Sampling settings that are not given are the model's own; ``temperature=0`` is greedy. ``write``
-    receives the text piece by piece.
+    receives the text piece by piece, ``note`` what else there is to say. Raises UsageError for
+    settings out of range and prompts that do not fit, QuantkitError when the model does not load.
     """
-    settings = sampling(temperature, top_p, top_k, repetition_penalty)
-    if not all(stop):
-        raise UsageError("an empty --stop would end every answer at once", "leave it out")
-    if max_new_tokens < 1:
-        raise UsageError("--max-new-tokens must be at least 1")
-    loaded, tokenizer = load(
-        model, device=device, dtype=dtype, revision=revision, model_basename=model_basename
-    )
-    ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
-    if seed is not None:
-        torch.manual_seed(seed)
-    if stop:
-        settings |= {"stop_strings": list(stop), "tokenizer": tokenizer}
-    pieces: list[str] = []
-
-    def passed_on(text: str) -> None:
-        pieces.append(text)
-        if write is not None:
-            write(text)
-
-    started = perf_counter()
-    output = loaded.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+    wanted = Wanted(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
         max_new_tokens=max_new_tokens,
-        streamer=Streamer(tokenizer, passed_on),
-        pad_token_id=_pad(tokenizer),
-        **settings,
-    )[0, ids.shape[1] :]
-    seconds = perf_counter() - started
-    return Generated("".join(pieces), ids.shape[1], len(output), seconds)
-
-
-def sampling(
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-) -> dict[str, Any]:
-    """Keyword arguments for ``model.generate``. Raises UsageError for values out of range."""
-    if temperature is not None and not 0 <= temperature < inf:
-        raise UsageError(
-            f"--temperature {temperature:g} is out of range",
-            "0 always takes the likeliest token, 1 is the model's own spread",
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError("--top-p must be above 0 and at most 1")
-    if top_k is not None and top_k < 0:
-        raise UsageError("--top-k cannot be negative", "0 turns it off")
-    if repetition_penalty is not None and not 0 < repetition_penalty < inf:
-        raise UsageError("--repetition-penalty must be positive", "1.0 turns it off")
-    found: dict[str, Any] = {}
-    if repetition_penalty is not None:
-        found["repetition_penalty"] = repetition_penalty
-    if temperature == 0:
-        # the model's own sampling settings would only draw warnings now
-        return found | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given = {name: value for name, value in given.items() if value is not None}
-    return found | given | ({"do_sample": True} if given else {})
-
-
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> torch.Tensor:
-    """int64 [1, tokens]. Raises UsageError for an empty prompt, or a chat without a template."""
+        until_eos=until_eos,
+        stop=tuple(stop),
+        system=system,
+        template=template,
+        chat=chat,
+    )
+    wanted.check()
     if not prompt:
         raise UsageError("the prompt is empty")
-    has_template = bool(tokenizer.chat_template)
-    if chat and not has_template:
-        raise UsageError(
-            "the model has no chat template", "leave out --chat, and write the prompt in its format"
-        )
-    if has_template and chat is not False:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    else:
-        ids = tokenizer.encode(prompt)
-    if not ids:
-        raise QuantkitError("the tokenizer makes no tokens of the prompt")
-    return torch.tensor([ids])
+    loaded = open_engine(
+        model,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        model_basename=model_basename,
+        note=note,
+    )
+    answer = begin(loaded, prompt, wanted)
+    started = perf_counter()
+    for piece in answer:
+        if write is not None:
+            write(piece)
+    seconds = perf_counter() - started
+    return Generated(answer.text, len(answer.prompt), len(answer.ids), seconds, answer.reason)
 
 
-def _pad(tokenizer: Any) -> int | None:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def stream_generate(model: Any, tokenizer: Any, prompt: str, **settings: Any) -> Iterator[str]:
+    """The answer to ``prompt`` piece by piece, in whole characters, from what quantkit.load
+    returned (or any causal LM of transformers). ``settings`` are the fields of Wanted."""
+    wanted = Wanted(**settings)
+    wanted.check()
+    return iter(begin(TorchEngine(model, tokenizer), prompt, wanted))
+
+
+def begin(engine: Engine, prompt: str, wanted: Wanted) -> Answer:
+    """The answer to ``prompt``, which has not begun."""
+    prompts = Prompts(engine, wanted.template, wanted.chat)
+    messages = asked(prompt, wanted.system)
+    return answer_to(engine, prompts, messages, wanted)
+
+
+def answer_to(
+    engine: Engine, prompts: Prompts, messages: Sequence[templates.Message], wanted: Wanted
+) -> Answer:
+    """The answer to ``messages``, which has not begun."""
+    return Answer(
+        engine,
+        prompts.ids(messages),
+        wanted.sampling(engine.own_settings),
+        wanted.budget,
+        (*wanted.stop, *prompts.stop),
+    )

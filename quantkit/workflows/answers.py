@@ -1,0 +1,229 @@
+"""``quantkit generate --in FILE --out FILE``: every row of a file answered.
+
+Rows go through the model several at a time. What is done is recorded in OUT.partial after every
+batch, so that a run that was killed goes on there; OUT appears when all rows are done. A row that
+cannot be answered has the reason in its column ``error``, and the others go on.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from quantkit.core import table_file
+from quantkit.core.ledger import Ledger
+from quantkit.core.progress import Progress, Step
+from quantkit.core.sampling import Sampling
+from quantkit.core.table_file import Table
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.engine import Engine, open_engine
+from quantkit.runtime.stream import Answer, Written
+from quantkit.runtime.torch_engine import TorchEngine
+from quantkit.workflows.generate import Wanted
+from quantkit.workflows.prompts import Prompts, asked
+
+COLUMNS = ("answer", "finish_reason", "error")
+_USUAL = ("question", "prompt", "instruction", "質問", table_file.TEXT)  # columns, if none is named
+
+Record = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How many rows there were, and how many of them have no answer."""
+
+    rows: int
+    failed: int
+
+
+def answer_file(
+    model: str,
+    questions: str | Path,
+    out: str | Path,
+    *,
+    column: str | None = None,
+    batch: int = 8,
+    encoding: str = "auto",
+    overwrite: bool = False,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    model_basename: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Answered:
+    """Answer every row of ``questions`` (.csv, .tsv, .jsonl, .txt) into ``out``: the rows as they
+    are, with the columns of COLUMNS behind. ``settings`` are the fields of Wanted; a seed counts up
+    by row.
+
+    Raises UsageError when OUT is there already, or has begun with other settings.
+    """
+    wanted, progress = Wanted(**settings), progress or Progress()
+    wanted.check()
+    out, questions = Path(out), Path(questions)
+    if batch < 1:
+        raise UsageError("--batch must be at least 1")
+    table_file.check_writable(out)
+    table = table_file.read(questions, encoding)
+    progress.note(f"{questions}: {len(table.rows)} rows, {table.encoding}")
+    column = _column(table, column, questions)
+    partial = _partial(out, overwrite)
+    ledger = Ledger(partial, _fingerprint(model, revision, table, column, wanted))
+    done = dict(_recorded(ledger))
+    left = [row for row in range(len(table.rows)) if row not in done]
+    if done:
+        progress.note(f"{len(done)} rows are done already")
+    if left:
+        loaded = open_engine(
+            model,
+            engine=engine,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            model_basename=model_basename,
+            note=progress.note,
+        )
+        prompts = Prompts(loaded, wanted.template, wanted.chat)
+        parts = [left[start : start + batch] for start in range(0, len(left), batch)]
+        progress.begin("rows", len(parts))
+        try:
+            for index, rows in enumerate(parts, 1):
+                started = perf_counter()
+                texts = {row: table.rows[row].get(column) for row in rows}
+                found = _answers(loaded, prompts, texts, wanted)
+                ledger.finish(str(rows[0]), {str(row): found[row] for row in rows})
+                done |= found
+                seconds = perf_counter() - started
+                progress.step(Step(index, len(parts), f"row {rows[-1] + 1}", None, seconds))
+        finally:
+            progress.end()
+    complete = [row | done[index] for index, row in enumerate(table.rows)]
+    mark = table.encoding != "utf-8"
+    table_file.write(out, [*table.columns, *COLUMNS], complete, mark)
+    shutil.rmtree(partial)
+    return Answered(len(complete), sum(bool(record["error"]) for record in done.values()))
+
+
+def _column(table: Table, named: str | None, path: Path) -> str:
+    """The column with the question. Raises UsageError when it is not there or not clear."""
+    there = f"it has {', '.join(table.columns)}" if table.columns else "it has none"
+    if taken := set(COLUMNS) & set(table.columns):
+        raise UsageError(
+            f"{path} has a column '{min(taken)}' already", "rename it: the result has one too"
+        )
+    usual = [name for name in _USUAL if name in table.columns]
+    found = named or (table.columns[0] if len(table.columns) == 1 else next(iter(usual), None))
+    if found is None:
+        raise UsageError(f"which column of {path} holds the questions?", f"--column; {there}")
+    if found not in table.columns:
+        raise UsageError(f"{path} has no column '{found}'", there)
+    return found
+
+
+def _partial(out: Path, overwrite: bool) -> Path:
+    """The folder of an unfinished run."""
+    partial = out.with_name(out.name + ".partial")
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent}", "make it first")
+    if overwrite:
+        out.unlink(missing_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+    elif out.exists():
+        raise UsageError(f"{out} is there already", "choose another --out, or --overwrite it")
+    partial.mkdir(exist_ok=True)
+    return partial
+
+
+def _fingerprint(
+    model: str, revision: str | None, table: Table, column: str, wanted: Wanted
+) -> dict[str, Any]:
+    """What decides the answers."""
+    template = wanted.template
+    if template is not None and Path(template).is_file():
+        template = hashlib.sha256(Path(template).read_bytes()).hexdigest()
+    questions = "\0".join(str(row.get(column)) for row in table.rows)
+    return asdict(wanted) | {
+        "model": model,
+        "revision": revision,
+        "template": template,
+        "questions": hashlib.sha256(questions.encode("utf-8", "replace")).hexdigest(),
+        "column": column,
+    }
+
+
+def _recorded(ledger: Ledger) -> Iterator[tuple[int, Record]]:
+    for part in ledger:
+        for row, record in ledger.report(part).items():
+            yield int(row), record
+
+
+def _answers(
+    engine: Engine, prompts: Prompts, texts: dict[int, Any], wanted: Wanted
+) -> dict[int, Record]:
+    """The records of some rows, by row."""
+    ids: dict[int, list[int]] = {}
+    found: dict[int, Record] = {}
+    for row, text in texts.items():
+        try:
+            if not isinstance(text, str):
+                raise QuantkitError("there is no text in this row")
+            tokens = prompts.ids(asked(text, wanted.system))
+            if len(tokens) > engine.context:
+                raise QuantkitError(
+                    f"{len(tokens)} tokens do not fit into the context of {engine.context}"
+                )
+            ids[row] = tokens
+        except QuantkitError as error:
+            found[row] = dict(zip(COLUMNS, ("", "", error.message)))
+    if not ids:
+        return found
+    own = wanted.sampling(engine.own_settings)
+    each = [own if own.seed is None else replace(own, seed=own.seed + row) for row in ids]
+    stop = (*wanted.stop, *prompts.stop)
+    if isinstance(engine, TorchEngine):
+        texts_made = _together(engine, list(ids.values()), each, wanted.budget, stop)
+    else:
+        texts_made = [
+            _alone(engine, one, sampling, wanted.budget, stop)
+            for one, sampling in zip(ids.values(), each)
+        ]
+    made = {row: (text.strip(), why, "") for row, (text, why) in zip(ids, texts_made)}
+    return found | {row: dict(zip(COLUMNS, record)) for row, record in made.items()}
+
+
+def _alone(
+    engine: Engine, ids: list[int], sampling: Sampling, budget: int, stop: Sequence[str]
+) -> tuple[str, str]:
+    answer = Answer(engine, ids, sampling, budget, stop)
+    text = "".join(answer)
+    return text, str(answer.reason)
+
+
+def _together(
+    engine: TorchEngine,
+    ids: list[list[int]],
+    sampling: list[Sampling],
+    budget: int,
+    stop: Sequence[str],
+) -> list[tuple[str, str]]:
+    """Text and reason of each, computed at once."""
+    written = [Written(engine, stop) for _ in ids]
+    texts = [""] * len(ids)
+    steps = engine.batch(ids, sampling, budget)
+    ended: set[int] | None = None
+    with suppress(StopIteration):
+        while True:
+            found = steps.send(ended)
+            for i, token in found:
+                texts[i] += written[i].push(token)
+            ended = {i for i, _ in found if written[i].reason is not None}
+    for i, one in enumerate(written):
+        texts[i] += one.rest()
+    cut = ["length" if len(one.ids) >= budget else "context" for one in written]
+    return [(text, one.reason or why) for text, one, why in zip(texts, written, cut)]

@@ -1,0 +1,95 @@
+"""The CPU loop: the same tokens and logits as transformers, whatever the linears are made of."""
+
+import pytest
+import torch
+from tools import model, quantized
+
+from quantkit.core.sampling import Sampling
+from quantkit.runtime import decode_cpu
+from quantkit.runtime.load import load
+from quantkit.runtime.torch_engine import CacheState, TorchEngine
+
+IDS = [5, 17, 99, 3, 250, 31, 8, 120, 64, 77]
+GREEDY = Sampling(temperature=0)
+
+
+def stepwise(state, ids: list[int], at: int) -> torch.Tensor:
+    """Logits behind the first ``at`` tokens at once, and then behind every one."""
+    with torch.inference_mode():
+        return torch.stack([state.compute(ids[:at]), *(state.compute([i]) for i in ids[at:])])
+
+
+@pytest.mark.parametrize("source", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_logits_are_those_of_transformers(source, at):
+    changes = {"sliding_window": None} if source == "mistral" else {}
+    loaded, _ = load(str(model(source, **changes)), dtype="float32")
+    assert decode_cpu.fits(loaded)
+    with torch.inference_mode():
+        wanted = loaded(torch.tensor([IDS])).logits[0, at - 1 :]
+    found = stepwise(decode_cpu.LlamaState(loaded), IDS, at)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-4)
+    with torch.inference_mode():  # the model itself is as it was
+        torch.testing.assert_close(loaded(torch.tensor([IDS])).logits[0, at - 1 :], wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 3}, {"act_order": "group"}, {"sym": False}])
+def test_quantized_linears_of_all_kinds(settings):
+    folder = str(quantized("demo", **settings))
+    loaded, tokenizer = load(folder, dtype="bfloat16")
+    exact, _ = load(folder, dtype="float32")
+    ids = tokenizer.encode("日本の首都は東京です。")
+    with torch.inference_mode():
+        wanted = exact(torch.tensor([ids])).logits[0, 1:]
+        theirs = loaded(torch.tensor([ids])).logits[0, 1:].float()
+    found = stepwise(decode_cpu.LlamaState(loaded), ids, 2).float()
+    error, usual = ((x - wanted).norm() / wanted.norm() for x in (found, theirs))
+    assert error < 1.3 * usual
+    tokens = list(TorchEngine(exact, tokenizer).stream(ids, GREEDY, 12))
+    made = exact.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    assert tokens == made[0, len(ids) :].tolist()
+
+
+def test_joined_linears_share_their_memory():
+    loaded, tokenizer = load(str(quantized("demo")), dtype="bfloat16")
+    attention = loaded.model.layers[0].self_attn
+    TorchEngine(loaded, tokenizer)._decoder.begin(IDS, 64)
+    places = [
+        one.packed.untyped_storage().data_ptr()
+        for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
+    assert len(set(places)) == 1
+
+
+def test_it_grows_and_is_cut(monkeypatch):
+    monkeypatch.setattr(decode_cpu, "_STEP", 4)
+    loaded, _ = load(str(model("llama")), dtype="float32")
+    state = decode_cpu.LlamaState(loaded)
+    whole = stepwise(decode_cpu.LlamaState(loaded), IDS, 1)
+    torch.testing.assert_close(stepwise(state, IDS, 1), whole)
+    assert state.cut(3) == 3
+    with torch.inference_mode():
+        state.compute([9, 9])
+        state.cut(3)
+        found = state.compute(IDS[3:7])
+    torch.testing.assert_close(found, whole[6], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["gpt_neox", "mistral", "qwen3", "phi"])
+def test_other_models_go_through_transformers(source):
+    loaded, tokenizer = load(str(model(source)), dtype="float32")
+    assert not decode_cpu.fits(loaded)
+    engine = TorchEngine(loaded, tokenizer)
+    tokens = list(engine.stream(IDS, GREEDY, 6))
+    assert isinstance(engine._decoder._state, CacheState)
+    made = loaded.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False)
+    assert tokens == made[0, len(IDS) :].tolist()
+    again = [*IDS[:5], 1, 2]
+    fresh = TorchEngine(loaded, tokenizer)
+    assert list(engine.stream(again, GREEDY, 6)) == list(fresh.stream(again, GREEDY, 6))
+
+
+def test_angles_that_depend_on_the_length_are_left_to_transformers():
+    loaded, _ = load(str(model("llama")))
+    loaded.config.rope_parameters = {"rope_type": "dynamic"}
+    assert not decode_cpu.fits(loaded)

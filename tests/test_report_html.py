@@ -12,8 +12,9 @@ import pytest
 
 from quantkit import data
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.workflows.gate import DEFAULTS
 from quantkit.workflows.report_html import page, write
-from quantkit.workflows.report_verdict import findings, layers, level, shortened
+from quantkit.workflows.report_verdict import LEVELS, findings, layers, level, shortened
 from quantkit.workflows.report_words import Words, change, number, percent, size, tick, with_error
 
 EVIL = '<script src="http://evil.example/x.js">alert(1)</script>{kl}&\x00\x1b"\'><img src=x>'
@@ -293,10 +294,11 @@ def test_what_is_no_number_is_said():
     ("kl", "top1", "expected"),
     [
         (0.001, 0.99, "same"),
-        (0.001, 0.94, "very_close"),
+        (0.001, 0.94, "close"),
         (0.03, 0.99, "close"),
         (0.0871, 0.811, "different"),
-        (0.5, 0.7, "worse"),
+        (0.4, 0.7, "worse"),
+        (0.4, 0.6, "far"),
         (5.0, 0.1, "broken"),
         (0.001, NAN, "broken"),
     ],
@@ -307,6 +309,11 @@ def test_the_verdict_is_the_worse_of_both(kl, top1, expected):
     reader = read(content)
     assert [a["class"] for _, a in reader.tags if a.get("aria-current")] == [f"v-{expected}"]
     assert Words("en").labels[expected] in reader.text
+
+
+def test_the_verdict_and_the_gate_use_the_same_limits():
+    for name, (_, kl, top1, _) in zip((one for one, _, _ in LEVELS), DEFAULTS, strict=True):
+        assert level(described(kl=kl, top1=top1)) == name
 
 
 def test_findings_point_at_the_layer():

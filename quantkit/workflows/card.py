@@ -6,6 +6,7 @@ from typing import Any
 from quantkit.core.metrics import shown
 from quantkit.workflows import budget as budgeting
 
+FILE = "README.md"
 HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 

@@ -18,8 +18,15 @@ class Ranking:
     models: list[Verification]
 
     def described(self) -> dict[str, Any]:
-        """Plain numbers and text, for JSON."""
-        return {"against": self.against, "models": [model.described() for model in self.models]}
+        """Plain numbers and text, for JSON and the report. ``behind``, for each but the first: how
+        much larger its mean KL is than that of the one before, on the same rows."""
+        pairs = zip(self.models, self.models[1:])
+        behind = [after.comparison.kl_above(before.comparison) for before, after in pairs]
+        return {
+            "against": self.against,
+            "models": [model.described() for model in self.models],
+            "behind": [None, *({"kl": one.mean, "kl_error": one.error} for one in behind)],
+        }
 
 
 def compare(

@@ -4,6 +4,7 @@ Any checkpoint that quantkit loads can be one: quantized linears are multiplied 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
@@ -53,13 +54,9 @@ class Reference:
         for index in range(len(self.walk)):
             with self.walk.block(index) as block:
                 errors = LayerErrors(block, other, (name, self.source.name))
-                for i in traced:
-                    with errors.measuring():
-                        hidden_i = block.forward(hidden[i])
-                    hidden[i] = hidden_i
-                for i in range(len(hidden)):
-                    if i not in traced:
-                        hidden[i] = block.forward(hidden[i])
+                for i, state in enumerate(hidden):
+                    with errors.measuring() if i in traced else nullcontext():
+                        hidden[i] = block.forward(state)
                 found |= errors.described()
             self.opened.release()
             done(index + 1, self.walk.block_name(index))

@@ -5,18 +5,13 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from quantkit.workflows.gate import DEFAULTS
 from quantkit.workflows.report_words import finite, number, percent
 
-# A level holds while the mean KL (nats) is at most, and the top-1 agreement at least, this. 8-bit
-# models are usually "same", good 4-bit ones of several billion parameters "close" or "very_close",
-# good 3-bit ones "different"; small models lose more at the same bits.
-LEVELS = (
-    ("same", 0.005, 0.97),
-    ("very_close", 0.02, 0.93),
-    ("close", 0.06, 0.88),
-    ("different", 0.2, 0.78),
-    ("worse", 0.7, 0.55),
-)
+# A level holds while the mean KL (nats) is at most, and the top-1 agreement at least, what is usual
+# for 8, 6, 4, 3 and 2 bits: the gate's limits, so that the two do not contradict each other.
+_NAMES = ("same", "close", "different", "worse", "far")
+LEVELS = tuple((name, kl, top1) for name, (_, kl, top1, _) in zip(_NAMES, DEFAULTS))
 BROKEN = "broken"
 _SHOWN = 5  # findings of one kind
 _LOST = 0.5  # relative error of a layer's output that leaves nothing of it
@@ -104,14 +99,14 @@ def findings(described: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def shortened(found: list[Finding]) -> list[tuple[Finding, int]]:
-    """Not more than a few of every kind, with how many more there are (at the last one)."""
+def shortened(found: list[Finding], most: int = _SHOWN) -> list[tuple[Finding, int]]:
+    """Not more than ``most`` of every kind, with how many more there are (at the last one)."""
     kinds: dict[str, list[Finding]] = defaultdict(list)
     for one in found:
         kinds[one.key].append(one)
     result = []
     for same in kinds.values():
-        shown = same[:_SHOWN]
+        shown = same[:most]
         result += [(one, 0) for one in shown[:-1]] + [(shown[-1], len(same) - len(shown))]
     return result
 

@@ -9,7 +9,6 @@ from quantkit.core.checkpoint import write_json, write_text
 from quantkit.core.source import Source
 from quantkit.workflows import card
 
-_CARD = "README.md"
 # what is long, or about single places, stays in the report
 _KEPT = ("against", "kl", "kl_error", "top1", "top5", "perplexity_ratio", "perplexity_ratio_error")
 _KEPT += ("sets", "divergence", "nonfinite", "gate")
@@ -26,14 +25,16 @@ def write(found: dict[str, Any], source: Source, folder: Path, notes: list[str])
     verdict = {key: found[key] for key in _KEPT}
     verdict["settings"] = {key: found["settings"][key] for key in keys}
     content = {**record, "verified": plain(verdict)}
-    card_file = source.folder / _CARD
+    card_file = source.folder / card.FILE
     try:
         shown = card_file.read_text("utf-8") if card_file.is_file() else None
         write_json(source.folder / provenance.FILE, content)
         if shown is not None and card.is_ours(shown, record):
             write_text(card_file, card.model_card(content))
         elif shown is not None:
-            notes.append(f"{_CARD} is not as quantkit wrote it, so the verdict was not put there")
+            notes.append(
+                f"{card.FILE} is not as quantkit wrote it, so the verdict was not put there"
+            )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         notes.append(f"the verdict could not be written to {source.name} ({reason})")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkit import data
 from quantkit.errors import UsageError
 from quantkit.runtime.stream import Detokenizer, Streamer
-from quantkit.workflows.generate import encode_prompt, generate, sampling
+from quantkit.workflows.generate import encode_prompt, generate
 
 PROMPT = "昔々、ある村に"
 GREEDY = {"temperature": 0, "chat": False, "max_new_tokens": 24}
@@ -193,25 +193,6 @@ def test_a_penalty_changes_what_is_repeated():
     assert len(set(found)) > len(set(free))
 
 
-@pytest.mark.parametrize(
-    ("given_settings", "expected"),
-    [
-        ({}, {}),
-        ({"temperature": 0.0, "top_k": 5}, {"do_sample": False, "top_k": None}),
-        ({"temperature": 0.7}, {"do_sample": True, "temperature": 0.7}),
-        ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
-        ({"top_k": 0}, {"do_sample": True, "top_k": 0}),
-        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
-    ],
-)
-def test_settings_that_are_not_given_stay_the_model_s(given_settings, expected):
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    found = sampling(*(given_settings.get(name) for name in names))
-    assert {name: found[name] for name in expected} == expected
-    if given_settings.get("temperature") != 0:
-        assert found == expected
-
-
 # prompts
 
 
@@ -287,6 +268,8 @@ def test_chat_and_raw_differ(capsys, tmp_path):
         (["--top-p", "1.5"], "--top-p"),
         (["--top-k", "-3"], "--top-k"),
         (["--repetition-penalty", "0"], "--repetition-penalty"),
+        (["--min-p", "2"], "--min-p"),
+        (["--seed", "-1"], "--seed"),
         (["-n", "0"], "--max-new-tokens"),
         (["--dtype", "int8"], "int8"),
         (["--device", "gpu"], "gpu"),

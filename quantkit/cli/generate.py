@@ -21,6 +21,7 @@ from quantkit.errors import UsageError
 @click.option("--temperature", "-t", type=float, help="0 always takes the likeliest token.")
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total share.")
 @click.option("--top-k", type=int, help="Sample from this many tokens.")
+@click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest.")
 @click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.")
 @click.option("--stop", multiple=True, help="Stop after this text; repeatable.")
 @click.option("--seed", type=int, help="For the same text again.")

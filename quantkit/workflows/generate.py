@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from quantkit.core.sampling import chosen
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.load import load
 from quantkit.runtime.stream import Streamer
@@ -32,6 +32,7 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: list[str] | tuple[str, ...] = (),
     seed: int | None = None,
@@ -47,7 +48,15 @@ def generate(
     Sampling settings that are not given are the model's own; ``temperature=0`` is greedy. ``write``
     receives the text piece by piece.
     """
-    settings = sampling(temperature, top_p, top_k, repetition_penalty)
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    chosen({}, given)  # values out of range are refused before anything is loaded
     if not all(stop):
         raise UsageError("an empty --stop would end every answer at once", "leave it out")
     if max_new_tokens < 1:
@@ -58,6 +67,7 @@ def generate(
     ids = encode_prompt(tokenizer, prompt, chat).to(loaded.device)
     if seed is not None:
         torch.manual_seed(seed)
+    settings = chosen(loaded.generation_config.to_dict(), given).arguments()
     if stop:
         settings |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     pieces: list[str] = []
@@ -78,35 +88,6 @@ def generate(
     )[0, ids.shape[1] :]
     seconds = perf_counter() - started
     return Generated("".join(pieces), ids.shape[1], len(output), seconds)
-
-
-def sampling(
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-) -> dict[str, Any]:
-    """Keyword arguments for ``model.generate``. Raises UsageError for values out of range."""
-    if temperature is not None and not 0 <= temperature < inf:
-        raise UsageError(
-            f"--temperature {temperature:g} is out of range",
-            "0 always takes the likeliest token, 1 is the model's own spread",
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError("--top-p must be above 0 and at most 1")
-    if top_k is not None and top_k < 0:
-        raise UsageError("--top-k cannot be negative", "0 turns it off")
-    if repetition_penalty is not None and not 0 < repetition_penalty < inf:
-        raise UsageError("--repetition-penalty must be positive", "1.0 turns it off")
-    found: dict[str, Any] = {}
-    if repetition_penalty is not None:
-        found["repetition_penalty"] = repetition_penalty
-    if temperature == 0:
-        # the model's own sampling settings would only draw warnings now
-        return found | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    given = {name: value for name, value in given.items() if value is not None}
-    return found | given | ({"do_sample": True} if given else {})
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> torch.Tensor:

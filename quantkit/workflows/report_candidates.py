@@ -23,7 +23,6 @@ from quantkit.workflows.report_words import (
     with_error,
 )
 
-_WORST = 3  # layers of each model
 _ABOVE = (0.1, 0.3, 1.0, 3.0)  # nats
 
 
@@ -190,7 +189,7 @@ def layer_errors(ranked: Described, words: Words) -> str:
             percent(layer.predicted),
         ]
         for index, (one, some) in enumerate(zip(models, found))
-        for layer in sorted(some, key=_error, reverse=True)[:_WORST]
+        for layer in sorted(some, key=_error, reverse=True)[:1]
     ]
     worst = table(words("worst_layers"), head, rows)
     parts = [figure, tag("h3", words("worst_layers")), worst]

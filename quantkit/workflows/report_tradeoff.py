@@ -19,6 +19,7 @@ from quantkit.workflows.report_charts import (
 )
 from quantkit.workflows.report_words import Words, number, percent, tag, text, tick
 
+_RARE = 0.001  # of a model's tokens
 _ROW, _RIDGE = 62, 42  # of the distributions: a model's height, and its highest bar's
 
 
@@ -51,28 +52,42 @@ def _tradeoff(points: list[Point], words: Words, size: Size) -> str:
     if len(front) > 1:
         run = " ".join(f"{x.at(one.bits)},{y.at(one.kl)}" for one in front)
         parts.append(tag("polyline", points=run, class_="front"))
-    taken: list[tuple[float, float]] = []
-    for one in sorted(points, key=lambda one: one.kl, reverse=True):
-        at, high = x.at(one.bits), y.at(one.kl)
+    places = [(x.at(one.bits), y.at(one.kl)) for one in points]
+    taken = [_Box(left - 8, top - 8, 16, 16) for left, top in places]
+    for one, (left, top) in zip(points, places):
         about = words.plain(
             "tradeoff_point", name=one.name, bits=number(one.bits), kl=number(one.kl)
         )
-        shape = {"d": marker(one.series, at, high, 6), "class_": f"dot f{one.series % COLOURS}"}
+        shape = {"d": marker(one.series, left, top, 6), "class_": f"dot f{one.series % COLOURS}"}
         parts.append(tag("path", tag("title", text(about)), **shape))
-        if size is WIDE:  # on a phone there is the legend
-            parts.append(_label(one.name, at, high, taken, x))
+        if size is WIDE:  # a phone has the legend
+            parts.append(_label(one.name, left, top, taken, x))
     return svg(size, words("tradeoff"), parts)
 
 
-def _label(name: str, at: float, high: float, taken: list[tuple[float, float]], x: Axis) -> str:
-    """A name beside its point, lower where another one is."""
-    place = high + 4
-    while any(abs(place - other) < 14 and abs(at - near) < 130 for near, other in taken):
-        place += 14
-    taken.append((at, place))
-    left = at > (x.start + x.end) / 2
-    side = {"x": at - 11, "text_anchor": "end"} if left else {"x": at + 11}
-    return tag("text", text(name), y=round(place, 1), class_="label", **side)
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def touches(self, other: "_Box") -> bool:
+        beside = self.left >= other.left + other.width or other.left >= self.left + self.width
+        return not beside and abs(self.top - other.top) < max(self.height, other.height) - 2
+
+
+def _label(name: str, left: float, top: float, taken: list[_Box], x: Axis) -> str:
+    """The name beside its point, where no other point or name is; none where there is no room."""
+    width = 7.2 * len(name)
+    for drop in (0, -13, 13):
+        for side in (11, -11 - width):
+            box = _Box(left + side, top - 7 + drop, width, 14)
+            inside = x.start <= box.left and box.left + width <= x.end
+            if inside and not any(box.touches(other) for other in taken):
+                taken.append(box)
+                return tag("text", text(name), x=round(box.left, 1), y=box.top + 11, class_="label")
+    return ""
 
 
 @dataclass(frozen=True)
@@ -85,14 +100,20 @@ class Spread:
 
 
 def distributions(edges: list[float], models: list[Spread], words: Words) -> str:
-    """A row for every model, in the order of its colour. Empty without tokens."""
-    used = [i for i in range(len(edges) - 1) if any(model.counts[i] for model in models)]
+    """A row for every model, in the order of its colour; empty without tokens. Bins on the left
+    that hardly any token is in are left out."""
+    used = [i for i in range(len(edges) - 1) if any(_seen(model, i) for model in models)]
     if not used:
         return ""
-    bins = range(used[0], used[-1] + 1)
+    last = max(i for i in range(len(edges) - 1) if any(model.counts[i] for model in models))
+    bins = range(used[0], last + 1)
     height = TOP + _ROW * len(models) + BOTTOM
     sizes = (Size(one.width, height, one.kind) for one in (WIDE, NARROW))
     return "".join(_distributions(edges, models, bins, words, size) for size in sizes)
+
+
+def _seen(model: Spread, index: int) -> bool:
+    return model.counts[index] > _RARE * sum(model.counts)
 
 
 def _distributions(

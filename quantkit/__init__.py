@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantkit.workflows.bnb import quantize_bnb
     from quantkit.workflows.compare import compare
     from quantkit.workflows.convert import convert
+    from quantkit.workflows.evaluate import evaluate
     from quantkit.workflows.generate import generate
     from quantkit.workflows.gguf import quantize_gguf
     from quantkit.workflows.inspect import inspect
@@ -34,12 +35,14 @@ _HOMES = {
     "quantize_gguf": "quantkit.workflows.gguf",
     "quantize_rtn": "quantkit.workflows.rtn",
     "verify": "quantkit.workflows.verify",
+    "evaluate": "quantkit.workflows.evaluate",
     "generate": "quantkit.workflows.generate",
     "inspect": "quantkit.workflows.inspect",
 }
 __all__ = [
     "compare",
     "convert",
+    "evaluate",
     "generate",
     "inspect",
     "load",

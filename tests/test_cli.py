@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel
 import quantkit
 from quantkit import data
 from quantkit.cli import awq, bnb, compare, convert, generate, gguf, gptq, rtn, verify
+from quantkit.cli import eval as eval_command
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -61,7 +62,7 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     methods = {"quantize", *(f"quantize_{name}" for name in ("awq", "bnb", "gguf", "rtn"))}
-    others = {"convert", "compare", "verify", "generate", "inspect", "load"}
+    others = {"convert", "compare", "evaluate", "verify", "generate", "inspect", "load"}
     assert set(quantkit.__all__) == methods | others
     assert all(callable(getattr(quantkit, name)) for name in quantkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
@@ -96,6 +97,7 @@ ONLY_IN_PYTHON = {"progress", "write"}
         (convert, quantkit.convert, ["demo", "--to", "awq"]),
         (verify, quantkit.verify, ["demo"]),
         (compare, quantkit.compare, ["demo"]),
+        (eval_command, quantkit.evaluate, ["demo", "--tasks", "x"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
     ],
@@ -108,6 +110,7 @@ ONLY_IN_PYTHON = {"progress", "write"}
         "convert",
         "verify",
         "compare",
+        "eval",
         "generate",
         "inspect",
     ],

@@ -22,6 +22,7 @@ _COMMANDS = {
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "compare": "Rank several models by what they lost.",
+    "eval": "Score a model on tasks of lm-evaluation-harness.",
     "generate": "Continue or answer a prompt.",
     "run": "Run a recipe: commands and their options in a file.",
 }

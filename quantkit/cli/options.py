@@ -148,6 +148,13 @@ def measuring(command: Command) -> Command:
     """On which text models are compared, and how."""
     for option in (
         click.option(
+            "--engine",
+            type=click.Choice(["torch", "llama.cpp"]),
+            default="torch",
+            show_default=True,
+            help="What computes a GGUF file's predictions (llama.cpp: quantkit[llamacpp]).",
+        ),
+        click.option(
             "--samples/--no-samples",
             default=True,
             show_default=True,

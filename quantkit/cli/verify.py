@@ -101,8 +101,8 @@ def _show(found: dict[str, Any]) -> None:
         console.print(tables.sample_table(found["samples"], 3))
     for line in tables.facts(found):
         console.print(escape(line))
-    for name in found["nonfinite"][:5]:
-        console.print(f"[red]not finite:[/] {escape(name)}")
+    for line in tables.finding_lines(found):
+        console.print(f"[yellow]look at this:[/] {escape(line)}")
     for text in found["notes"]:
         console.print(f"[yellow]note:[/] {escape(text)}")
     if found["gate"] and found["gate"]["passed"]:

@@ -39,7 +39,7 @@ class Reference:
 
     def layers(
         self, other: nn.Module, name: str, done: Callable[[int, str], None]
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, dict[str, float | None]]:
         """What the linears of ``other``, called ``name``, lose (see LayerErrors) on a few of the
         rows. The first time all rows are taken along, for ``logits``."""
         every = max(1, len(self.batches) // _TRACED)
@@ -50,7 +50,7 @@ class Reference:
         else:
             batches = self.batches
         hidden = self.walk.embed(batches)
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, float | None]] = {}
         for index in range(len(self.walk)):
             with self.walk.block(index) as block:
                 errors = LayerErrors(block, other, (name, self.source.name))
@@ -81,7 +81,9 @@ class Reference:
                     f"{free / 1e9:.1f} GB are free"
                 )
             model: Any = load_model(self.source, self.skeleton.device, self.skeleton.dtype)
-            self._written = divergence.continued(model, self.tokenizer)
+            self._written = divergence.continued(
+                divergence.greedy(model, self.tokenizer), self.tokenizer
+            )
         return self._written
 
     def _in_memory(self) -> int:

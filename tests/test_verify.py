@@ -539,3 +539,35 @@ def test_an_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("  \n")
     with pytest.raises(QuantkitError, match="holds no text"):
         verify(str(quantized()), text=[str(tmp_path / "empty.txt")], **FEW)
+
+
+# llama.cpp
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf") / "demo-q4_0"
+    convert("demo", "gguf:q4_0", folder, lossy=True)
+    return next(folder.glob("*.gguf"))
+
+
+def test_what_llama_cpp_computes_can_be_measured(gguf):
+    """Its activations have 8 bits: nearly the file multiplied out, and not quite."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    options = {"against": "demo", "dtype": "float32", **FEW}
+    one, two = (verify(str(gguf), engine=name, **options) for name in ("torch", "llama.cpp"))
+    ours, theirs = one.described(), two.described()
+    assert theirs["kl"] == pytest.approx(ours["kl"], rel=0.1) and theirs["kl"] != ours["kl"]
+    assert [found["settings"]["engine"] for found in (ours, theirs)] == ["torch", "llama.cpp"]
+    assert theirs["layers"] == ours["layers"]
+    assert sum(a.quantized == b.quantized for a, b in zip(one.samples, two.samples)) >= 4
+
+
+def test_llama_cpp_is_for_gguf_files(monkeypatch, gguf):
+    with pytest.raises(UsageError, match="runs GGUF files, and quantized is none"):
+        verify(str(quantized()), engine="llama.cpp", **FEW)
+    with pytest.raises(UsageError, match="no engine 'vllm'"):
+        verify(str(gguf), against="demo", engine="vllm", **FEW)
+    monkeypatch.setattr("quantkit.runtime.llamacpp.installed", lambda: False)
+    with pytest.raises(QuantkitError, match="llama-cpp-python is not installed"):
+        verify(str(gguf), against="demo", engine="llama.cpp", **FEW)

@@ -49,7 +49,7 @@ def ranking(ranked: Described, words: Words) -> str:
     largest = max(one["size"]["bytes"] for one in models)
     columns = ["kl", "verdict", "top1", "perplexity_ratio", "same_text", "size", "bits", "memory"]
     gated = any(one["gate"] for one in models)
-    head = [words("model"), *(words(key) for key in [*columns, *["gate"] * gated])]
+    head = [words("model"), *(words(key) for key in columns), *([words("gate")] if gated else [])]
     rows = []
     for index, (one, behind) in enumerate(zip(models, ranked["behind"])):
         cells = [
@@ -63,7 +63,7 @@ def ranking(ranked: Described, words: Words) -> str:
             text(number(one["size"]["bits_per_weight"])),
             text(size(one["size"]["memory"])),
         ]
-        rows.append([*cells, *[_gate(one, words)] * gated])
+        rows.append([*cells, _gate(one, words)] if gated else cells)
     return section(words, "ranking", table(words("ranking"), head, rows), note="ranking_note")
 
 
@@ -178,8 +178,10 @@ def layer_errors(ranked: Described, words: Words) -> str:
             [_named(one["model"], layer) for layer in some if layer.kind == kind]
             for one, some in zip(models, found)
         ]
-    panels = {label: charts.lines(series, words) for label, series in lines.items()}
-    figure = tag("figure", switch("layers", words("layer"), panels), _legend(models))
+    drawn = {label: charts.lines(series, words) for label, series in lines.items()}
+    panels = {label: chart for label, chart in drawn.items() if chart}
+    chosen = switch("layers", words("layer"), panels) if panels else ""
+    figure = tag("figure", chosen, _legend(models)) if panels else ""
     head = [words("model"), words("layer"), words("error"), words("predicted")]
     rows = [
         [

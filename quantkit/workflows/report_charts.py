@@ -126,8 +126,6 @@ def _histogram(
 
 def layer_chart(layers: list[Layer], words: Words) -> str:
     """Errors over the blocks, one line for every kind of layer. Empty without an error above 0."""
-    if not any(finite(layer.error) and layer.error for layer in layers):
-        return ""
     # of many layers of one kind in a block (experts), the worst
     shown: dict[tuple[str, int | None], Layer] = {}
     for layer in layers:
@@ -138,7 +136,9 @@ def layer_chart(layers: list[Layer], words: Words) -> str:
 
 
 def lines(series: list[list[Layer]], words: Words) -> str:
-    """Errors over the blocks, one line for each series."""
+    """Errors over the blocks, one line for each series. Empty without an error above 0."""
+    if not any(finite(layer.error) and layer.error for same in series for layer in same):
+        return ""
     return "".join(_lines(series, words, size) for size in (WIDE, NARROW))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.methods import gptq, rtn, scales
+from quantkit.methods import gptq, rtn, scales, search
 from quantkit.methods.gptq import Options, factor, relative_error, solve, visiting_order
 
 OUT, WIDTH, DAMP = 12, 256, 0.01
@@ -92,7 +92,7 @@ def choose_grid(weight, hessian, start, stop, scheme, options):
     if stop < len(hessian):
         later = hessian[start:stop, stop:]
         curvature = curvature - later @ torch.linalg.inv(hessian[stop:, stop:]) @ later.T
-    return scales.search(shown, curvature, scheme, options.zero_min)
+    return search.search(shown, curvature, scheme, options.zero_min)
 
 
 @cache
@@ -185,9 +185,9 @@ def test_smallest_zero_point_is_kept():
     weight, hessian = problem(8, 64)
     weight = weight.abs() + 0.1  # all positive: the best zero point is 0
     scheme = Scheme(4, 16, False)
-    for search in (True, False):
-        free = solve(weight, hessian, scheme, Options(search=search)).qweight.zero
-        held = solve(weight, hessian, scheme, Options(search=search, zero_min=1)).qweight.zero
+    for searched in (True, False):
+        free = solve(weight, hessian, scheme, Options(search=searched)).qweight.zero
+        held = solve(weight, hessian, scheme, Options(search=searched, zero_min=1)).qweight.zero
         assert int(free.min()) == 0
         assert int(held.min()) == 1
 

@@ -8,6 +8,7 @@ import torch
 from quantkit.core.qweight import Scheme
 from quantkit.methods import refine, scales
 from quantkit.methods.gptq import Options, solve
+from quantkit.methods.products import Factor
 
 OUT, WIDTH = 8, 192
 
@@ -79,11 +80,15 @@ def test_every_round_lowers_the_objective(bits, group, symmetric, act_order):
     assert float(reached[1].sum()) < float(reached[0].sum())
 
 
+def refit(columns, hessian, levels, grid):
+    return refine.refit(hessian @ columns, Factor(hessian), levels, grid)
+
+
 @every_scheme
 def test_refit_makes_no_row_worse(scheme):
     columns, hessian, levels, grid = start(scheme)
     before = row_objectives(columns, hessian, levels, grid)
-    fitted = refine.refit(columns, hessian, levels, grid)
+    fitted = refit(columns, hessian, levels, grid)
     assert_not_worse(row_objectives(columns, hessian, levels, fitted), before)
 
 
@@ -92,7 +97,7 @@ def test_refit_finds_the_least_squares_scales(scheme):
     """Against an explicit least-squares problem a row, rounded to float16 afterwards."""
     columns, hessian, levels, grid = start(scheme)
     scale = grid.scale
-    fitted = refine.refit(columns, hessian, levels, grid).scale
+    fitted = refit(columns, hessian, levels, grid).scale
     root = torch.linalg.cholesky(hessian, upper=True)
     groups = len(scale)
     changed = 0
@@ -112,7 +117,7 @@ def test_refit_keeps_old_scales_that_float16_makes_better():
     """Rounding each of the best scales by itself is not the best choice of float16 numbers."""
     scheme = Scheme(4, 16)
     columns, hessian, levels, grid = start(scheme)
-    rounded = refine.refit(columns, hessian, levels, grid).scale
+    rounded = refit(columns, hessian, levels, grid).scale
     better = rounded.clone()
     for g in range(len(better)):
         for step in (-1, 1):  # one unit in the last place
@@ -124,23 +129,23 @@ def test_refit_keeps_old_scales_that_float16_makes_better():
             better = torch.where(gain, other, better)
     improved = (better != rounded).any(0)
     assert int(improved.sum()) > OUT // 2
-    again = refine.refit(columns, hessian, levels, grid._replace(scale=better)).scale
+    again = refit(columns, hessian, levels, grid._replace(scale=better)).scale
     assert torch.equal(again[:, improved], better[:, improved])
 
 
 def test_refit_is_the_same_in_pieces(monkeypatch):
     scheme = Scheme(4, 16, False)
     parts = start(scheme)
-    whole = refine.refit(*parts)
+    whole = refit(*parts)
     monkeypatch.setattr(refine, "_SYSTEM_BYTES", 4 * 12 * 12 * 3)  # three rows at a time
-    torch.testing.assert_close(refine.refit(*parts).scale, whole.scale)
+    torch.testing.assert_close(refit(*parts).scale, whole.scale)
 
 
 @every_scheme
 def test_polish_makes_no_row_worse(scheme):
     columns, hessian, levels, grid = start(scheme)
     before = row_objectives(columns, hessian, levels, grid)
-    refine.polish(columns, hessian, levels, grid)
+    refine.polish(columns, Factor(hessian), levels, grid)
     assert_not_worse(row_objectives(columns, hessian, levels, grid), before)
     assert bool((levels >= spread(grid.low)).all())
     assert bool((levels <= spread(grid.high)).all())
@@ -158,7 +163,7 @@ def test_polish_is_coordinate_descent(scheme):
         wanted = columns[i] + (hessian[i] @ error) / hessian[i, i]
         code = (wanted / scale[i] - low[i]).round().clamp(0, scheme.max_code)
         expected[i] = code + low[i]
-    refine.polish(columns, hessian, levels, grid)
+    refine.polish(columns, Factor(hessian), levels, grid)
     assert torch.equal(levels, expected)
 
 
@@ -168,7 +173,7 @@ def test_after_enough_polish_no_single_code_can_improve(symmetric):
     columns, hessian, levels, grid = start(scheme)
     for _ in range(50):
         before = levels.clone()
-        refine.polish(columns, hessian, levels, grid)
+        refine.polish(columns, Factor(hessian), levels, grid)
         if torch.equal(levels, before):
             break
     else:

@@ -22,6 +22,11 @@ import transformers  # noqa: E402
 from awq import AutoAWQForCausalLM  # noqa: E402
 from awq.quantize import quantizer  # noqa: E402
 
+# AutoAWQ tries a scale on the live weights and then restores them from copies that it takes with
+# Tensor.cpu(), which copies nothing on a CPU: there, every trial would stay in the weights
+_to_cpu = torch.Tensor.cpu
+torch.Tensor.cpu = lambda t, *rest: t.clone() if t.device.type == "cpu" else _to_cpu(t, *rest)
+
 with open(args.rows) as lines:
     rows = [json.loads(line)["input_ids"] for line in lines]
 # every tool gets the same rows, not texts that each of them cuts in its own way

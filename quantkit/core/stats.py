@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.core.profile import phase
+
 # Only blocks of columns on or above the diagonal are multiplied; 8 strips do 36/64 of the work.
 _STRIPS = 8
 _MIN_STRIP = 128
@@ -51,6 +53,10 @@ class InputStats:
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., width]."""
+        with phase("hessian"):
+            self._add(x)
+
+    def _add(self, x: Tensor) -> None:
         self._offset = (self._offset + 1) % self._every
         x = self._shifted(x)
         strip = max(_MIN_STRIP, -(-self.width // _STRIPS))
@@ -65,10 +71,11 @@ class InputStats:
         """Add the output differences ``delta`` [..., out] that went with the inputs ``x`` of the
         last ``add``."""
         assert self._cross is not None and self._drift is not None
-        x = self._shifted(x)
-        delta = self._picked(delta)
-        _add_product(self._cross, delta, x, self._exact)
-        self._drift += _column_sums(delta)
+        with phase("hessian"):
+            x = self._shifted(x)
+            delta = self._picked(delta)
+            _add_product(self._cross, delta, x, self._exact)
+            self._drift += _column_sums(delta)
 
     def _picked(self, x: Tensor) -> Tensor:
         """The tokens that are used: [tokens, features]."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.qweight import QWeight, Scheme
-from quantkit.methods import scales
+from quantkit.methods import scales, search
 
 # (weight [rows, in], its Hessian [in, in]) -> the weight after rounding
 Rounding = Callable[[Tensor, Tensor], Tensor]
@@ -116,7 +116,7 @@ def rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, zero_min: int = 0) 
     levels = torch.empty_like(columns)
     for start in range(0, len(columns), width):
         part = slice(start, start + width)
-        grid = scales.search(columns[part], hessian[part, part], scheme, zero_min)
+        grid = search.search(columns[part], hessian[part, part], scheme, zero_min)
         levels[part] = scales.nearest(columns[part], grid)
         grids.append(grid)
     return scales.quantized(levels, scales.together(grids, torch.stack), scheme)

@@ -31,13 +31,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core.profile import phase
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.methods import refine, scales
+from quantkit.methods import fused, products, refine, scales, search
 from quantkit.methods.scales import Grid
 
 ActOrder = Literal["static", "none", "group"]
-TILE = 128
+TILE, BLOCK = 128, 512
 _MAX_DAMP = 1.0
 
 
@@ -90,22 +91,23 @@ def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> 
     order = visiting_order(hessian.diagonal(), scheme, options.act_order)
     columns = target.T[order].contiguous()
     hessian = hessian[order][:, order]
-    unit, weight, damp = factor(hessian, options.damp)
+    with phase("factor"):
+        unit, weight, damp = factor(hessian, options.damp)
     hessian.diagonal().add_(damp * hessian.diagonal().mean())
     rounding = _Rounding(columns, unit, weight, scheme, options)
-    levels, grid = rounding.run()
+    with phase("round"):
+        levels, grid = rounding.run()
     del unit, rounding
-    for _ in range(options.rounds):
-        grid = refine.refit(columns, hessian, levels, grid)
-        refine.polish(columns, hessian, levels, grid)
+    if options.rounds:
+        with phase("refine"):
+            grid = refine.refined(columns, hessian, levels, grid, options.rounds)
     return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
 
 
 def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``."""
-    error = target - rounded
-    lost = (error @ hessian).mul_(error).sum()
-    return float(lost / (target @ hessian).mul_(target).sum())
+    factor = products.Factor(hessian)
+    return products.energy(factor, target - rounded) / products.energy(factor, target)
 
 
 def _revive(hessian: Tensor) -> tuple[Tensor, int]:
@@ -159,58 +161,80 @@ def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
 
 
 class _Rounding:
-    """One pass over the columns, in tiles; all matrices in visiting order and transposed."""
+    """One pass over the columns; all matrices in visiting order and transposed.
+
+    Errors are passed on in three steps, so that most of the work is in large products: to a block
+    of columns from all columns before it, inside the block tile by tile, inside a tile one by one.
+    """
 
     def __init__(
         self, columns: Tensor, unit: Tensor, weight: Tensor, scheme: Scheme, options: Options
     ) -> None:
         self.columns, self.unit, self.weight = columns, unit, weight
         self.scheme, self.options = scheme, options
+        self.group = scheme.width(columns.shape[0])
         self.errors = torch.empty_like(columns)  # columns - what they became, for the columns done
         self.levels = torch.empty_like(columns)
 
     def run(self) -> tuple[Tensor, Grid]:
         """Levels [in, out] and the grid of every group, [groups, out]."""
-        width = self.columns.shape[0]
-        group = self.scheme.width(width)
-        tile = min(group, TILE)
+        width, group = self.columns.shape[0], self.group
         grids: list[Grid] = []
-        for start in range(0, width, group):
-            grids.append(self._choose_grid(start, start + group))
-            for first in range(start, start + group, tile):
-                last = min(first + tile, start + group)
-                _round_tile(
-                    self._compensated(first, last, first),
-                    self.columns[first:last],
-                    self.unit[first:last, first:last].T.contiguous(),
-                    grids[-1],
-                    self.levels[first:last],
-                    self.errors[first:last],
-                )
+        for start in range(0, width, self._step(group)):
+            stop = min(start + self._step(group), width)
+            passed = self._passed(start, stop)
+            for first in range(start, stop, group):
+                grids.append(self._choose_grid(first, passed[first - start :][:group]))
+                self._round_group(first, passed[first - start :], grids[-1])
         return self.levels, scales.together(grids, torch.stack)
 
-    def _compensated(self, first: int, last: int, done: int) -> Tensor:
-        """What columns first..last should become, given the errors of the ``done`` before them."""
-        if not done:
-            return self.columns[first:last].clone()
-        return torch.addmm(
-            self.columns[first:last], self.unit[:done, first:last].T, self.errors[:done]
-        )
+    def _step(self, group: int) -> int:
+        """Columns in a block: whole groups."""
+        return max(group, BLOCK // group * group)
 
-    def _choose_grid(self, start: int, stop: int) -> Grid:
-        """The group's grid. The published algorithm sees weights that already make up for all
-        earlier errors; with a = the running targets they are (a + w M)(I + M)^-1, M the group's
-        own strictly upper part, and their curvature is (I + M) D (I + M)^T."""
-        own = self.unit[start:stop, start:stop]
-        columns = self.columns[start:stop]
-        running = self._compensated(start, stop, start)
-        running += own.T @ columns
-        running -= columns
-        shown = torch.linalg.solve_triangular(own.T, running, upper=False, unitriangular=True)
+    def _passed(self, first: int, last: int) -> Tensor:
+        """What the columns first..last are to take up of all errors before them."""
+        passed = torch.zeros_like(self.columns[first:last])
+        if first:
+            products.add(passed, self.unit[:first, first:last].T, self.errors[:first])
+        return passed
+
+    def _round_group(self, first: int, passed: Tensor, grid: Grid) -> None:
+        """Round the group that begins at column ``first``; ``passed`` [n, out] are errors that it
+        and the columns of the block behind it are to take up, and gets those of this group too."""
+        for start in range(0, self.group, TILE):
+            stop, end = min(start + TILE, self.group), len(passed)
+            if self.group > BLOCK:
+                end = min(start // BLOCK * BLOCK + BLOCK, end)
+                if start and start % BLOCK == 0:
+                    done, block = slice(first, first + start), slice(first + start, first + end)
+                    products.add(passed[start:end], self.unit[done, block].T, self.errors[done])
+            tile = slice(first + start, first + stop)
+            _round_tile(
+                passed[start:stop].add_(self.columns[tile]),
+                self.columns[tile],
+                self.unit[tile, tile].T.contiguous(),
+                grid,
+                self.levels[tile],
+                self.errors[tile],
+            )
+            if stop < end:
+                behind = slice(first + stop, first + end)
+                products.add(passed[stop:end], self.unit[tile, behind].T, self.errors[tile])
+
+    def _choose_grid(self, first: int, passed: Tensor) -> Grid:
+        """The grid of the group that begins at column ``first``. The published algorithm sees
+        weights that already make up for all earlier errors; with p = ``passed`` they are
+        w + p (I + M)^-1, M the group's own strictly upper part, and their curvature is
+        (I + M) D (I + M)^T."""
+        group = slice(first, first + self.group)
+        own = self.unit[group, group]
+        shown = torch.linalg.solve_triangular(own.T, passed, upper=False, unitriangular=True)
+        shown += self.columns[group]
         if not self.options.search:
             return scales.from_range(shown, self.scheme, self.options.zero_min)
-        curvature = (own * self.weight[start:stop]) @ own.T
-        return scales.search(shown, curvature, self.scheme, self.options.zero_min)
+        curvature = (own * self.weight[group]) @ own.T
+        return search.search(shown, curvature, self.scheme, self.options.zero_min)
 
 
 def _round_tile(
@@ -219,8 +243,10 @@ def _round_tile(
     """Round the columns of one tile in order, into ``levels`` and ``errors`` (all [tile, out]).
 
     ``running`` already makes up for the tiles before; ``lower`` [tile, tile] is the tile's own part
-    of U, transposed. A fused kernel takes this function's place on a GPU.
+    of U, transposed.
     """
+    if fused.usable(columns):
+        return fused.round_tile(running, columns, lower, grid, levels, errors)
     inverse = 1 / grid.scale
     for j in range(columns.shape[0]):
         wanted = running[j]

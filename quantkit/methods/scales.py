@@ -1,4 +1,4 @@
-"""Scales and zero points of groups: from the range of the weights, or searched under a Hessian.
+"""Scales and zero points of groups, and candidates for them (search.py chooses).
 
 Everything here works on one group of columns at a time, transposed: ``target`` is float
 [group, out], one column of it per row of the weight, so that a step over all rows is one
@@ -19,10 +19,10 @@ from quantkit.core.qweight import QWeight, Scheme
 SCALE_DTYPE = torch.float16
 # Factors on the range, and steps between them around the best. Three times as many factors over a
 # wider span lower the objective by 0.3 %.
-_SHRINK = (0.65, 1.05)
-_COARSE = 7
-_FINE = (-0.67, -0.33, 0.33, 0.67)
-_AT_ONCE = 1024  # rows of the weight searched at once on a CPU, to stay in its caches
+SHRINK = (0.65, 1.05)
+COARSE = 7
+STEP = (SHRINK[1] - SHRINK[0]) / (COARSE - 1)
+FINE = (-0.67, -0.33, 0.33, 0.67)
 
 
 class Grid(NamedTuple):
@@ -58,10 +58,10 @@ def nearest(target: Tensor, grid: Grid) -> Tensor:
 
 def from_range(target: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
     """The smallest grid that holds every weight of the group: what round-to-nearest uses."""
-    return _Range(target, scheme, zero_min).grid(1.0, 1)
+    return Range(target, scheme, zero_min).grid(1.0, 1)
 
 
-class _Range:
+class Range:
     """The range of a group's weights, from which candidate grids are cut."""
 
     def __init__(self, target: Tensor, scheme: Scheme, zero_min: int) -> None:
@@ -88,23 +88,6 @@ class _Range:
         return Grid(scale, low, low + top)
 
 
-def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
-    """The grid with the least ``e^T K e`` per row, e = target - rounded target.
-
-    ``curvature`` K is [group, group], positive definite. For GPTQ it is the group's Hessian given
-    that the columns still to come will make up for the error as well as they can. A coarse pass
-    over range factors (and, when symmetric, both signs of the scale), then a finer one around each
-    row's best.
-    """
-    if target.is_cuda or target.shape[1] <= _AT_ONCE:
-        return _search(target, curvature, scheme, zero_min)
-    parts = [
-        _search(part.contiguous(), curvature, scheme, zero_min)
-        for part in torch.split(target, _AT_ONCE, 1)
-    ]
-    return together(parts, torch.cat)
-
-
 def together(grids: list[Grid], how: Callable[[list[Tensor]], Tensor]) -> Grid:
     """Several grids as one; ``how`` is torch.stack for groups, torch.cat for rows."""
     scales, lows, highs = zip(*grids)
@@ -129,31 +112,3 @@ def quantized(
         levels = levels[back]
     codes = levels.T.contiguous().to(torch.uint8)
     return QWeight(scheme, codes, grid.scale.T.contiguous().to(SCALE_DTYPE), zero, **fields)
-
-
-def _search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> Grid:
-    span = _Range(target, scheme, zero_min)
-    step = (_SHRINK[1] - _SHRINK[0]) / (_COARSE - 1)
-    best = torch.full_like(target[0], float("inf"))
-    shrink, sign = torch.ones_like(best), torch.ones_like(best)
-    opposite = -target
-    level, error, pull = (torch.empty_like(target) for _ in range(3))
-
-    def consider(factor: float | Tensor, direction: float | Tensor) -> None:
-        grid = span.grid(factor, direction)
-        torch.mul(target, 1 / grid.scale, out=level)
-        grid.clamp(level.round_())
-        torch.addcmul(opposite, level, grid.scale, out=error)
-        cost = torch.mm(curvature, error, out=pull).mul_(error).sum(0)
-        better = cost < best
-        torch.where(better, cost, best, out=best)
-        torch.where(better, torch.as_tensor(factor, dtype=best.dtype), shrink, out=shrink)
-        torch.where(better, torch.as_tensor(direction, dtype=best.dtype), sign, out=sign)
-
-    for index in range(_COARSE):
-        for direction in span.signs:
-            consider(_SHRINK[0] + index * step, direction)
-    centre, side = shrink.clone(), sign.clone()
-    for offset in _FINE:
-        consider(centre + offset * step, side)
-    return span.grid(shrink, sign)

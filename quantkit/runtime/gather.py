@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.runtime.walk import Block, InputGroup
@@ -69,7 +70,8 @@ def observe_drift(
         return see
 
     for i, x in enumerate(hidden):
-        with block.watching({g.names[0]: hook(g, i) for g in wanted}, outputs=True):
+        hooks = {g.names[0]: hook(g, i) for g in wanted}
+        with block.watching(hooks, outputs=True), phase("forward"):
             difference = closing[i] - block.forward(x)
         for group in list(held):
             stats[group].add_drift(held.pop(group), difference)
@@ -120,8 +122,9 @@ def _fill(place: Tensor, y: Tensor) -> None:
 
 def advance(block: Block, hidden: list[Tensor]) -> None:
     """Overwrite hidden states with the block's outputs."""
-    for x in hidden:
-        x.copy_(block.forward(x))
+    with phase("forward"):
+        for x in hidden:
+            x.copy_(block.forward(x))
 
 
 def _checked(block: Block, stats: Stats) -> Stats:

@@ -86,6 +86,7 @@ class Skeleton:
     """``model``: a transformers causal LM in eval mode, empty until filled.
 
     ``dtype`` is what floating-point tensors become when they are filled in; ``device`` where.
+    ``staged`` tensors, by their names on disk, were read already (see staging.py).
     ``described`` stands for config.json where the source has none (GGUF).
     """
 
@@ -99,6 +100,7 @@ class Skeleton:
     ) -> None:
         self.source, self.checkpoint = source, checkpoint
         self.device, self.dtype = device, dtype
+        self.staged: dict[str, Tensor] = {}
         self.config = read_config(source, described)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
@@ -151,6 +153,15 @@ class Skeleton:
         forth = {head: body for head, body in pairs if head not in held and body in held}
         return forth | {body: head for head, body in pairs if body not in held and head in held}
 
+    def read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint by its name on disk: on the device, if it was read ahead."""
+        staged = self.staged.get(name)
+        return self.checkpoint.get(name) if staged is None else staged
+
+    def names_below(self, prefix: str) -> list[str]:
+        """Names on disk of what belongs to the module ``prefix``."""
+        return [d for d, live in self.live_names.items() if live.startswith(prefix + ".")]
+
     def fill(self, prefixes: Iterable[str]) -> None:
         """Give every parameter below ``prefixes`` its weights. Raises QuantkitError when the
         checkpoint lacks one, or holds one of another shape."""
@@ -163,7 +174,7 @@ class Skeleton:
         names = [d for d, live in self.live_names.items() if below(live) or live in tied.values()]
         load(
             self.model,
-            {n: self.checkpoint.get(n) for n in names},
+            {n: self.read(n) for n in names},
             self.device,
             self.dtype,
             self._conversions,

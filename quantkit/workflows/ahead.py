@@ -65,21 +65,37 @@ def on_one_core() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class Behind:
+    """Calls functions one at a time in a thread of its own, each while the caller goes on."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
+        self._pool = pool
+        self._last: Future[None] | None = None
+
+    def __call__(self, work: Callable[..., None], *args: object) -> None:
+        """Wait for the call before, then begin this one. An error of the one before comes out here
+        (or in ``finish``)."""
+        self.finish()
+        if self._pool is None:
+            work(*args)
+        else:
+            self._last = self._pool.submit(work, *args)
+
+    def finish(self) -> None:
+        """Wait for the last call."""
+        last, self._last = self._last, None
+        if last:
+            last.result()
+
+
 @contextmanager
-def one_behind() -> Iterator[Callable[..., None]]:
-    """A function that calls another in a thread of its own, once the call before has ended. The
-    last one has ended, too, when this does; an error comes out with the next call, or at the end.
-    """
-    last: list[Future[None]] = []
-
-    def behind(work: Callable[..., None], *args: object) -> None:
-        finish()
-        last.append(pool.submit(work, *args))
-
-    def finish() -> None:
-        while last:
-            last.pop().result()
-
+def one_behind(threaded: bool = True) -> Iterator[Behind]:
+    """A :class:`Behind` whose calls have all ended when this does; not ``threaded``: they end
+    before they return."""
+    if not threaded:
+        yield Behind(None)
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="behind") as pool:
+        behind = Behind(pool)
         yield behind
-        finish()
+        behind.finish()

@@ -31,11 +31,20 @@ def held_out(tokenizer: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str
 
 
 class RideAlong:
-    """Rows by set, through the original and the quantized model side by side."""
+    """Rows by set, through the original and the quantized model side by side, up to ``at_once``
+    tokens together (rows of one length; one row at least)."""
 
-    def __init__(self, rows: dict[str, list[list[int]]]) -> None:
-        self._labels = [label for label, some in rows.items() for _ in some]
-        self.batches = [torch.tensor([row]) for some in rows.values() for row in some]
+    def __init__(self, rows: dict[str, list[list[int]]], at_once: int = 0) -> None:
+        self.batches: list[Tensor] = []
+        self._labels: list[list[str]] = []
+        pairs = [(label, row) for label, some in rows.items() for row in some]
+        for length in dict.fromkeys(len(row) for _, row in pairs):
+            same = [(label, row) for label, row in pairs if len(row) == length]
+            step = max(1, at_once // length)
+            for start in range(0, len(same), step):
+                some = same[start : start + step]
+                self.batches.append(torch.tensor([row for _, row in some]))
+                self._labels.append([label for label, _ in some])
         self._original: list[Tensor] = []
         self._quantized: list[Tensor] = []
 
@@ -58,6 +67,7 @@ class RideAlong:
             walk.logits(self.batches, self._original),
             walk.logits(self.batches, self._quantized, head),
         )
-        for label, batch, (before, after) in zip(self._labels, self.batches, pairs):
-            comparison.add(label, batch[0], before[0], after[0])
+        for labels, batch, (before, after) in zip(self._labels, self.batches, pairs):
+            for i, label in enumerate(labels):
+                comparison.add(label, batch[i], before[i], after[i])
         return comparison

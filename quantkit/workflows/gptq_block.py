@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.core.profile import phase
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
@@ -171,7 +172,10 @@ def solve_group(
         weights = {name: originals.weight(name) for name in names}
         target = torch.cat(list(weights.values()))
         if moments.cross is not None and not plain:
-            target = align.aligned_target(target, moments, settings.align, settings.options.damp)
+            with phase("align"):
+                target = align.aligned_target(
+                    target, moments, settings.align, settings.options.damp
+                )
         if plain:
             qweight = rtn.quantize(target, scheme, settings.options.zero_min, signed=True)
             solution = gptq.Solution(qweight, 0.0, 0)
@@ -182,7 +186,8 @@ def solve_group(
             part = slice(start, start := start + len(original))
             qweight = solution.qweight.rows(part.start, part.stop)
             rounded = qweight.dequantize()
-            error = gptq.relative_error(target[part], rounded, moments.gram)
+            with phase("error"):
+                error = gptq.relative_error(target[part], rounded, moments.gram)
             bias = originals.bias(name)
             if bias is not None and corrects(group, originals, settings):
                 bias = align.corrected_bias(bias, original, rounded, moments, settings.align)

@@ -30,6 +30,7 @@ _BASE = 350 << 20  # Python, torch and transformers
 # 3 % in KL and save a fifth of the time.
 _FAST_TOKENS = 10
 _CUDA_TOKENS, _CPU_TOKENS = 16384, 2048
+_CUDA_COMPARED = 4096
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Plan:
     def tokens_at_once(self) -> int:
         """Tokens in a micro-batch: what keeps the device busy and its caches warm."""
         return _CUDA_TOKENS if self.skeleton.device.type == "cuda" else _CPU_TOKENS
+
+    @property
+    def tokens_compared(self) -> int:
+        """Tokens of the rows whose predictions are in memory at once: 0, a row, on a CPU."""
+        return _CUDA_COMPARED if self.skeleton.device.type == "cuda" else 0
 
     @property
     def output_bytes(self) -> int:

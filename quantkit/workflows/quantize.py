@@ -28,12 +28,14 @@ from quantkit.runtime import gather
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.skeleton import Skeleton
+from quantkit.runtime.staging import Staging, staging
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import budget as budgeting
 from quantkit.workflows import head as heading
 from quantkit.workflows import plan as planning
 from quantkit.workflows import seal, stored
+from quantkit.workflows.ahead import Behind, one_behind
 from quantkit.workflows.budget import Budget
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
@@ -300,9 +302,26 @@ def _quantize_blocks(
     strict: bool,
     progress: Progress,
 ) -> None:
+    # on a CPU the thread would only take cores and memory from what it runs beside
+    on_gpu = plan.skeleton.device.type == "cuda"
+    with one_behind(on_gpu) as behind, staging(plan.skeleton) as ahead:
+        _walk_blocks(plan, writer, ledger, report, rides, strict, progress, behind, ahead)
+
+
+def _walk_blocks(
+    plan: Plan,
+    writer: ShardWriter,
+    ledger: Ledger,
+    report: Report,
+    rides: dict[str, list[list[int]]],
+    strict: bool,
+    progress: Progress,
+    behind: Behind,
+    ahead: Staging | None,
+) -> None:
     cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
-    ride = RideAlong(rides)
+    ride = RideAlong(rides, plan.tokens_compared)
     rows = batches(report.calibration.rows, plan.tokens_at_once)
     with report.timing("embed"):
         hidden = walk.embed(rows + ride.batches)
@@ -318,24 +337,30 @@ def _quantize_blocks(
     for index, jobs in enumerate(plan.layout.jobs):
         started = time.perf_counter()
         part = walk.block_name(index)
+        if ahead:
+            ahead.arrived(part)
         with walk.block(index) as block:
+            if ahead and index + 1 < len(walk):
+                ahead.begin(walk.block_name(index + 1))
             ride.before(block)
             if part in ledger:
                 with report.timing("replay"):
                     gather.advance(block, full)
                     stored.put_finished(plan, index, block, writer, ledger.report(part)["others"])
+                done = ledger.report(part)
             else:
                 with report.timing("solve"):
                     outcome = _solve(plan, index, block, full, quantized)
+                done = _described(jobs, outcome)
                 with report.timing("write"):
-                    stored.write(plan, index, outcome, writer)
-                ledger.finish(part, _described(jobs, outcome))
+                    behind(_keep, plan, index, outcome, writer, ledger, part, done)
             if quantized is not None and index + 1 < len(walk):
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
             ride.after(block)
-        loss = _tell(jobs, ledger.report(part)["layers"], plan, report, strict, progress)
+        loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
+    behind.finish()
     job = plan.layout.head
     if job:
         started = time.perf_counter()
@@ -347,6 +372,20 @@ def _quantize_blocks(
     if rides:
         with report.timing("check"):
             report.measured = ride.finish(walk, heading.written(plan, job, writer) if job else None)
+
+
+def _keep(
+    plan: Plan,
+    index: int,
+    outcome: Outcome,
+    writer: ShardWriter,
+    ledger: Ledger,
+    part: str,
+    done: dict[str, Any],
+) -> None:
+    """A block into the output's files and then into the ledger, while the next one computes."""
+    stored.write(plan, index, outcome, writer)
+    ledger.finish(part, done)
 
 
 def _quantize_head(
@@ -380,7 +419,7 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
     jobs = {job.inner: job for job in plan.layout.jobs[index]}
 
     def get(disk: str) -> Tensor:
-        return skeleton.checkpoint.get(disk).to(skeleton.device, torch.float32)
+        return skeleton.read(disk).to(skeleton.device, torch.float32)
 
     def weight(name: str) -> Tensor:
         tensor = get(f"{jobs[name].disk}.weight")

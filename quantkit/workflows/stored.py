@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quantkit.core.checkpoint import ShardWriter, TensorSpec
@@ -13,6 +14,8 @@ from quantkit.runtime.walk import Block
 from quantkit.workflows.layout import Job
 from quantkit.workflows.method import Outcome, Solved, put, put_other
 from quantkit.workflows.plan import Plan
+
+_CPU = torch.device("cpu")
 
 
 def write(plan: Plan, index: int, outcome: Outcome, writer: ShardWriter) -> None:
@@ -36,7 +39,7 @@ def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> N
         tensors["bias"] = result.bias
     for suffix, tensor in tensors.items():
         _put(writer, f"{job.disk}.{suffix}", tensor)
-    if not read(plan, job, writer).identical(result.qweight.to("cpu")):
+    if not read(plan, job, writer, result.qweight.codes.device).identical(result.qweight):
         raise QuantkitError(f"{job.disk} was written, but reads back differently")
 
 
@@ -50,11 +53,11 @@ def _short(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def read(plan: Plan, job: Job, writer: ShardWriter) -> QWeight:
-    """A linear out of the output's files, in the scheme of its job: shapes do not tell one group
-    from a whole row, nor zero points in the middle from none."""
+def read(plan: Plan, job: Job, writer: ShardWriter, device: torch.device = _CPU) -> QWeight:
+    """A linear out of the output's files, unpacked on ``device``, in the scheme of its job: shapes
+    do not tell one group from a whole row, nor zero points in the middle from none."""
     said = plan.configuration()["quantization_config"]
-    q = plan.packer.read(_Written(plan, job, writer), job.disk, said)
+    q = plan.packer.read(_Written(plan, job, writer, device), job.disk, said)
     if q.scheme.symmetric and not job.scheme.symmetric:
         q = fit.with_zeros(q)
     if q.scheme.group_size != job.scheme.group_size:
@@ -81,6 +84,7 @@ class _Written:
     plan: Plan
     job: Job
     writer: ShardWriter
+    device: torch.device
 
     def __contains__(self, name: str) -> bool:
         return name in list(self)
@@ -92,4 +96,4 @@ class _Written:
         return self.plan.specs[name]
 
     def get(self, name: str) -> Tensor:
-        return self.writer.read(name)
+        return self.writer.read(name).to(self.device)

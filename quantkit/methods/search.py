@@ -1,0 +1,59 @@
+"""The search for the scales of a group under its part of the Hessian.
+
+Conventions as in scales.py: ``target`` is float [group, out].
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit.core.qweight import Scheme
+from quantkit.methods import fused
+from quantkit.methods.scales import COARSE, FINE, SHRINK, STEP, Grid, Range, together
+
+_AT_ONCE = 1024  # rows of the weight searched at once on a CPU, to stay in its caches
+
+
+def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
+    """The grid with the least ``e^T K e`` per row, e = target - rounded target.
+
+    ``curvature`` K is [group, group], positive definite. For GPTQ it is the group's Hessian given
+    that the columns still to come will make up for the error as well as they can. A coarse pass
+    over range factors (and, when symmetric, both signs of the scale), then a finer one around each
+    row's best.
+    """
+    if fused.groupable(target, target.shape[0]):
+        return fused.search(target, curvature, scheme, zero_min)
+    if target.is_cuda or target.shape[1] <= _AT_ONCE:
+        return _search(target, curvature, scheme, zero_min)
+    parts = [
+        _search(part.contiguous(), curvature, scheme, zero_min)
+        for part in torch.split(target, _AT_ONCE, 1)
+    ]
+    return together(parts, torch.cat)
+
+
+def _search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> Grid:
+    span = Range(target, scheme, zero_min)
+    best = torch.full_like(target[0], float("inf"))
+    shrink, sign = torch.ones_like(best), torch.ones_like(best)
+    opposite = -target
+    level, error, pull = (torch.empty_like(target) for _ in range(3))
+
+    def consider(factor: float | Tensor, direction: float | Tensor) -> None:
+        grid = span.grid(factor, direction)
+        torch.mul(target, 1 / grid.scale, out=level)
+        grid.clamp(level.round_())
+        torch.addcmul(opposite, level, grid.scale, out=error)
+        cost = torch.mm(curvature, error, out=pull).mul_(error).sum(0)
+        better = cost < best
+        torch.where(better, cost, best, out=best)
+        torch.where(better, torch.as_tensor(factor, dtype=best.dtype), shrink, out=shrink)
+        torch.where(better, torch.as_tensor(direction, dtype=best.dtype), sign, out=sign)
+
+    for index in range(COARSE):
+        for direction in span.signs:
+            consider(SHRINK[0] + index * STEP, direction)
+    centre, side = shrink.clone(), sign.clone()
+    for offset in FINE:
+        consider(centre + offset * STEP, side)
+    return span.grid(shrink, sign)

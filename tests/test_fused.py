@@ -1,0 +1,141 @@
+"""The Triton kernels of the solver beside the torch functions that they stand for.
+
+They run under Triton's interpreter, in a process of its own, since Triton decides when it is
+imported; on a GPU as they are when QUANTKIT_TEST_GPU is set.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+on_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no GPU; test_under_the_interpreter runs it in a process of its own",
+)
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_everything(monkeypatch):
+    """What a CPU tensor would be kept from, outside of the interpreter."""
+    from quantkit.methods import fused
+
+    if INTERPRETED:
+        monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype == torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
+@pytest.mark.skipif(INTERPRETED, reason="this is it")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert re.search(r"1[0-9] passed, 2 skipped", run.stdout), run.stdout[-3000:]
+
+
+# on a GPU large enough that what follows a flipped tie averages out
+OUT, WIDTH, NEAR = (512, 384, 1e-3) if DEVICE == "cuda" else (24, 96, 5e-3)
+
+
+def problem(out=OUT, width=WIDTH, tokens=1024):
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5
+    x = torch.randn(tokens, width, generator=generator) @ mixing
+    weight = torch.randn(out, width, generator=generator) / width**0.5
+    return weight.to(DEVICE), (x.T @ x / tokens).to(DEVICE)
+
+
+def objective(weight, hessian, q):
+    error = (weight - q.dequantize()).double()
+    return float(((error @ hessian.double()) * error).sum())
+
+
+@on_kernels
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "act_order", "rounds"),
+    [
+        (4, 32, True, "static", 0),
+        (4, 32, False, "group", 2),
+        (3, 48, True, "static", 1),
+        (8, 96, False, "static", 0),
+        (4, -1, True, "group", 1),
+    ],
+)
+def test_solver_reaches_the_objective_of_float64(bits, group, symmetric, act_order, rounds):
+    from quantkit.core.qweight import Scheme
+    from quantkit.methods.gptq import Options, solve
+
+    weight, hessian = problem()
+    scheme, options = Scheme(bits, group, symmetric), Options(act_order, rounds=rounds)
+    fused = solve(weight, hessian, scheme, options).qweight
+    exact = solve(weight.double(), hessian.double(), scheme, options).qweight
+    found, expected = (objective(weight, hessian, q) for q in (fused, exact))
+    assert found == pytest.approx(expected, rel=NEAR)
+    assert (fused.codes == exact.codes).float().mean() > 0.97
+
+
+@on_kernels
+@pytest.mark.parametrize(("tile", "out"), [(32, 70), (48, 5)])
+@pytest.mark.parametrize("ranged", [True, False])
+def test_one_tile_is_rounded_as_torch_does(tile, out, ranged, monkeypatch):
+    from quantkit.methods import fused, gptq
+    from quantkit.methods.scales import Grid
+
+    generator = torch.Generator().manual_seed(1)
+    running, columns = (torch.randn(tile, out, generator=generator).to(DEVICE) for _ in range(2))
+    lower = torch.randn(tile, tile, generator=generator).to(DEVICE) / 8
+    scale = (torch.rand(out, generator=generator).to(DEVICE) + 0.5) / 4
+    low = torch.randint(-9, -5, (out,), generator=generator).float().to(DEVICE)
+    grid = Grid(scale, low, low + 15) if ranged else Grid(scale, -8.0, 7.0)
+    results = []
+    for kernels in (True, False):
+        monkeypatch.setattr(fused, "usable", lambda tensor, on=kernels: on)
+        levels, errors = torch.empty_like(columns), torch.empty_like(columns)
+        gptq._round_tile(running.clone(), columns, lower, grid, levels, errors)
+        results.append((levels, errors))
+    same = (results[0][0] == results[1][0]).all(0)  # rows without a tie that fell otherwise
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=0, atol=1e-4)
+
+
+@on_kernels
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_search_finds_scales_as_good(symmetric, monkeypatch):
+    from quantkit.core.qweight import Scheme
+    from quantkit.methods import fused, scales, search
+
+    weight, hessian = problem(out=70, width=32)
+    target, curvature = weight.T.contiguous(), hessian + 0.01 * torch.eye(32, device=DEVICE)
+    scheme = Scheme(4, 32, symmetric)
+
+    def cost(grid):
+        error = target - scales.nearest(target, grid) * grid.scale
+        return (error * (curvature @ error)).sum(0)
+
+    found = cost(search.search(target, curvature, scheme, 1))
+    monkeypatch.setattr(fused, "usable", lambda tensor: False)
+    expected = cost(search.search(target, curvature, scheme, 1))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@on_kernels
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no bfloat16 products")
+def test_equations_are_those_of_torch():
+    from quantkit.methods import fused, products
+
+    weight, hessian = problem(out=40, width=96)
+    levels = (weight.T * 20).round().clamp(-8, 7).contiguous()
+    high, low = products._split(hessian)
+    found = fused.equations(high, low, levels, 3)
+    parts = (high.float() + low.float()).reshape(3, 32, 3, 32)
+    grouped = levels.reshape(3, 32, -1)
+    expected = torch.einsum("gir,gihj,hjr->ghr", grouped, parts, grouped)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

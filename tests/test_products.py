@@ -1,0 +1,71 @@
+"""Products of the solvers: what a split into two bfloat16 parts keeps, and that a CPU does plain
+float32 products."""
+
+import pytest
+import torch
+
+from quantkit.methods import products
+from quantkit.methods.products import Factor
+
+
+def hessian_and_errors(width=160, out=24):
+    """A Hessian with a few large directions, and errors that avoid them."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator).double()).Q
+    size = torch.logspace(0, -4, width, dtype=torch.float64)
+    hessian = (basis * size) @ basis.T
+    errors = basis[:, width // 2 :] @ torch.randn(
+        width // 2, out, generator=generator, dtype=torch.float64
+    )
+    return hessian.float(), errors.float()
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """A GPU's way of multiplying, with the CPU's products."""
+    monkeypatch.setattr(products, "_mm", lambda a, b: a.float() @ b.float())
+
+    def factor(matrix):
+        result = Factor(matrix)
+        result.parts = products._split(matrix)
+        return result
+
+    return factor
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_two_parts_keep_what_one_loses(split):
+    hessian, errors = hessian_and_errors()
+    exact = hessian.double() @ errors.double()
+    one = relative(hessian.bfloat16().double() @ errors.double(), exact)
+    assert one > 1e-2
+    assert relative(products.times(split(hessian), split(errors)), exact) < one / 50
+
+
+def test_whole_numbers_are_multiplied_exactly_but_for_the_hessian(split):
+    hessian, _ = hessian_and_errors()
+    levels = torch.randint(-128, 128, (48, 10)).float()
+    columns, rows = slice(32, 80), slice(100)
+    found = products.times_whole(split(hessian), columns, rows, levels)
+    torch.testing.assert_close(found, hessian[rows, columns] @ levels, rtol=1e-5, atol=1e-3)
+
+
+def test_an_update_reaches_the_parts(split):
+    _, errors = hessian_and_errors()
+    factor, rows = split(errors.clone()), slice(16, 64)
+    change = torch.randn(48, errors.shape[1])
+    factor.update(rows, change)
+    changed = errors.clone()
+    changed[rows] += change
+    assert torch.equal(factor.matrix, changed)
+    for part, expected in zip(factor.parts, products._split(changed)):
+        assert torch.equal(part, expected)
+
+
+def test_energy_is_the_quadratic_form():
+    hessian, errors = hessian_and_errors()
+    expected = float(((errors.T @ hessian) * errors.T).sum())
+    assert products.energy(Factor(hessian), errors.T) == pytest.approx(expected, rel=1e-4)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantkit.workflows.bnb import quantize_bnb
     from quantkit.workflows.compare import compare
     from quantkit.workflows.convert import convert
+    from quantkit.workflows.evaluate import evaluate
     from quantkit.workflows.generate import generate, stream_generate
     from quantkit.workflows.gguf import quantize_gguf
     from quantkit.workflows.inspect import inspect
@@ -36,6 +37,7 @@ _HOMES = {
     "quantize_gguf": "quantkit.workflows.gguf",
     "quantize_rtn": "quantkit.workflows.rtn",
     "verify": "quantkit.workflows.verify",
+    "evaluate": "quantkit.workflows.evaluate",
     "generate": "quantkit.workflows.generate",
     "stream_generate": "quantkit.workflows.generate",
     "inspect": "quantkit.workflows.inspect",
@@ -43,6 +45,7 @@ _HOMES = {
 __all__ = [
     "compare",
     "convert",
+    "evaluate",
     "generate",
     "inspect",
     "load",

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel
 import quantkit
 from quantkit import data
 from quantkit.cli import awq, bnb, compare, convert, generate, gguf, gptq, push, rtn, verify
+from quantkit.cli import eval as eval_command
 from quantkit.cli import inspect as inspect_command
 from quantkit.cli.main import cli
 from quantkit.core.checkpoint import INDEX, ShardWriter
@@ -64,6 +65,7 @@ def test_importing_quantkit_is_light_and_knows_its_functions():
     others = {
         "convert",
         "compare",
+        "evaluate",
         "verify",
         "generate",
         "stream_generate",
@@ -106,6 +108,7 @@ ONLY_IN_PYTHON = {"progress", "write", "note"}
         (convert, quantkit.convert, ["demo", "--to", "awq"]),
         (verify, quantkit.verify, ["demo"]),
         (compare, quantkit.compare, ["demo"]),
+        (eval_command, quantkit.evaluate, ["demo", "--tasks", "x"]),
         (generate, quantkit.generate, ["demo", "hello"]),
         (inspect_command, quantkit.inspect, ["demo"]),
         (push, quantkit.push, ["folder", "me/model"]),
@@ -119,6 +122,7 @@ ONLY_IN_PYTHON = {"progress", "write", "note"}
         "convert",
         "verify",
         "compare",
+        "eval",
         "generate",
         "inspect",
         "push",

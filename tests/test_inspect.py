@@ -27,6 +27,7 @@ from quantkit.workflows import repair as repairing
 from quantkit.workflows.convert import convert
 from quantkit.workflows.inspect import inspect
 from quantkit.workflows.targets import TARGETS, Subject, verdicts
+from quantkit.workflows.verify import verify
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 WEIGHTS = "model.safetensors"
@@ -333,6 +334,20 @@ def test_what_is_repaired_is_what_was_there(folder):
     new = read_json(repaired(folder) / CONFIG)[SECTION]
     assert (new["damp_percent"], new["bits"], new["group_size"]) == (0.05, 4, 32)
     assert "dataset" not in new
+
+
+def test_what_verify_found_is_not_said_of_a_repaired_copy(tmp_path):
+    """Neither in quantkit.json nor on its card."""
+    folder = shutil.copytree(quantized(), tmp_path / "model")
+    verify(str(folder), rows=1, seqlen=16, samples=False)
+    record = read_json(folder / "quantkit.json")
+    assert record["verified"] and "on 1 rows of 16 tokens" in (folder / "README.md").read_text()
+    edit(folder / CONFIG, _name_or_path="/home/me/x")
+    changes = inspect(str(folder), repair=tmp_path / "out").repaired
+    assert any("what verify had found was removed" in change for change in changes)
+    del record["verified"]
+    assert read_json(tmp_path / "out" / "quantkit.json") == record
+    assert "Quality was not measured" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_new_header_keeps_tensors_aligned(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from checkpoints import write_json
 from safetensors.torch import load_file, save_file
 from tools import QUICK, command, model, quantized, read_json, sentence
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from quantkit.workflows import divergence, reference
 from quantkit.workflows.check import held_out
 from quantkit.workflows.convert import convert
 from quantkit.workflows.quantize import quantize
+from quantkit.workflows.report_verdict import findings
 from quantkit.workflows.verify import verify
 
 FEW = {"rows": 2, "seqlen": 64, "write": False}
@@ -225,6 +227,51 @@ def test_layers_that_are_not_what_was_predicted_stand_out(found, swapped):
     wrong = {name for name, layer in layers.items() if layer["error"] > 0.5}
     assert wrong == {f"model.layers.{i}.mlp.up_proj" for i in (1, 2)}
     assert all(layers[name]["sqnr"] < 3 and layers[name]["cosine"] < 0.5 for name in wrong)
+
+
+@pytest.fixture(scope="module")
+def confused(tmp_path_factory):
+    """An asymmetric model that says it stores one less than its zero points, and does not."""
+    folder = tmp_path_factory.mktemp("confused") / "model"
+    shutil.copytree(quantized(sym=False, group=32), folder)
+    config = read_json(folder / "config.json")
+    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    config["quantization_config"]["checkpoint_format"] = "gptq"
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def test_zero_points_that_are_one_off_are_seen_by_everything(confused, tmp_path, capsys):
+    """And told from other damage: the report names the first layer, and what it looks like."""
+    limits = {"max_kl": 0.4, "min_top1": 0.6, "max_ppl_ratio": 1.3}
+    options = {**FEW, "samples": False, **limits}
+    good = verify(str(quantized(sym=False, group=32)), **options).described()
+    bad = verify(str(confused), **options).described()
+    assert bad["kl"] > 5 * good["kl"]
+    assert bad["top1"] < good["top1"] - 0.2
+    assert bad["perplexity_ratio"] > 1.3 * good["perplexity_ratio"]
+    for label, one in bad["sets"].items():
+        assert one["kl"] > 5 * good["sets"][label]["kl"]
+        assert one["probability_lost"] > good["sets"][label]["probability_lost"]
+    assert {check["passed"] for check in good["gate"]["checks"]} == {True}
+    assert {check["passed"] for check in bad["gate"]["checks"]} == {False}
+    for name, layer in good["layers"].items():
+        assert abs(layer["offset"]) < 0.2, name
+        assert bad["layers"][name]["offset"] == pytest.approx(layer["offset"] - 1, abs=0.05)
+        assert bad["layers"][name]["error"] > 1.2 * layer["error"]
+    assert [one.key for one in findings(good)] == []
+    first, *others = findings(bad)
+    assert first.key == "find_zero_points"
+    assert first.names == {"name": next(iter(bad["layers"])), "count": 28, "all": 28} | {
+        "steps": "-1.0"
+    }
+    assert all(one.key == "find_set" for one in others)
+    command_line = ["--rows", 1, "--seqlen", 32, "--no-samples", "--no-write", "-q", "--gate"]
+    assert command("verify", confused, *command_line, "--report", tmp_path / "r.html") == 3
+    shown = capsys.readouterr().out.replace("\n", " ")
+    report = (tmp_path / "r.html").read_text("utf-8")
+    for text in (shown, report):
+        assert "zero points look wrong" in text and "layers.0.self_attn.q_proj is the first" in text
 
 
 def test_the_cosine_is_that_of_all_outputs(tokenizer):
@@ -492,3 +539,35 @@ def test_an_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("  \n")
     with pytest.raises(QuantkitError, match="holds no text"):
         verify(str(quantized()), text=[str(tmp_path / "empty.txt")], **FEW)
+
+
+# llama.cpp
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf") / "demo-q4_0"
+    convert("demo", "gguf:q4_0", folder, lossy=True)
+    return next(folder.glob("*.gguf"))
+
+
+def test_what_llama_cpp_computes_can_be_measured(gguf):
+    """Its activations have 8 bits: nearly the file multiplied out, and not quite."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    options = {"against": "demo", "dtype": "float32", **FEW}
+    one, two = (verify(str(gguf), engine=name, **options) for name in ("torch", "llama.cpp"))
+    ours, theirs = one.described(), two.described()
+    assert theirs["kl"] == pytest.approx(ours["kl"], rel=0.1) and theirs["kl"] != ours["kl"]
+    assert [found["settings"]["engine"] for found in (ours, theirs)] == ["torch", "llama.cpp"]
+    assert theirs["layers"] == ours["layers"]
+    assert sum(a.quantized == b.quantized for a, b in zip(one.samples, two.samples)) >= 4
+
+
+def test_llama_cpp_is_for_gguf_files(monkeypatch, gguf):
+    with pytest.raises(UsageError, match="runs GGUF files, and quantized is none"):
+        verify(str(quantized()), engine="llama.cpp", **FEW)
+    with pytest.raises(UsageError, match="no engine 'vllm'"):
+        verify(str(gguf), against="demo", engine="vllm", **FEW)
+    monkeypatch.setattr("quantkit.runtime.llamacpp.installed", lambda: False)
+    with pytest.raises(QuantkitError, match="llama-cpp-python is not installed"):
+        verify(str(gguf), against="demo", engine="llama.cpp", **FEW)

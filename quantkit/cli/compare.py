@@ -1,6 +1,7 @@
 """``quantkit compare MODEL...``"""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,10 +15,11 @@ from quantkit.errors import GateFailed
 @click.option("--against", metavar="MODEL", help="The original; default: that of the first.")
 @options.measuring
 @options.judging
+@options.reporting
 @options.computing
 @options.as_json
 @options.quiet
-def command(as_json: bool, quiet: bool, **options: Any) -> None:
+def command(as_json: bool, quiet: bool, report: str | None, lang: str, **options: Any) -> None:
     """Measure every MODEL against one original, and rank them by mean KL.
 
     The original runs once. "same" is how many tokens of a greedy continuation are the original's,
@@ -42,6 +44,10 @@ def command(as_json: bool, quiet: bool, **options: Any) -> None:
         console.print(ranking_table(found))
         for text in dict.fromkeys(text for one in found["models"] for text in one["notes"]):
             console.print(f"[yellow]note:[/] {escape(text)}")
+    if report:
+        from quantkit.workflows import report_ranking
+
+        report_ranking.write(found, Path(report), lang)
     failed = [f"{one['model']}: {line}" for one in found["models"] for line in gate_lines(one)]
     if failed:
         raise GateFailed("; ".join(failed))

@@ -23,6 +23,7 @@ _COMMANDS = {
     "inspect": "Show what a model's folder holds.",
     "verify": "Measure a quantized model against its original.",
     "compare": "Rank several models by what they lost.",
+    "eval": "Score a model on tasks of lm-evaluation-harness.",
     "push": "Publish a quantized model on the Hub.",
     "generate": "Continue or answer a prompt.",
     "chat": "Talk with a model.",

@@ -1,9 +1,12 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
+
+from quantkit.errors import UsageError
 
 Command = Callable[..., Any]
 
@@ -18,6 +21,13 @@ shard = click.option("--max-shard-size", default="5GB", show_default=True, help=
 pre_tokenizer = click.option(
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
 )
+
+
+def in_a_folder(context: click.Context, option: click.Parameter, file: str | None) -> str | None:
+    """A file that can be written in the end, said before anything is measured."""
+    if file and not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"there is no folder for {file}")
+    return file
 
 
 def running(command: Command) -> Command:
@@ -195,6 +205,13 @@ def measuring(command: Command) -> Command:
     """On which text models are compared, and how."""
     for option in (
         click.option(
+            "--engine",
+            type=click.Choice(["torch", "llama.cpp"]),
+            default="torch",
+            show_default=True,
+            help="What computes a GGUF file's predictions (llama.cpp: quantkit[llamacpp]).",
+        ),
+        click.option(
             "--samples/--no-samples",
             default=True,
             show_default=True,
@@ -245,3 +262,21 @@ def judging(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def reporting(command: Command) -> Command:
+    """A page to look at."""
+    lang = click.option(
+        "--lang",
+        type=click.Choice(["en", "ja"]),
+        default="en",
+        show_default=True,
+        help="The report's language.",
+    )
+    report = click.option(
+        "--report",
+        metavar="FILE",
+        callback=in_a_folder,
+        help="Write a report to look at, one HTML file.",
+    )
+    return report(lang(command))

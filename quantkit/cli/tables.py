@@ -160,12 +160,40 @@ def facts(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def finding_lines(found: dict[str, Any]) -> list[str]:
+    """What to look at first, as the report says it."""
+    from quantkit.workflows.report_verdict import findings, shortened
+    from quantkit.workflows.report_words import Words
+
+    words = Words("en")
+    return [words.plain(one.key, **one.names) for one, _ in shortened(findings(found), 1)]
+
+
 def gate_lines(found: dict[str, Any]) -> list[str]:
     """The limits that were not kept."""
     from quantkit.workflows.gate import told
 
     checks = found["gate"]["checks"] if found["gate"] else []
     return [told(check) for check in checks if not check["passed"]]
+
+
+def score_table(found: dict[str, Any]) -> Table:
+    """Scores of tasks (see Evaluation.described)."""
+    table = Table(title=Text(found["model"]), title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric")
+    for heading in ("score", "examples", "questions"):
+        table.add_column(heading, justify="right")
+    for one in found["scores"]:
+        kind = "" if one["filter"] == "none" else f" ({one['filter']})"
+        table.add_row(
+            Text(one["task"]),
+            Text(one["metric"] + kind),
+            shown(one["value"], one["error"]),
+            str(found["few_shot"].get(one["task"], "-")),
+            str(found["samples"].get(one["task"], "-")),
+        )
+    return table
 
 
 def plain_table(title: str, header: list[str], rows: list[list[str]]) -> Table:

@@ -18,15 +18,13 @@ _SUMMARY = "GITHUB_STEP_SUMMARY"
 @click.option("--against", metavar="MODEL", help="The original; default: the recorded one.")
 @options.measuring
 @options.judging
-@click.option("--report", metavar="FILE", help="Write a report to look at, one HTML file.")
+@options.reporting
 @click.option(
-    "--lang",
-    type=click.Choice(["en", "ja"]),
-    default="en",
-    show_default=True,
-    help="The report's language.",
+    "--junit",
+    metavar="FILE",
+    callback=options.in_a_folder,
+    help="Write the limits as a JUnit file.",
 )
-@click.option("--junit", metavar="FILE", help="Write the limits as a JUnit file.")
 @click.option("--github", is_flag=True, help="Add a table to the summary of a GitHub job.")
 @click.option(
     "--write/--no-write",
@@ -57,7 +55,7 @@ def command(
     from quantkit.workflows.verify import verify
 
     limits = any(options[name] for name in ("max_kl", "min_top1", "max_ppl_ratio", "gate"))
-    _refuse(junit, report, github, limits)
+    _refuse(junit, github, limits)
     progress = Drawn(quiet)
     try:
         found = verify(progress=progress, **options).described()
@@ -79,13 +77,10 @@ def command(
     _judge(found)
 
 
-def _refuse(junit: str | None, report: str | None, github: bool, limits: bool) -> None:
+def _refuse(junit: str | None, github: bool, limits: bool) -> None:
     """What could not be written in the end, before anything is measured."""
     if junit and not limits:
         raise UsageError("--junit has nothing to tell", "add --gate or a limit such as --max-kl")
-    for file in (junit, report):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"there is no folder for {file}")
     if github and not os.environ.get(_SUMMARY):
         raise UsageError("--github works inside of a GitHub job only", f"it sets {_SUMMARY}")
 
@@ -106,8 +101,8 @@ def _show(found: dict[str, Any]) -> None:
         console.print(tables.sample_table(found["samples"], 3))
     for line in tables.facts(found):
         console.print(escape(line))
-    for name in found["nonfinite"][:5]:
-        console.print(f"[red]not finite:[/] {escape(name)}")
+    for line in tables.finding_lines(found):
+        console.print(f"[yellow]look at this:[/] {escape(line)}")
     for text in found["notes"]:
         console.print(f"[yellow]note:[/] {escape(text)}")
     if found["gate"] and found["gate"]["passed"]:

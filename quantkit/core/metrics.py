@@ -197,6 +197,16 @@ class Comparison:
             Estimate.average([s.top1 for s in sets]),
         )
 
+    def kl_above(self, other: "Comparison") -> Estimate:
+        """How much larger the mean KL is than another model's, on the same rows. What makes a row
+        hard for both cancels: the error is that of the rows' differences."""
+        return Estimate.average(
+            [
+                Estimate.of([a.kl - b.kl for a, b in zip(rows, other._rows[label])])
+                for label, rows in self._rows.items()
+            ]
+        )
+
 
 def _tokens(following: Tensor, reference: Tensor, other: Tensor) -> tuple[Tensor, ...]:
     """KL, top-1 and top-5 agreement of each token, and both models' negative log-likelihoods of

@@ -75,13 +75,16 @@ class QuantLinear(nn.Module):
         step = self.out_features if device.type == "cuda" else _ROWS
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            zero, minimum = (
-                None if held is None else held[start:stop] for held in (self.zero, self.minimum)
-            )
-            codes, scale = self.unpack(start, stop), self.scale[start:stop]
-            q = QWeight(self.scheme, codes, scale, zero, minimum=minimum)
-            weight[start:stop] = q.dequantize(dtype)
+            weight[start:stop] = self.rows(start, stop).dequantize(dtype)
         return weight
+
+    def rows(self, start: int, stop: int) -> QWeight:
+        """Some rows of the weight, columns in the order of ``self.order``."""
+        zero, minimum = (
+            None if held is None else held[start:stop] for held in (self.zero, self.minimum)
+        )
+        codes, scale = self.unpack(start, stop), self.scale[start:stop]
+        return QWeight(self.scheme, codes, scale, zero, minimum=minimum)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is not None:

@@ -12,6 +12,7 @@ from quantkit.core.metrics import shown
 from quantkit.workflows import budget as budgeting
 from quantkit.workflows import card_ja, card_use
 
+FILE = "README.md"
 HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 _METHODS = {"bnb": "bitsandbytes", "rtn": "rounded to nearest,"}

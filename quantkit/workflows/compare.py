@@ -6,6 +6,7 @@ from typing import Any
 from quantkit.core.progress import Progress
 from quantkit.core.source import resolve
 from quantkit.errors import UsageError
+from quantkit.workflows.engine import TORCH, refuse_engine
 from quantkit.workflows.gate import Gate, Given
 from quantkit.workflows.verify import Bench, Verification, recorded_original
 
@@ -18,8 +19,15 @@ class Ranking:
     models: list[Verification]
 
     def described(self) -> dict[str, Any]:
-        """Plain numbers and text, for JSON."""
-        return {"against": self.against, "models": [model.described() for model in self.models]}
+        """Plain numbers and text, for JSON and the report. ``behind``, for each but the first: how
+        much larger its mean KL is than that of the one before, on the same rows."""
+        pairs = zip(self.models, self.models[1:])
+        behind = [after.comparison.kl_above(before.comparison) for before, after in pairs]
+        return {
+            "against": self.against,
+            "models": [model.described() for model in self.models],
+            "behind": [None, *({"kl": one.mean, "kl_error": one.error} for one in behind)],
+        }
 
 
 def compare(
@@ -34,6 +42,7 @@ def compare(
     min_top1: Given = None,
     max_ppl_ratio: Given = None,
     gate: bool = False,
+    engine: str = TORCH,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -48,8 +57,9 @@ def compare(
     if not models:
         raise UsageError("there is nothing to compare", "name one or more models")
     sources = [resolve(model) for model in models]
+    refuse_engine(engine, sources)
     original = resolve(against) if against else recorded_original(sources[0])
-    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits)
+    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits, engine)
     found = [bench.measure(source, progress or Progress()) for source in sources]
     _tell_apart(found, [str(model) for model in models])
     return Ranking(original.name, sorted(found, key=_loss))

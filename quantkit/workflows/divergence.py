@@ -1,5 +1,6 @@
 """How long two models write the same, greedily."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ PROMPTS = (
     ("code", "# compute the average of a list of numbers\ndef average(numbers):\n"),
 )
 TOKENS = 32
+Write = Callable[[list[int]], list[int]]  # the greedy continuation of some tokens
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Sample:
     tokens: int
 
 
-def continued(model: Any, tokenizer: Any) -> list[list[int]]:
-    """What ``model`` writes behind every prompt, in tokens."""
-    return [_continued(model, tokenizer, prompt) for _, prompt in PROMPTS]
+def continued(write: Write, tokenizer: Any) -> list[list[int]]:
+    """What is written behind every prompt, in tokens."""
+    return [write(tokenizer.encode(prompt)) for _, prompt in PROMPTS]
 
 
 def compared(original: list[list[int]], quantized: list[list[int]], tokenizer: Any) -> list[Sample]:
@@ -61,17 +63,22 @@ def summary(samples: list[Sample]) -> dict[str, Any] | None:
     }
 
 
-def _continued(model: Any, tokenizer: Any, prompt: str) -> list[int]:
-    ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=TOKENS,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    found: list[int] = output[0, ids.shape[1] :].tolist()
-    return found
+def greedy(model: Any, tokenizer: Any) -> Write:
+    """How a model of transformers continues tokens."""
+
+    def write(ids: list[int]) -> list[int]:
+        given = torch.tensor([ids], device=model.device)
+        output = model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        found: list[int] = output[0, len(ids) :].tolist()
+        return found
+
+    return write

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.walk import Block, features, is_linear
 
 GIVE_IT = "give the model that was quantized with --against"
+_ROWS = 64  # of a weight are enough to see where it lies
 _EXACT = 200.0  # dB; what is closer counts as this close
 
 
@@ -51,13 +54,33 @@ class LayerErrors:
 
         return see
 
-    def described(self) -> dict[str, dict[str, float]]:
+    def described(self) -> dict[str, dict[str, float | None]]:
         """By linear: ``error`` |y - y'|^2 / |y|^2; ``sqnr``, the same in dB, of signal over noise;
-        ``cosine`` between y and y', all outputs of all tokens as one vector."""
+        ``cosine`` between y and y', all outputs of all tokens as one vector; ``offset`` of the
+        weights in steps of their grid (see _offset)."""
         return {
-            f"{self._block.name}.{name}": _numbers(*sums.tolist())
+            f"{self._block.name}.{name}": {
+                **_numbers(*sums.tolist()),
+                "offset": _offset(self._others[name], self._block.linear(name)),
+            }
             for name, sums in self._sums.items()
         }
+
+
+def _offset(other: nn.Module, linear: nn.Module) -> float | None:
+    """How far the weights of a group lie beside the original's as a whole, in steps: the median
+    over groups of the mean of (w' - w) / scale. Rounding leaves it near 0, whatever rounded; zero
+    points that are one off make it 1 or -1. None for what is not on an even grid."""
+    if not isinstance(other, QuantLinear) or other.scheme.grid != "int":
+        return None
+    q = other.rows(0, min(_ROWS, other.out_features))
+    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    rows = weight[: len(q.codes)].float()
+    if other.order is not None:
+        rows = rows[:, other.order]
+    steps = (q.dequantize() - rows) / q.scale.float()[:, q.group_index()]
+    groups = steps.split(q.scheme.width(other.in_features), dim=1)
+    return float(torch.stack([group.mean(1) for group in groups]).median())
 
 
 def _shape(module: nn.Module) -> tuple[Any, Any]:

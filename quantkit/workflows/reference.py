@@ -4,6 +4,7 @@ Any checkpoint that quantkit loads can be one: quantized linears are multiplied 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
@@ -38,7 +39,7 @@ class Reference:
 
     def layers(
         self, other: nn.Module, name: str, done: Callable[[int, str], None]
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, dict[str, float | None]]:
         """What the linears of ``other``, called ``name``, lose (see LayerErrors) on a few of the
         rows. The first time all rows are taken along, for ``logits``."""
         every = max(1, len(self.batches) // _TRACED)
@@ -49,17 +50,13 @@ class Reference:
         else:
             batches = self.batches
         hidden = self.walk.embed(batches)
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, float | None]] = {}
         for index in range(len(self.walk)):
             with self.walk.block(index) as block:
                 errors = LayerErrors(block, other, (name, self.source.name))
-                for i in traced:
-                    with errors.measuring():
-                        hidden_i = block.forward(hidden[i])
-                    hidden[i] = hidden_i
-                for i in range(len(hidden)):
-                    if i not in traced:
-                        hidden[i] = block.forward(hidden[i])
+                for i, state in enumerate(hidden):
+                    with errors.measuring() if i in traced else nullcontext():
+                        hidden[i] = block.forward(state)
                 found |= errors.described()
             self.opened.release()
             done(index + 1, self.walk.block_name(index))
@@ -84,7 +81,9 @@ class Reference:
                     f"{free / 1e9:.1f} GB are free"
                 )
             model: Any = load_model(self.source, self.skeleton.device, self.skeleton.dtype)
-            self._written = divergence.continued(model, self.tokenizer)
+            self._written = divergence.continued(
+                divergence.greedy(model, self.tokenizer), self.tokenizer
+            )
         return self._written
 
     def _in_memory(self) -> int:

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.core import ledger
-from quantkit.core.checkpoint import read_header, write_json
+from quantkit.core import ledger, provenance
+from quantkit.core.card_data import CARD
+from quantkit.core.checkpoint import read_header, write_json, write_text
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.workflows import card
 from quantkit.workflows.output import Output, disk_errors
 
 _COPIED = 1 << 20  # bytes at a time
@@ -84,6 +86,7 @@ def repair(source: Source, out: str | Path, changes: list[Change]) -> list[str]:
         _begin(output, source.name)
         told = _copy(source.folder, output.partial, changes)
         told += _edit(source, output.partial, changes)
+        told += _without_verdict(output.partial)
         output.complete()
     return told
 
@@ -178,6 +181,19 @@ def _edit(source: Source, partial: Path, changes: Iterable[Change]) -> list[str]
     for file, content in contents.items():
         write_json(partial / file, content)
     return told
+
+
+def _without_verdict(partial: Path) -> list[str]:
+    """What verify said was about the files as they were."""
+    record = Source(partial.name, partial).read_json(provenance.FILE) or {}
+    if "verified" not in record:
+        return []
+    left = {key: part for key, part in record.items() if key != "verified"}
+    write_json(partial / provenance.FILE, left)
+    shown = partial / CARD
+    if shown.is_file() and card.is_ours(shown.read_text("utf-8", "replace"), record):
+        write_text(shown, card.model_card(left))
+    return [f"{provenance.FILE}: what verify had found was removed; verify the copy"]
 
 
 def _changed(content: dict[str, Any], change: Put | Drop) -> tuple[dict[str, Any], str]:

@@ -19,7 +19,7 @@ from quantkit.workflows.report_words import (
 )
 
 COLOURS = 10  # of series, see style.css
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def _histogram(
 ) -> str:
     total = sum(sum(one) for one in counts.values())
     most = max(sum(one[i] for one in counts.values()) for i in bins) / total
-    x = Axis(edges[bins[0]], edges[bins[-1] + 1], _LEFT, size.width - _RIGHT)
-    y = Axis(0, most * 1.05, size.height - _BOTTOM, _TOP + 10, log=False)
-    parts = [_grid(x, y, size, words("histogram_x"), words("histogram_y"), tick, percent_tick)]
+    x = Axis(edges[bins[0]], edges[bins[-1] + 1], LEFT, size.width - RIGHT)
+    y = Axis(0, most * 1.05, size.height - BOTTOM, TOP + 10, log=False)
+    parts = [grid(x, y, size, words("histogram_x"), words("histogram_y"), tick, percent_tick)]
     for i in bins:
         left, right = x.at(edges[i]), x.at(edges[i + 1])
         below, bars, shares = 0.0, [], []
@@ -112,46 +112,52 @@ def _histogram(
         summary = words.plain("bin", **about, share=percent(below))
         title = tag("title", text("; ".join([summary, *shares])))
         # the whole column answers to the pointer, however low its bar
-        column = {"x": left, "y": _TOP, "width": round(right - left, 1)}
-        hover = tag("rect", **column, height=y.start - _TOP, class_="hover")
+        column = {"x": left, "y": TOP, "width": round(right - left, 1)}
+        hover = tag("rect", **column, height=y.start - TOP, class_="hover")
         parts.append(tag("g", title, *bars, hover))
     if finite(mean) and mean and x.low <= mean <= x.high:
         at = x.at(mean)
         side = {"x": at - 6, "text_anchor": "end"} if at > size.width / 2 else {"x": at + 6}
-        parts.append(tag("line", x1=at, x2=at, y1=_TOP, y2=y.start, class_="mean"))
+        parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=y.start, class_="mean"))
         label = words("histogram_mean", kl=number(mean))
-        parts.append(tag("text", label, y=_TOP + 10, class_="strong", **side))
-    return _svg(size, words("histogram_chart"), parts)
+        parts.append(tag("text", label, y=TOP + 10, class_="strong", **side))
+    return svg(size, words("histogram_chart"), parts)
 
 
 def layer_chart(layers: list[Layer], words: Words) -> str:
     """Errors over the blocks, one line for every kind of layer. Empty without an error above 0."""
-    if not any(finite(layer.error) and layer.error for layer in layers):
-        return ""
     # of many layers of one kind in a block (experts), the worst
     shown: dict[tuple[str, int | None], Layer] = {}
     for layer in layers:
         before = shown.setdefault((layer.kind, layer.block), layer)
         if finite(before.error) and (not finite(layer.error) or layer.error > before.error):
             shown[layer.kind, layer.block] = layer
-    return "".join(_layer_chart([*shown.values()], words, size) for size in (WIDE, NARROW))
+    return lines([*kinds([*shown.values()]).values()], words)
 
 
-def _layer_chart(layers: list[Layer], words: Words, size: Size) -> str:
+def lines(series: list[list[Layer]], words: Words) -> str:
+    """Errors over the blocks, one line for each series. Empty without an error above 0."""
+    if not any(finite(layer.error) and layer.error for same in series for layer in same):
+        return ""
+    return "".join(_lines(series, words, size) for size in (WIDE, NARROW))
+
+
+def _lines(series: list[list[Layer]], words: Words, size: Size) -> str:
+    layers = [layer for same in series for layer in same]
     blocks = sorted({layer.block for layer in layers if layer.block is not None})
     others = any(layer.block is None for layer in layers)
     last = blocks[-1] if blocks else 0
     first = blocks[0] if blocks else 0
     # what is outside of the blocks has a place of its own at the right
-    x = Axis(first - 0.5, last + (1.8 if others else 0.5), _LEFT, size.width - _RIGHT, log=False)
-    y = _error_axis([layer.error for layer in layers], size.height - _BOTTOM, _TOP)
+    x = Axis(first - 0.5, last + (1.8 if others else 0.5), LEFT, size.width - RIGHT, log=False)
+    y = error_axis([layer.error for layer in layers], size.height - BOTTOM, TOP)
     radius = 4.5 if len(blocks) <= 40 else 3
-    parts = [_grid(x, y, size, words("block"), "", _block_name(last), percent_tick)]
+    parts = [grid(x, y, size, words("block"), "", _block_name(last), percent_tick)]
     if others:
         at = x.at(last + 1.2)
         label = words("other")
         parts.append(tag("text", label, x=at, y=y.start + 18, text_anchor="middle", class_="tick"))
-    for index, same in enumerate(kinds(layers).values()):
+    for index, same in enumerate(series):
         run, dots = [], []
         for layer in same:
             at = x.at(last + 1.2 if layer.block is None else layer.block)
@@ -166,7 +172,7 @@ def _layer_chart(layers: list[Layer], words: Words, size: Size) -> str:
             points = " ".join(f"{left},{top}" for left, top in run)
             parts.append(tag("polyline", points=points, class_=f"line s{index % COLOURS}"))
         parts += dots
-    return _svg(size, words("layers_chart"), parts)
+    return svg(size, words("layers_chart"), parts)
 
 
 def predicted_chart(layers: list[Layer], words: Words) -> str:
@@ -181,10 +187,10 @@ def predicted_chart(layers: list[Layer], words: Words) -> str:
 
 def _predicted_chart(layers: list[Layer], both: list[Layer], words: Words, size: Size) -> str:
     values = [value for layer in both for value in (layer.error, layer.predicted)]
-    x = _error_axis(values, _LEFT, size.width - _RIGHT)
-    y = _error_axis(values, size.height - _BOTTOM, _TOP)
+    x = error_axis(values, LEFT, size.width - RIGHT)
+    y = error_axis(values, size.height - BOTTOM, TOP)
     parts = [
-        _grid(x, y, size, words("predicted_x"), words("predicted_y"), percent_tick, percent_tick)
+        grid(x, y, size, words("predicted_x"), words("predicted_y"), percent_tick, percent_tick)
     ]
     parts.append(tag("line", x1=x.start, y1=y.start, x2=x.end, y2=y.end, class_="mean"))
     for index, same in enumerate(kinds(layers).values()):
@@ -193,7 +199,7 @@ def _predicted_chart(layers: list[Layer], both: list[Layer], words: Words, size:
                 place = x.at(layer.predicted or 0), y.at(layer.error or 0)
                 dot = marker(index, *place, 4.5)
                 parts.append(_dot(layer, words, dot, f"f{index % COLOURS}"))
-    return _svg(size, words("predicted_chart"), parts)
+    return svg(size, words("predicted_chart"), parts)
 
 
 def kinds(layers: list[Layer]) -> dict[str, list[Layer]]:
@@ -220,24 +226,27 @@ def marker(index: int, x: float, y: float, r: float) -> str:
 
 def legend(names: list[str], shapes: bool = True) -> str:
     """Which series has which colour, and which shape if they differ (else all have a square)."""
-    keys = (_key(index, name, index if shapes else 1) for index, name in enumerate(names))
+    keys = (tag("li", key(i, name, i if shapes else 1)) for i, name in enumerate(names))
     return tag("ul", *keys, class_="legend")
 
 
-def _key(index: int, name: str, shape: int) -> str:
-    path = tag("path", d=marker(shape, 8, 8, 5), class_=f"f{index % COLOURS}")
-    return tag("li", tag("svg", path, width=16, height=16, aria_hidden="true"), text(name))
+def key(index: int, name: str, shape: int | None = None) -> str:
+    """The name of a series behind its mark."""
+    path = marker(index if shape is None else shape, 8, 8, 5)
+    drawn = tag("path", d=path, class_=f"f{index % COLOURS}")
+    mark = tag("svg", drawn, width=16, height=16, aria_hidden="true")
+    return tag("span", mark, tag("span", text(name)), class_="key")
 
 
 def bar(share: float, series: int) -> str:
     """A bar of a share of the whole width."""
     width = f"{max(0.0, min(1.0, share)):.1%}"
     back = tag("rect", width="100%", height=8, rx=2, class_="track")
-    front = tag("rect", width=width, height=8, rx=2, class_=f"f{series}")
+    front = tag("rect", width=width, height=8, rx=2, class_=f"f{series % COLOURS}")
     return tag("svg", back, front, class_="bar", width="100%", height=8, aria_hidden="true")
 
 
-def _error_axis(values: list[float | None], start: float, end: float) -> Axis:
+def error_axis(values: list[float | None], start: float, end: float) -> Axis:
     real = [value for value in values if finite(value) and value]
     return Axis(min(real) * 0.75, max(real) * 1.3, start, end)
 
@@ -259,30 +268,36 @@ def _cross(x: float, y: float) -> str:
     return f"M{x - 5},{y - 5}l10,10M{x - 5},{y + 5}l10,-10"
 
 
-def _grid(x: Axis, y: Axis, size: Size, below: str, beside: str, x_name: Any, y_name: Any) -> str:
+def grid(x: Axis, y: Axis, size: Size, below: str, beside: str, x_name: Any, y_name: Any) -> str:
     """Axes with their ticks. ``below`` and ``beside`` are the axes' names (HTML)."""
     parts = []
     for value in y.ticks(6):
         at = y.at(value)
         parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
         name = text(y_name(value))
-        parts.append(tag("text", name, x=_LEFT - 7, y=at + 4, text_anchor="end", class_="tick"))
-    for value in x.ticks(size.width // (60 if size.kind == "narrow" else 70)):
-        at, name = x.at(value), x_name(value)
-        if not name:
-            continue
-        parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 5, class_="axis"))
-        place = {"x": at, "y": y.start + 18, "text_anchor": "middle"}
-        parts.append(tag("text", text(name), class_="tick", **place))
-    parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-    middle = {"x": (x.start + x.end) / 2, "y": size.height - 6, "text_anchor": "middle"}
-    parts.append(tag("text", below, class_="name", **middle))
+        parts.append(tag("text", name, x=LEFT - 7, y=at + 4, text_anchor="end", class_="tick"))
+    parts.append(scale(x, y.start, size, below, x_name))
     if beside:
         turned = f"translate(12 {(y.start + y.end) / 2}) rotate(-90)"
         parts.append(tag("text", beside, transform=turned, text_anchor="middle", class_="name"))
     return "".join(parts)
 
 
-def _svg(size: Size, title: str, parts: list[str]) -> str:
+def scale(x: Axis, base: float, size: Size, below: str, x_name: Any) -> str:
+    """The horizontal axis at ``base``; ``below`` is its name (HTML)."""
+    parts = [tag("line", x1=x.start, x2=x.end, y1=base, y2=base, class_="axis")]
+    for value in x.ticks(size.width // (60 if size.kind == "narrow" else 70)):
+        at, name = x.at(value), x_name(value)
+        if not name:
+            continue
+        parts.append(tag("line", x1=at, x2=at, y1=base, y2=base + 5, class_="axis"))
+        place = {"x": at, "y": base + 18, "text_anchor": "middle"}
+        parts.append(tag("text", text(name), class_="tick", **place))
+    middle = {"x": (x.start + x.end) / 2, "y": size.height - 6, "text_anchor": "middle"}
+    parts.append(tag("text", below, class_="name", **middle))
+    return "".join(parts)
+
+
+def svg(size: Size, title: str, parts: list[str]) -> str:
     box = {"viewBox": f"0 0 {size.width} {size.height}", "class_": f"chart {size.kind}"}
     return tag("svg", tag("title", title), *parts, role="img", **box)

@@ -1,18 +1,12 @@
-"""The verification report: one HTML file for eyes, from what ``Verification.described()`` says.
+"""The report of one model: an HTML file for eyes, from what ``Verification.described()`` says.
 
-It loads nothing, from nowhere, and holds no script: its Content-Security-Policy allows one inline
-style, by its hash, and nothing else. What cannot be seen without a mouse (titles of points and
-tokens) is in a table too.
+What cannot be seen without a mouse (titles of points and tokens) is in a table too.
 """
 
-from base64 import b64encode
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__, data
-from quantkit.core.checkpoint import write_text
-from quantkit.errors import QuantkitError
+from quantkit.workflows import report_page
 from quantkit.workflows import report_passages as passages
 from quantkit.workflows import report_sections as sections
 from quantkit.workflows.report_verdict import BROKEN, LEVELS, findings, level, shortened
@@ -25,33 +19,11 @@ def write(described: dict[str, Any], path: Path, lang: str = "en") -> None:
     A token's KL is taken as that of the predictions made after it, as core/metrics measures them.
     Raises UsageError for a language without labels, QuantkitError when the file cannot be written.
     """
-    content = page(described, Words(lang))
-    try:
-        write_text(path, content)
-    except OSError as error:
-        raise QuantkitError(
-            f"the report cannot be written to {path}: {error.strerror}",
-            "choose another file, in a folder that exists",
-        ) from error
+    report_page.save(page(described, Words(lang)), path)
 
 
 def page(described: dict[str, Any], words: Words) -> str:
     """The whole document."""
-    style = (data.report() / "style.css").read_text("utf-8")
-    allowed = b64encode(sha256(style.encode("utf-8")).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    )
-    title = words("title", model=described.get("model", ""))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        f"<style>{style}</style>",
-    )
     parts = [
         section(described, words)
         for section in (
@@ -67,10 +39,8 @@ def page(described: dict[str, Any], words: Words) -> str:
             sections.notes,
         )
     ]
-    footer = tag("footer", tag("p", words("made_by", version=__version__)))
-    main = tag("main", *parts, sections.glossary(words))
-    body = tag("body", _headline(described, words), main, footer)
-    return "<!DOCTYPE html>\n" + tag("html", head, "\n", body, lang=words.lang) + "\n"
+    title = words("title", model=described.get("model", ""))
+    return report_page.document(title, _headline(described, words), parts, words)
 
 
 def _headline(d: dict[str, Any], words: Words) -> str:
@@ -122,11 +92,5 @@ def _verdict(d: dict[str, Any], found: str, words: Words) -> list[str]:
 
 
 def _findings(d: dict[str, Any], words: Words) -> str:
-    items = []
-    for one, more in shortened(findings(d)):
-        names = one.names
-        if "set" in names:
-            names = {**names, "set": words.text_set(str(names["set"]))}
-        rest = f" ({words('find_more', count=more)})" if more else ""
-        items.append(tag("li", words(one.key, **names) + rest))
+    items = [tag("li", sections.finding(*one, words)) for one in shortened(findings(d))]
     return sections.section(words, "findings", tag("ul", *items)) if items else ""

@@ -15,16 +15,23 @@ _FIRST = r"\s*\S[^\s、。，．,.]{0,11}"
 
 
 def worst(d: Described, words: Words) -> str:
-    passages = d.get("worst") or []
-    if not passages:
-        return ""
+    found = passages(d, words)
+    return section(words, "worst", heat(words), found, note="worst_note") if found else ""
+
+
+def heat(words: Words) -> str:
+    """What the colours mean."""
     steps = [tag("span", text(f"< {HEAT[0]:g}"), class_="h0")]
     steps += [tag("span", text(f"≥ {least:g}"), class_=f"h{i + 1}") for i, least in enumerate(HEAT)]
-    key = tag("p", words("worst_key"), " ", *steps, class_="heat")
-    parts = [_passage(one, words) for one in passages]
+    return tag("p", words("worst_key"), " ", *steps, class_="heat")
+
+
+def passages(d: Described, words: Words) -> str:
+    """Empty without any."""
+    parts = [_passage(one, words) for one in d.get("worst") or []]
     rest = "".join(parts[_PASSAGES:])
     more = folded(words("worst_more", count=len(parts) - _PASSAGES), rest) if rest else ""
-    return section(words, "worst", key, *parts[:_PASSAGES], more, note="worst_note")
+    return "".join(parts[:_PASSAGES]) + more
 
 
 def _passage(one: Described, words: Words) -> str:
@@ -86,31 +93,43 @@ def samples(d: Described, words: Words) -> str:
 
 
 def _sample(one: Described, words: Words) -> str:
+    shared, how = parting(one, words)
+    language = one.get("language")
+    badge = tag("p", tag("span", how, class_="badge")) if how else ""
+    sides = [
+        tag("div", tag("h4", words(key)), continued(one[key], shared, language, words))
+        for key in ("original", "quantized")
+    ]
+    return tag("article", prompt(one, words), badge, tag("div", *sides, class_="pair"))
+
+
+def prompt(one: Described, words: Words) -> str:
+    named = tag("h3", words("prompt"), class_="unseen")
+    return named + tag(
+        "p", text(one["prompt"]), class_="prompt", lang=_language(one.get("language"))
+    )
+
+
+def parting(one: Described, words: Words) -> tuple[int, str]:
+    """How many characters both continuations share, and how many tokens, as a label (HTML)."""
     before, after = one["original"], one["quantized"]
     shared = next(
         (i for i, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after))
     )
     if before == after:
-        how = words("identical")
-    elif "same" in one and "tokens" in one:
-        how = words("same_tokens", same=one["same"], tokens=one["tokens"])
-    else:
-        how = ""
-    language = one.get("language")
-    badge = tag("p", tag("span", how, class_="badge")) if how else ""
-    prompt = tag("p", text(one["prompt"]), class_="prompt", lang=_language(language))
-    sides = [
-        tag("div", tag("h4", words(name)), _continued(content, shared, language, words))
-        for name, content in (("original", before), ("quantized", after))
-    ]
-    named = tag("h3", words("prompt"), class_="unseen")
-    return tag("article", named, prompt, badge, tag("div", *sides, class_="pair"))
+        return shared, words("identical")
+    if "same" in one and "tokens" in one:
+        return shared, words("same_tokens", same=one["same"], tokens=one["tokens"])
+    return shared, ""
 
 
-def _continued(content: str, shared: int, language: str | None, words: Words) -> str:
+def continued(
+    content: str, shared: int, language: str | None, words: Words, marked: bool = True
+) -> str:
+    """A continuation; the first difference, behind ``shared`` characters, is marked."""
     if not content:
         return tag("p", words("nothing"), class_="note")
-    first = re.match(_FIRST, content[shared:], re.DOTALL)
+    first = re.match(_FIRST, content[shared:], re.DOTALL) if marked else None
     end = shared + (first.end() if first else 0)
     parts = [tag("span", text(content[:shared])), text(content[end:])]
     if end > shared:

@@ -6,7 +6,7 @@ from math import exp, log
 from typing import Any
 
 from quantkit.workflows import report_charts as charts
-from quantkit.workflows.report_verdict import Layer, layers
+from quantkit.workflows.report_verdict import Finding, Layer, layers
 from quantkit.workflows.report_words import (
     NOTHING,
     Words,
@@ -53,6 +53,27 @@ def _row(cells: list[str]) -> str:
 
 def folded(summary: str, content: str) -> str:
     return tag("details", tag("summary", summary), content)
+
+
+def switch(name: str, legend: str, panels: dict[str, str]) -> str:
+    """One of several panels at a time, chosen by its label. Labels and panels are HTML; ``name`` is
+    the page's only switch of that name."""
+    parts = []
+    for index, (label, panel) in enumerate(panels.items()):
+        place = f"{name}-{index}"
+        parts.append(tag("input", type="radio", name=name, id=place, checked=index == 0))
+        parts.append(tag("label", label, for_=place))
+        parts.append(tag("div", tag("p", label, class_="shown"), panel, class_="panel"))
+    return tag("fieldset", tag("legend", legend, class_="unseen"), *parts, class_="switch")
+
+
+def finding(one: Finding, more: int, words: Words) -> str:
+    """A sentence of report_verdict.shortened (HTML)."""
+    names = dict(one.names)
+    if "set" in names:
+        names["set"] = words.text_set(str(names["set"]))
+    rest = f" ({words('find_more', count=more)})" if more else ""
+    return words(one.key, **names) + rest
 
 
 def numbers(d: Described, words: Words) -> str:
@@ -201,16 +222,18 @@ def _columns() -> dict[str, _Shown]:
     }
 
 
+def measured(sets: Iterable[Described]) -> dict[str, Callable[[Described], str]]:
+    """The columns that at least one of the text sets has something for."""
+    known = {key for one in sets for key, value in one.items() if value is not None}
+    return {key: show for key, show in _columns().items() if key in known}
+
+
 def sets(d: Described, words: Words) -> str:
     """A row for every text set; columns that nothing was measured for are left out."""
     found = {label: {**one} for label, one in (d.get("sets") or {}).items()}
     for one in found.values():
         one.setdefault("perplexity_ratio", _ratio(one))
-    columns = {
-        key: show
-        for key, show in _columns().items()
-        if any(one.get(key) is not None for one in found.values())
-    }
+    columns = measured(found.values())
     if not columns:
         return ""
     rows = [
@@ -292,16 +315,16 @@ def settings(d: Described, words: Words) -> str:
         tag("div", tag("h3", words(name)), table(words(name), head, rows))
         for name, one in (("settings_measured", found), ("settings_quantization", making))
         for head in [[words("setting"), words("value")]]
-        for rows in [[[text(key), value] for key, value in _flat(one, words)]]
+        for rows in [[[text(key), value] for key, value in flat(one, words)]]
         if rows
     ]
     return section(words, "settings", tag("div", *tables, class_="pair")) if tables else ""
 
 
-def _flat(content: Described, words: Words, before: str = "") -> Iterable[tuple[str, str]]:
+def flat(content: Described, words: Words, before: str = "") -> Iterable[tuple[str, str]]:
     for key, value in content.items():
         if isinstance(value, dict):
-            yield from _flat(value, words, f"{before}{key}.")
+            yield from flat(value, words, f"{before}{key}.")
         else:
             yield f"{before}{key}", _value(value, words)
 

@@ -5,23 +5,19 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from quantkit.workflows.gate import DEFAULTS
 from quantkit.workflows.report_words import finite, number, percent
 
-# A level holds while the mean KL (nats) is at most, and the top-1 agreement at least, this. 8-bit
-# models are usually "same", good 4-bit ones of several billion parameters "close" or "very_close",
-# good 3-bit ones "different"; small models lose more at the same bits.
-LEVELS = (
-    ("same", 0.005, 0.97),
-    ("very_close", 0.02, 0.93),
-    ("close", 0.06, 0.88),
-    ("different", 0.2, 0.78),
-    ("worse", 0.7, 0.55),
-)
+# A level holds while the mean KL (nats) is at most, and the top-1 agreement at least, what is usual
+# for 8, 6, 4, 3 and 2 bits: the gate's limits, so that the two do not contradict each other.
+_NAMES = ("same", "close", "different", "worse", "far")
+LEVELS = tuple((name, kl, top1) for name, (_, kl, top1, _) in zip(_NAMES, DEFAULTS))
 BROKEN = "broken"
 _SHOWN = 5  # findings of one kind
 _LOST = 0.5  # relative error of a layer's output that leaves nothing of it
 _UNPREDICTED = 3.0  # measured / predicted, beyond what is usual in this model
 _OUTLIER = 10.0  # times the median of the same kind of layer
+_OFFSET = 0.5  # steps that all weights of a layer lie beside the original's; rounding: under 0.1
 _SMALL = 0.01  # a layer's error that is no finding, whatever the others have
 _SUFFERS = 2.0  # times the median KL of the other texts
 
@@ -38,6 +34,7 @@ class Layer:
     sqnr: float | None = None
     cosine: float | None = None
     predicted: float | None = None
+    offset: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -60,7 +57,7 @@ def layers(described: dict[str, Any]) -> list[Layer]:
     for name, one in (described.get("layers") or {}).items():
         one = one if isinstance(one, dict) else {"error": one}
         block, kind = _place(name)
-        values = (one.get(key) for key in ("error", "sqnr", "cosine", "predicted"))
+        values = (one.get(key) for key in ("error", "sqnr", "cosine", "predicted", "offset"))
         found.append(Layer(name, block, kind, *values))
     return found
 
@@ -104,14 +101,14 @@ def findings(described: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def shortened(found: list[Finding]) -> list[tuple[Finding, int]]:
-    """Not more than a few of every kind, with how many more there are (at the last one)."""
+def shortened(found: list[Finding], most: int = _SHOWN) -> list[tuple[Finding, int]]:
+    """Not more than ``most`` of every kind, with how many more there are (at the last one)."""
     kinds: dict[str, list[Finding]] = defaultdict(list)
     for one in found:
         kinds[one.key].append(one)
     result = []
     for same in kinds.values():
-        shown = same[:_SHOWN]
+        shown = same[:most]
         result += [(one, 0) for one in shown[:-1]] + [(shown[-1], len(same) - len(shown))]
     return result
 
@@ -121,13 +118,17 @@ def _layer_findings(all_layers: list[Layer]) -> list[Finding]:
     for layer in all_layers:
         if finite(layer.error):
             by_kind[layer.kind].append(layer.error)
+    moved = [layer for layer in all_layers if finite(layer.offset) and abs(layer.offset) >= _OFFSET]
     ratios = [layer.ratio for layer in all_layers if layer.ratio is not None]
     usual = max(1.0, median(ratios)) if ratios else 1.0
+    known = {layer.name for layer in moved}
     dead, lost, unpredicted, outliers = [], [], [], []
     for layer in sorted(all_layers, key=lambda one: -one.error if finite(one.error) else 0):
         name, error = layer.name, layer.error
         if not finite(error):
             dead.append(Finding("find_nan_layer", {"name": name}))
+            continue
+        if name in known:
             continue
         middle = median(by_kind[layer.kind])
         if error >= _LOST:
@@ -140,7 +141,16 @@ def _layer_findings(all_layers: list[Layer]) -> list[Finding]:
         elif len(by_kind[layer.kind]) > 3 and error > _OUTLIER * middle:
             names = {"median": percent(middle), "error": percent(error)}
             outliers.append(Finding("find_outlier", {"name": name, **names}))
-    return dead + lost + unpredicted + outliers
+    return _moved(moved, len(all_layers)) + dead + lost + unpredicted + outliers
+
+
+def _moved(some: list[Layer], count: int) -> list[Finding]:
+    """One finding: a convention is confused for the whole file. It points at the first layer."""
+    if not some:
+        return []
+    steps = f"{median(layer.offset for layer in some if layer.offset is not None):+.1f}"
+    names = {"name": some[0].name, "count": len(some), "all": count, "steps": steps}
+    return [Finding("find_zero_points", names)]
 
 
 def _set_findings(sets: dict[str, Any]) -> list[Finding]:

@@ -13,7 +13,7 @@ from quantkit import data
 from quantkit.errors import UsageError
 
 NOTHING = "–"
-_VOID = {"meta", "br"}
+_VOID = {"meta", "br", "input"}
 # what would be invisible, or not allowed in HTML, is shown by its picture
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES[127] = "␡"

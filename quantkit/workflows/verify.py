@@ -24,6 +24,7 @@ from quantkit.workflows import card, divergence, sizes, verdict
 from quantkit.workflows.calibrate import longest_row
 from quantkit.workflows.check import held_out
 from quantkit.workflows.divergence import Sample
+from quantkit.workflows.engine import TORCH, Engine, engine_for, refuse_engine
 from quantkit.workflows.gate import Gate, Given
 from quantkit.workflows.layer_errors import GIVE_IT
 from quantkit.workflows.passages import Passages
@@ -85,6 +86,7 @@ def verify(
     max_ppl_ratio: Given = None,
     gate: bool = False,
     write: bool = True,
+    engine: str = TORCH,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -99,6 +101,7 @@ def verify(
     max_kl, min_top1, max_ppl_ratio   limits: a number for the mean over the texts, or
               ``SET=NUMBER``, or several; whether they were kept is in the result's ``gate``
     gate      also hold it to what is usual for its bits
+    engine    ``llama.cpp``: it, not quantkit, computes the predictions of a GGUF file
     write     put the verdict into quantkit.json and the card of a folder that quantkit wrote
 
     Raises QuantkitError when either cannot be loaded, or the two do not belong together.
@@ -106,8 +109,9 @@ def verify(
     limits = Gate.of(max_kl, min_top1, max_ppl_ratio, gate)
     _refuse_nothing(rows, seqlen)
     source = resolve(model, revision)
+    refuse_engine(engine, [source])
     original = resolve(against) if against else recorded_original(source)
-    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits)
+    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits, engine)
     result = bench.measure(source, progress or Progress())
     if write:
         verdict.write(result.described(), source, Path(model), result.notes)
@@ -150,11 +154,12 @@ class Bench:
         device: str,
         dtype: str,
         limits: Gate,
+        engine: str = TORCH,
     ) -> None:
         _refuse_nothing(rows, seqlen)
         self._device = pick_device(device)
         self._dtype = pick_dtype(dtype, self._device)
-        self._samples, self._limits = samples, limits
+        self._samples, self._limits, self._engine = samples, limits, engine
         self.reference = Reference(original, self._device, self._dtype)
         self._notes = []
         longest = longest_row(self.reference.skeleton)
@@ -187,7 +192,8 @@ class Bench:
                 f"{source.name} and {reference.source.name} have different vocabularies", GIVE_IT
             )
         model = put_together(opened, self._device, self._dtype)
-        self._compare(model, result, progress)
+        engine = engine_for(self._engine, opened, model, reference.tokenizer)
+        self._compare(model, engine, result, progress)
         result.size = {
             "bytes": sizes.bytes_of(opened),
             "original_bytes": reference.bytes,
@@ -195,14 +201,14 @@ class Bench:
             "memory": sizes.memory_of(model),
         }
         _add_record(opened, reference, result)
-        result.settings |= self._settings
+        result.settings |= {**self._settings, "engine": engine.name}
         result.nonfinite = _with_layers(sizes.nonfinite(model), result.layers)
         if self._samples:
             written = reference.written()
             if isinstance(written, str):
                 result.notes.append(written)
             else:
-                own = divergence.continued(model, reference.tokenizer)
+                own = divergence.continued(engine.write, reference.tokenizer)
                 result.samples = divergence.compared(written, own, reference.tokenizer)
         if self._limits:
             bits = result.size["bits_per_weight"]
@@ -210,7 +216,9 @@ class Bench:
             result.gate = self._limits.judge(measured, bits, len(result.nonfinite))
         return result
 
-    def _compare(self, model: Any, result: Verification, progress: Progress) -> None:
+    def _compare(
+        self, model: Any, engine: Engine, result: Verification, progress: Progress
+    ) -> None:
         """Run both models on all rows; the original's layers are compared on the way."""
         reference, passages = self.reference, Passages(self.reference.tokenizer)
         blocks = len(reference.walk)
@@ -224,11 +232,10 @@ class Bench:
         result.layers = {name: {**found, "predicted": None} for name, found in layers.items()}
         rows = zip(self._labels, reference.batches, reference.logits())
         for index, (label, batch, logits) in enumerate(rows):
-            with torch.no_grad():
-                other = model(input_ids=batch.to(logits.device), use_cache=False).logits
-            kl = result.comparison.add(label, batch[0], logits[0], other[0])
+            other = engine.logits(batch[0]).to(logits.device)
+            kl = result.comparison.add(label, batch[0], logits[0], other)
             if kl is not None:
-                passages.see(label, batch[0], kl, logits[0], other[0])
+                passages.see(label, batch[0], kl, logits[0], other)
             done(blocks + index + 1, f"text {label}")
         result.worst = passages.described()
         progress.end()

@@ -62,7 +62,7 @@ def test_rows_that_join_and_leave_are_what_they_are_alone(name):
 
 def test_memory_of_rows_that_left_is_given_back():
     net = loaded("llama")
-    batch, logits = read(net, [list(range(1, 41)), [7, 8]])
+    batch, _ = read(net, [list(range(1, 41)), [7, 8]])
     assert (batch.rows, batch.columns) == (2, 40)
     batch.keep([1])
     assert (batch.rows, batch.columns) == (1, 2)

@@ -2,7 +2,7 @@
 
     batch = Batch(model)
     batch.begin([[5, 7, 9], [4]])         prompts of any lengths
-    while (logits := batch.read(512)) is None: ...     in pieces, so that others are not kept waiting
+    while (logits := batch.read(512)) is None: ...     in pieces: others need not wait for all
     logits = batch.step([12, 31])         float [rows, vocab]: what follows these tokens
     batch.join(other)                     the rows of another batch, below its own
     batch.keep([0, 2])                    the other rows are gone, and their memory

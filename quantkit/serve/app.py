@@ -11,13 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quantkit.serve import errors, page
 from quantkit.serve.asking import ask
 from quantkit.serve.errors import Refused
-from quantkit.serve.guard import Guard
+from quantkit.serve.guard import MAX_BODY, Guard
 from quantkit.serve.metrics import Metrics, resident
 from quantkit.serve.model import Served
 from quantkit.serve.schemas import ChatRequest, CompletionRequest
 from quantkit.serve.sending import EventStream, Gone, unless_gone
 
-MAX_BODY = 4 << 20  # bytes
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A field is missing, wrong, or more than the model can do"},
     401: {"description": "The API key is missing or wrong"},
@@ -25,7 +24,6 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     404: {"description": "No such model"},
     413: {"description": "The body is too large"},
     415: {"description": "The body is not application/json"},
-    422: {"description": "Not used", "model": None},
     429: {"description": "Too many requests are waiting"},
     503: {"description": "The engine has failed"},
 }
@@ -37,7 +35,7 @@ def create_app(
     hosts: frozenset[str] | None = None,
     api_key: str | None = None,
     with_page: bool = True,
-) -> FastAPI:
+) -> ASGIApp:
     """Serve ``models``, which have different names; ``hosts`` and ``api_key`` as in guard.py."""
     served = {model.name: model for model in models}
     metrics = Metrics(models)
@@ -54,11 +52,9 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # these load scripts from elsewhere
         redoc_url=None,
-        max_body_size=MAX_BODY,
+        max_body_size=MAX_BODY,  # for bodies that do not tell their length
     )
     errors.install(app)
-    app.add_middleware(_Counting, metrics=metrics)
-    app.add_middleware(Guard, hosts=hosts, api_key=api_key)
     if with_page:
         page.install(app)
 
@@ -114,7 +110,7 @@ def create_app(
         """What Prometheus reads."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return app
+    return _Counting(Guard(app, hosts=hosts, api_key=api_key), metrics)
 
 
 def _described(model: Served) -> dict[str, Any]:

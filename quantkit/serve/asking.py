@@ -115,11 +115,11 @@ async def ask(request: ChatRequest | CompletionRequest, served: Served, metrics:
     sampling, choices = served.sampling(request.sampling()), request.n or 1
     if len(prompts) * choices > CHOICES:
         raise Refused(400, f"n times prompts is more than {CHOICES}", param="n")
-    jobs = []
+    jobs, field = [], "messages" if chat else "prompt"
     for ids in prompts:
         if not ids:
-            raise Refused(400, "the prompt is empty", param="messages" if chat else "prompt")
-        budget = served.budget(len(ids), request.budget)
+            raise Refused(400, "the prompt is empty", param=field)
+        budget = served.budget(len(ids), request.budget, field)
         each = (_choice(sampling, i) for i in range(choices))
         jobs += [Job(ids, settings, budget, request.told) for settings in each]
     streams = served.submit(jobs)

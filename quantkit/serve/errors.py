@@ -59,13 +59,18 @@ def install(app: FastAPI) -> None:
 
 
 def _first(error: RequestValidationError) -> tuple[str, str | None]:
-    """A sentence about the first thing that is wrong, and the field. What was sent is not
+    """A sentence about the first field that is wrong, and the field. What was sent is not
     repeated: it may be long, or not printable."""
-    found = error.errors()[0]
-    if found["type"] == "json_invalid":
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
         return "the body is not valid JSON", None
-    place = [str(part) for part in found["loc"][1:] if not str(part).startswith("function-")]
-    field = place[0] if place else None
-    where = ".".join(place[:4]) or "the body"
-    message = str(found["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}", field
+    field = _field(found[0])
+    # a field of several forms has an error for each
+    said = [str(one["msg"]).removeprefix("Value error, ") for one in found if _field(one) == field]
+    said = [f"{message[:1].lower()}{message[1:]}" for message in dict.fromkeys(said)]
+    return f"{field or 'the body'}: {', or '.join(said[:4])}", field
+
+
+def _field(error: dict[str, Any]) -> str | None:
+    place = error["loc"][1:]
+    return str(place[0]) if place and isinstance(place[0], str) else None

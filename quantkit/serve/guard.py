@@ -17,6 +17,7 @@ from quantkit.serve.errors import error_body
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _OPEN = ("/", "/health")  # and the page's files: nothing about the models is in them
 PAGE = "/page/"
+MAX_BODY = 4 << 20  # bytes
 
 
 class Guard:
@@ -47,6 +48,9 @@ class Guard:
             return 403, "other sites' pages may not use this server", {}
         if not self._knows(scope["path"], headers):
             return 401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"}
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length[:20]) > MAX_BODY:
+            return 413, f"the body is larger than {MAX_BODY} bytes", {}
         if scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":

@@ -3,7 +3,13 @@
 from collections.abc import Iterable
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -16,6 +22,7 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, models: Iterable[Served]) -> None:
+        disable_created_metrics()  # when each counter began: a line for every line
         self.registry = CollectorRegistry()
         self.registry.register(_Now(list(models)))
         self.requests = Counter(

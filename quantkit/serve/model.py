@@ -31,15 +31,15 @@ class Served:
         except UsageError as error:
             raise Refused(400, error.message) from error
 
-    def budget(self, prompt: int, asked: int | None) -> int:
-        """Tokens that may follow a prompt of so many."""
+    def budget(self, prompt: int, asked: int | None, field: str) -> int:
+        """Tokens that may follow a prompt of so many, which came in ``field``."""
         context = self.engine.limits.context
         if prompt >= context:
             raise Refused(
                 400,
                 f"this model's maximum context length is {context} tokens, and your prompt has "
                 f"{prompt}, which leaves none for the answer",
-                param="messages",
+                param=field,
                 code="context_length_exceeded",
             )
         if asked is not None and prompt + asked > context:

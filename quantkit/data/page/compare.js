@@ -110,5 +110,5 @@ export class Compare {
 function told({ at, share }) {
   if (at === null) return t("same");
   const percent = share.toLocaleString(undefined, { style: "percent" });
-  return t("differs", { at: number(at), share: percent });
+  return t(at ? "differs" : "differs_at_once", { at: number(at), share: percent });
 }

@@ -11,6 +11,10 @@ export function words(text) {
 export function difference(reference, text) {
   const [one, other] = [words(reference), words(text)];
   const kept = common(one, other);
+  other.forEach((word, i) => {
+    // a space between two words that differ is no agreement
+    if (!word.trim() && i && !kept[i - 1] && kept[i + 1] === false) kept[i] = false;
+  });
   const parts = [];
   let same = 0;
   other.forEach((word, i) => {

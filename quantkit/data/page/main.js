@@ -145,7 +145,7 @@ function paint() {
 async function translate(lang) {
   store.set("lang", await speak(lang));
   const other = LANGUAGES.find((one) => one !== language());
-  find("lang").textContent = other === "ja" ? "日本語" : "English";
+  find("lang").textContent = other === "ja" ? "日本語" : "EN";
   find("lang").lang = other;
   chat.draw();
   compare.draw();

@@ -34,7 +34,7 @@ const BLOCKS = [
   [(line, next) => line.includes("|") && next.includes("|") && TABLE.test(next), table],
   [() => true, paragraph],
 ];
-const begins = (line, next) => BLOCKS.findIndex(([starts]) => starts(line, next ?? "")) < BLOCKS.length - 1;
+const begins = (line, next = "") => BLOCKS.slice(0, -1).some(([starts]) => starts(line, next));
 
 function code(lines, at) {
   const [, fence, language] = FENCE.exec(lines[at]);

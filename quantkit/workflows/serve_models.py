@@ -137,6 +137,7 @@ def _vllm(opened: Opened, settings: Settings) -> Made:
     engine = VllmEngine(
         weights(opened),
         opened.format,
+        _ends(said, tokenizer),
         context=_context(config, settings),
         rows=settings.max_batch,
         queue=settings.queue,

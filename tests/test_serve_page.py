@@ -66,6 +66,13 @@ def ended(page) -> None:
     page.wait_for_selector("#stop", state="hidden")
 
 
+def bodies_of(page) -> list[dict]:
+    """What the page sends, as it does."""
+    found: list[dict] = []
+    page.on("request", lambda one: found.append(one.post_data_json) if one.post_data else None)
+    return found
+
+
 def answered_with(page, text: str) -> None:
     """The next answers of the server are ``text``."""
     chunk = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
@@ -112,10 +119,7 @@ def test_it_can_be_stopped(page, server):
 
 
 def test_settings_go_into_the_request(page):
-    sent = []
-    page.on(
-        "request", lambda request: sent.append(request.post_data_json) if request.post_data else 0
-    )
+    sent = bodies_of(page)
     page.click("#settings-open")
     assert "### 指示" in page.text_content("#template")
     page.fill("#system", "短く答えて。")
@@ -185,7 +189,8 @@ def test_what_a_model_says_never_becomes_markup(page):
 def test_markdown(page):
     text = (
         "# Title\n\nSome **bold *both* text**, `a*b*c` and 2*3*4\nnext line\n\n1. one\n2. two\n"
-        "   - inner\n\n> quoted\n\n- [x](http://e.org)\n\n---\n\n| a | b |\n|---|:-:|\n| 1 | 2 |\n\n"
+        "   - inner\n\n> quoted\n\n- [x](http://e.org)\n\n---\n\n"
+        "| a | b |\n|---|:-:|\n| 1 | 2 |\n\n"
         "```python\ndef f():\n    return '**'\n```\n\n```\nnot closed"
     )
     answered_with(page, text)
@@ -224,10 +229,7 @@ def test_enter_while_a_word_is_converted_does_not_send(page):
 def test_models_are_compared(page):
     page.click("#tab-compare")
     assert page.locator("#chosen input:checked").count() == 3
-    sent = []
-    page.on(
-        "request", lambda request: sent.append(request.post_data_json) if request.post_data else 0
-    )
+    sent = bodies_of(page)
     ask(page, "The history of the city")
     ended(page)
     assert {one["model"] for one in sent} == {"demo", "small", "twin"}

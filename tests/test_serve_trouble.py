@@ -286,7 +286,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(QuantkitError, match="cannot listen on 127.0.0.1 port"):
+        with pytest.raises(QuantkitError, match=r"cannot listen on 127\.0\.0\.1 port"):
             serve(["no such model"], port=taken.getsockname()[1])
 
 

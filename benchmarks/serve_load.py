@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 
-import httpx
+import httpx2
 import psutil
 
 PROMPTS = [
@@ -58,7 +58,7 @@ class Result:
         }
 
 
-async def stream(http: httpx.AsyncClient, body: dict, heard: Result) -> str:
+async def stream(http: httpx2.AsyncClient, body: dict, heard: Result) -> str:
     """One answer; its text."""
     started, first, text = time.perf_counter(), None, ""
     async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
@@ -73,7 +73,7 @@ async def stream(http: httpx.AsyncClient, body: dict, heard: Result) -> str:
                     first = time.perf_counter() - started
                 text += choice["text"]
     if not ended:
-        raise httpx.ReadError("the stream was cut off")
+        raise httpx2.ReadError("the stream was cut off")
     heard.first.append(first or time.perf_counter() - started)
     return text
 
@@ -82,15 +82,17 @@ async def load(url: str, key: str, clients: int, requests: int, body: dict, want
     """``requests`` answers in all, ``clients`` at a time."""
     result, left = Result(clients), iter(range(requests))
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits) as http:
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(
+        base_url=url, headers=headers, timeout=600, limits=limits
+    ) as http:
 
         async def client() -> None:
             for number in left:
                 prompt = PROMPTS[number % len(PROMPTS)]
                 try:
                     text = await stream(http, {**body, "prompt": prompt}, result)
-                except httpx.HTTPError:
+                except httpx2.HTTPError:
                     result.errors += 1
                     continue
                 expected, count = wanted[prompt]
@@ -107,7 +109,7 @@ def references(url: str, key: str, body: dict) -> dict[str, tuple[str, int]]:
     """Text and tokens of every prompt, asked for one at a time."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     found = {}
-    with httpx.Client(base_url=url, headers=headers, timeout=600) as http:
+    with httpx2.Client(base_url=url, headers=headers, timeout=600) as http:
         for prompt in PROMPTS:
             answer = http.post("/v1/completions", json={**body, "prompt": prompt})
             said = answer.raise_for_status().json()
@@ -159,7 +161,7 @@ async def vanish(url: str, clients: int, seconds: float) -> int:
         while time.monotonic() < end:
             body = {"prompt": random.choice(PROMPTS), "max_tokens": 1000, "stream": True}
             async with (
-                httpx.AsyncClient(base_url=url, timeout=60) as http,
+                httpx2.AsyncClient(base_url=url, timeout=60) as http,
                 http.stream("POST", "/v1/completions", json=body) as response,
             ):
                 async for _ in response.aiter_bytes():
@@ -203,14 +205,14 @@ async def garbage(url: str, seconds: float) -> dict[int, int]:
     """Bodies that are no requests: how often each status came back."""
     seen: dict[int, int] = {}
     headers, end = {"content-type": "application/json"}, time.monotonic() + seconds
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
         while time.monotonic() < end:
             for content in GARBAGE:
                 try:
                     status = (
                         await http.post("/v1/completions", content=content, headers=headers)
                     ).status_code
-                except httpx.WriteError:  # refused before all of it was sent
+                except httpx2.WriteError:  # refused before all of it was sent
                     status = 413
                 seen[status] = seen.get(status, 0) + 1
             await asyncio.sleep(0.05)
@@ -250,7 +252,7 @@ async def ended(server: Server) -> dict:
     """SIGTERM while four streams run: their ends, and the exit code."""
     body = {"prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0}
     heard = Result(4)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
         streams = [asyncio.create_task(stream(http, body, heard)) for _ in range(4)]
         await asyncio.sleep(0.5)
         server.process.send_signal(signal.SIGTERM)

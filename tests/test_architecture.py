@@ -30,7 +30,7 @@ ONLY_IN = {
     "fastapi": {"serve"},
     "starlette": {"serve"},
     "uvicorn": {"workflows"},
-    "httpx": {"serve"},
+    "httpx2": {"serve"},
 }
 
 

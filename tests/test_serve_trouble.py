@@ -10,7 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import pytest
 from serving import demo, running, until
 from tools import command, sentence
@@ -193,13 +193,13 @@ def process():
 def test_told_to_stop_it_ends_what_it_began(process):
     server, url = process("--dtype", "float32")
     body = {**LONG, "max_tokens": 150, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+    with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{url}/health")
         rest = list(lines)
     assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest[-2:]
     assert server.wait(20) == 0
@@ -212,7 +212,7 @@ def test_a_failed_engine_ends_the_process_with_an_error(process):
         "t.TorchBackend._step = broken; run()"
     )
     server, url = process(program=program)
-    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=30).status_code == 503
+    assert httpx2.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=30).status_code == 503
     assert server.wait(20) == 1
     said = server.stderr.read()
     assert "the GPU is gone" in said

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from quantkit.errors import QuantkitError
 from quantkit.serve.engine import Busy, Dead, Job, Limits, Load, Stream, Token
@@ -58,7 +58,7 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._died: Callable[[], None] | None = None
         self._closing = False
-        self._client: httpx.AsyncClient | None = None
+        self._client: httpx2.AsyncClient | None = None
         self._key, self._url = secrets.token_hex(16), f"http://127.0.0.1:{_free_port()}"
         self._log = tempfile.TemporaryFile(prefix="quantkit-vllm-")
         self._process = subprocess.Popen(
@@ -112,7 +112,7 @@ class VllmEngine:
                 stream.put(tokens, choice.get("finish_reason"))
             if stream.finish is None:
                 stream.fail()
-        except (httpx.HTTPError, ValueError):
+        except (httpx2.HTTPError, ValueError):
             stream.fail()
         finally:
             self._streams.discard(stream)
@@ -120,8 +120,8 @@ class VllmEngine:
     async def _choices(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         if self._client is None:
             headers = {"Authorization": f"Bearer {self._key}"}
-            limits = httpx.Limits(max_connections=None)
-            self._client = httpx.AsyncClient(
+            limits = httpx2.Limits(max_connections=None)
+            self._client = httpx2.AsyncClient(
                 base_url=self._url, headers=headers, timeout=None, limits=limits
             )
         settings = {
@@ -153,9 +153,9 @@ class VllmEngine:
             if self._process.poll() is not None:
                 raise QuantkitError("vLLM did not start", self._last_words())
             try:
-                if httpx.get(f"{self._url}/health", timeout=5).status_code == 200:
+                if httpx2.get(f"{self._url}/health", timeout=5).status_code == 200:
                     return
-            except httpx.HTTPError:
+            except httpx2.HTTPError:
                 time.sleep(0.5)
 
     def _watched(self) -> None:

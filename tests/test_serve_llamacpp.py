@@ -32,7 +32,8 @@ def test_texts_wait_for_each_other_and_a_client_that_goes_makes_room(server):
     body = {"prompt": "The history of", "temperature": 0, "max_tokens": 1500, "stream": True}
     load = server.models[0].engine.load
     with server.client() as http, http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: without it the response is closed
+        next(lines)
         assert load().running == 1
     until(lambda: load().running == 0, 5)
     short = server.post("/v1/completions", prompt="a", max_tokens=3, temperature=0)

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quantkit.serve import errors, page
@@ -105,7 +105,7 @@ def create_app(
         failed = any(model.engine.dead for model in models)
         return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
-    @app.get("/metrics", responses=_REFUSALS)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_REFUSALS)
     async def numbers() -> Response:
         """What Prometheus reads."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -159,10 +160,11 @@ class VllmEngine:
                 time.sleep(0.5)
 
     def _watched(self) -> None:
-        self._process.wait()
+        code = self._process.wait()
         if self._closing:
             return
         self.dead = True
+        print(f"vLLM ended with code {code}: {self._last_words()}", file=sys.stderr, flush=True)
         for stream in list(self._streams):
             stream.call(stream.fail)
         if self._died is not None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from quantkit.core.sampling import Sampling
@@ -110,7 +110,6 @@ class Limits:
 
     context: int
     logprobs: bool = True
-    note: str = field(default="", compare=False)  # about the choice, for people
 
 
 class Engine(Protocol):

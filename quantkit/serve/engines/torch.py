@@ -142,8 +142,8 @@ class TorchBackend:
         greedy = logits.argmax(-1).tolist()
         deliveries: list[Delivery] = []
         for i, row in enumerate(group.rows):
-            plain = row.stream.job.sampling
-            if plain.greedy and plain.repetition_penalty == 1:
+            sampling = row.stream.job.sampling
+            if sampling.greedy and sampling.repetition_penalty == 1:
                 row.last = greedy[i]
             else:
                 row.last = row.sampler.next(logits[i])

@@ -10,7 +10,8 @@ import quantkit
 ROOT = Path(quantkit.__file__).parent
 MAY_IMPORT = {
     "cli": {"workflows", "core", "errors"},
-    "workflows": {"methods", "formats", "runtime", "core", "data", "errors"},
+    "workflows": {"methods", "formats", "runtime", "serve", "core", "data", "errors"},
+    "serve": {"formats", "runtime", "core", "data", "errors"},
     "runtime": {"formats", "core", "errors"},
     "methods": {"core", "errors"},
     "formats": {"core", "errors"},
@@ -26,6 +27,10 @@ ONLY_IN = {
     "safetensors": {"core"},
     "huggingface_hub": {"core"},
     "datasets": {"core"},
+    "fastapi": {"serve"},
+    "starlette": {"serve"},
+    "uvicorn": {"workflows"},
+    "httpx2": {"core", "serve"},
 }
 
 

@@ -29,6 +29,7 @@ _COMMANDS = {
     "chat": "Talk with a model.",
     "bench": "Measure how fast a model runs.",
     "cache": "Show or clear what quantkit keeps for this machine.",
+    "serve": "Serve models to OpenAI's clients, and a page to try them on.",
     "run": "Run a recipe: commands and their options in a file.",
 }
 

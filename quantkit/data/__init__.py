@@ -1,5 +1,5 @@
-"""What comes with quantkit: the demo model, the bundled calibration texts, the recipes
-and the words of the report."""
+"""What comes with quantkit: the demo model, the bundled calibration texts, the recipes,
+the words of the report and the page of the server."""
 
 from pathlib import Path
 
@@ -24,6 +24,11 @@ def recipes() -> Path:
 def report() -> Path:
     """Folder with the words (one file per language) and the style of the verification report."""
     return _HERE / "report"
+
+
+def page() -> Path:
+    """Folder with the files of the page that ``quantkit serve`` shows."""
+    return _HERE / "page"
 
 
 def _beside(name: str) -> Path:

@@ -1,0 +1,168 @@
+"""Models for ``quantkit serve``: each is opened once, and its engine chosen by what it is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.core.source import resolve
+from quantkit.errors import UsageError
+from quantkit.runtime import llamacpp
+from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.serve.engine import Engine
+from quantkit.serve.engines import NAMES
+from quantkit.serve.model import Served
+from quantkit.serve.prompts import Vocabulary
+from quantkit.serve.worker import Worker
+from quantkit.workflows.sizes import bytes_of
+
+_CONTEXT = 2048  # tokens, where a model does not say what it was trained with
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are loaded and run; the options of the command have the same names."""
+
+    engine: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    context: int | None = None
+    max_batch: int = 16
+    queue: int = 64
+    kv_tokens: int | None = None
+    max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("auto", *NAMES):
+            raise UsageError(f"there is no engine '{self.engine}'", f"use {', '.join(NAMES)}")
+        for name, least in (("context", 2), ("max_batch", 1), ("kv_tokens", 2), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
+        if self.queue < 0:
+            raise UsageError("--queue cannot be negative", "0 lets nobody wait")
+
+
+def open_model(model: str, name: str, settings: Settings, note: Callable[[str], None]) -> Served:
+    """Load ``model``. ``note`` is told what was chosen. Raises QuantkitError when it does not
+    load."""
+    source = resolve(model, settings.revision)
+    opened = open_checkpoint(source)
+    engine, why = _choice(opened, settings)
+    making = {"torch": _torch, "llama.cpp": _llamacpp, "vllm": _vllm}[engine]
+    running, vocabulary, own = making(opened, settings)
+    size = bytes_of(opened)
+    about = {"format": opened.format, "bytes": size, "source": source.name}
+    note(
+        f"{name}: {opened.format}, {size / 1e9:.2f} GB, engine {engine} ({why}), "
+        f"context {running.limits.context} tokens"
+    )
+    if vocabulary.template is None:
+        note(f"{name} has no chat template: it answers /v1/completions only")
+    return Served(name, running, vocabulary, own, settings.max_tokens, about)
+
+
+def names_of(models: tuple[str, ...]) -> list[str]:
+    """What clients call them: the name of the repository or folder, with a number where two are
+    called the same."""
+    found: list[str] = []
+    for model in models:
+        path = Path(model).expanduser()
+        plain = model
+        if path.exists():
+            plain = path.resolve().stem if path.is_file() else path.resolve().name
+        taken = sum(one == plain or one.startswith(f"{plain}-") for one in found)
+        name, number = plain, taken + 1
+        while name in found:
+            name, number = f"{plain}-{number}", number + 1
+        found.append(name)
+    return found
+
+
+def _choice(opened: Opened, settings: Settings) -> tuple[str, str]:
+    """The engine, and why."""
+    gguf = opened.format == "gguf"
+    if settings.engine == "llama.cpp" and not gguf:
+        raise UsageError(
+            f"llama.cpp runs GGUF files, and {opened.source.name} is none",
+            "quantkit convert --to gguf:q4_0 makes one",
+        )
+    if settings.engine != "auto":
+        return settings.engine, "as asked for"
+    if not gguf or pick_device(settings.device).type != "cpu":
+        return "torch", f"{opened.format} in quantkit's own loader"
+    if llamacpp.installed():
+        return "llama.cpp", "GGUF on a CPU"
+    return "torch", "GGUF; pip install 'quantkit[llamacpp]' would be faster"
+
+
+Made = tuple[Engine, Vocabulary, Mapping[str, Any]]
+
+
+def _torch(opened: Opened, settings: Settings) -> Made:
+    from quantkit.runtime.load import put_together
+    from quantkit.serve.engines.torch import TorchBackend
+
+    device = pick_device(settings.device)
+    tokenizer = opened.tokenizer()
+    model = put_together(opened, device, pick_dtype(settings.dtype, device))
+    config = model.config.get_text_config()
+    said = model.generation_config.to_dict()
+    backend = TorchBackend(
+        model,
+        _ends(said, tokenizer),
+        context=_context(vars(config) | config.to_dict(), settings),
+        rows=settings.max_batch,
+        kv_tokens=settings.kv_tokens,
+    )
+    size = model.get_input_embeddings().num_embeddings
+    return Worker(backend, settings.queue), Vocabulary(tokenizer, size), said
+
+
+def _llamacpp(opened: Opened, settings: Settings) -> Made:
+    from quantkit.serve.engines.llamacpp import LlamaCppBackend
+
+    model = llamacpp.LlamaCpp(opened.files[0], context=settings.context)
+    backend = LlamaCppBackend(model)
+    return Worker(backend, settings.queue), Vocabulary(opened.tokenizer(), model.vocabulary), {}
+
+
+def _vllm(opened: Opened, settings: Settings) -> Made:
+    from quantkit.serve.engines.vllm import VllmEngine
+
+    config, said = opened.model_config, opened.source.read_json("generation_config.json") or {}
+    tokenizer = opened.tokenizer()
+    engine = VllmEngine(
+        weights(opened),
+        opened.format,
+        _ends(said, tokenizer),
+        context=_context(config, settings),
+        rows=settings.max_batch,
+        queue=settings.queue,
+        dtype=settings.dtype,
+    )
+    return engine, Vocabulary(tokenizer, int(config["vocab_size"])), said
+
+
+def weights(opened: Opened) -> Path:
+    """What another program is told to open: the folder, or the GGUF file."""
+    return opened.files[0] if opened.format == "gguf" else opened.source.folder
+
+
+def _context(config: Mapping[str, Any], settings: Settings) -> int:
+    """Tokens of prompt and answer together: what the model was trained with, or less."""
+    own = config.get("max_position_embeddings") or config.get("n_positions") or _CONTEXT
+    if settings.context is not None and settings.context > own:
+        raise UsageError(
+            f"--context {settings.context} is more than the {own} tokens of this model"
+        )
+    return settings.context or int(own)
+
+
+def _ends(said: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    ends = said.get("eos_token_id")
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    return frozenset(found | {tokenizer.eos_token_id} - {None})

@@ -1,0 +1,310 @@
+"""Clients that vanish, crowd or dawdle, an engine that fails, a process that is told to stop."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+from serving import demo, running, until
+from tools import command, sentence
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.workflows.serve import serve
+from quantkit.workflows.serve_models import names_of
+
+LONG = {"prompt": "The history of", "max_tokens": 1500, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(demo(max_batch=2, queue=2)) as found:
+        yield found
+
+
+@pytest.fixture
+def idle(server):
+    """The server with nothing to do, before and after."""
+    assert server.models[0].engine.load().running == 0
+    yield server
+    until(lambda: server.models[0].engine.load().running == 0)
+
+
+def endless(server, **body):
+    """A connection that reads a long stream."""
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    content = json.dumps({**LONG, "stream": True, **body}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+def occupied(server, texts: int) -> None:
+    load = server.models[0].engine.load
+    until(lambda: load().running + load().waiting == texts)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_is_gone_stops_its_text(idle, stream):
+    load = idle.models[0].engine.load
+    connection = endless(idle, stream=stream)
+    until(lambda: load().kv_used > 1500)
+    started = time.monotonic()
+    connection.close()
+    until(lambda: load().running == 0)
+    assert time.monotonic() - started < 2  # the whole text takes ten seconds
+    assert load().kv_used == 0
+    assert idle.models[0].engine._backend._running.batch.rows == 0
+
+
+def test_a_full_queue_is_said_at_once_and_empties(idle):
+    connections = [endless(idle) for _ in range(4)]
+    until(lambda: idle.models[0].engine.load().waiting == 2)
+    refused = idle.post("/v1/completions", prompt="a", max_tokens=1)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    # two that wait leave, so there is room for two
+    for connection in connections:
+        connection.close()
+    until(lambda: idle.models[0].engine.load().running == 0)
+    body = {"prompt": "a", "max_tokens": 1}
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: idle.post("/v1/completions", **body).status_code, range(4)))
+    assert codes == [200] * 4
+
+
+def test_more_choices_than_there_is_room_for_are_refused_together(idle):
+    assert idle.post("/v1/completions", prompt="a", max_tokens=1, n=5).status_code == 429
+    assert idle.post("/v1/completions", prompt="a", max_tokens=1, n=4).status_code == 200
+
+
+def test_a_reader_that_does_not_read_holds_up_nobody(idle):
+    """Its text is finished all the same, its memory free; others get theirs meanwhile."""
+    slow = endless(idle, logprobs=20, max_tokens=200)
+    occupied(idle, 1)
+    body = {**LONG, "max_tokens": 20}
+    started = time.monotonic()
+    assert idle.post("/v1/completions", **body).status_code == 200
+    assert time.monotonic() - started < 5
+    until(lambda: idle.models[0].engine.load().running == 0)
+    received = b""
+    while b"[DONE]" not in received:
+        received += slow.recv(1 << 16)
+    slow.close()
+    texts = [json.loads(m)["choices"] for m in re.findall(rb"data: (\{.*\})\n", received)]
+    assert sum(len(c[0]["logprobs"]["tokens"]) for c in texts if c[0]["logprobs"]) == 200
+
+
+def test_a_prompt_that_is_long_does_not_stop_the_others(idle):
+    """While it is read in pieces, a running text goes on."""
+    running_text = endless(idle)
+    occupied(idle, 1)
+    running_text.recv(1000)
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": [5] * 2040, "max_tokens": 1}
+        answer = pool.submit(idle.post, "/v1/completions", **body)
+        heard = 0
+        while not answer.done():
+            heard += running_text.recv(1 << 16).count(b"data:")
+    assert heard >= 2
+    running_text.close()
+
+
+def test_a_bad_request_beside_a_good_one(idle):
+    """Refusals happen in front of the engine, so the text beside them is what it is alone."""
+    body = {**LONG, "max_tokens": 60}
+    alone = idle.post("/v1/completions", **body).json()["choices"]
+    with ThreadPoolExecutor(1) as pool:
+        good = pool.submit(idle.post, "/v1/completions", **body)
+        for bad in (
+            {"prompt": [10**6]},
+            {"prompt": "a", "temperature": "hot"},
+            {"prompt": [5] * 5000},
+        ):
+            assert idle.post("/v1/completions", **bad).status_code == 400
+        assert good.result().json()["choices"] == alone
+
+
+# an engine that fails
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_is_known_everywhere(monkeypatch):
+    """Its streams end with an error, /health says it, and whoever watches is told."""
+    model = demo()
+    died = []
+    model.engine.watch(lambda: died.append(True))
+    with running(model) as server:
+        connection = endless(server)
+        connection.recv(1000)
+
+        def broken(tokens):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(model.engine._backend._running.batch, "step", broken)
+        received = b""
+        while part := connection.recv(1 << 16):
+            received += part
+            if b"error" in received:
+                break
+        assert b"the engine of demo failed" in received
+        assert b"[DONE]" not in received
+        until(lambda: died == [True])
+        with server.client() as http:
+            assert http.get("/health").status_code == 503
+            assert http.get("/health").json() == {"status": "failed"}
+            refused = http.post("/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503
+        assert "has failed" in refused.json()["error"]["message"]
+
+
+# the process
+
+
+@pytest.fixture
+def process():
+    """``quantkit serve demo`` as a process of its own: (process, url)."""
+    started = []
+
+    def start(*options: str, program: str = "from quantkit.cli.main import run; run()"):
+        arguments = [sys.executable, "-c", program, "serve", "demo", "--port", "0", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        found = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+        started.append(found)
+        for line in found.stderr:
+            if "ready:" in line:
+                return found, re.search(r"http://[\d.:]+", line)[0]
+        raise AssertionError("the server did not start")
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+        one.stderr.close()
+
+
+def test_told_to_stop_it_ends_what_it_began(process):
+    server, url = process("--dtype", "float32")
+    body = {**LONG, "max_tokens": 150, "stream": True}
+    with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{url}/health")
+        rest = list(lines)
+    assert "data: [DONE]" in rest[-2:]
+    assert server.wait(20) == 0
+
+
+def test_a_failed_engine_ends_the_process_with_an_error(process):
+    program = (
+        "from quantkit.cli.main import run; from quantkit.serve.engines import torch as t\n"
+        "def broken(self): raise RuntimeError('the GPU is gone')\n"
+        "t.TorchBackend._step = broken; run()"
+    )
+    server, url = process(program=program)
+    assert httpx2.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=30).status_code == 503
+    assert server.wait(20) == 1
+    said = server.stderr.read()
+    assert "the GPU is gone" in said
+    assert "error: the engine of demo has failed" in said
+
+
+# who may ask
+
+
+def test_other_names_and_other_sites_are_refused(server):
+    with server.client() as http:
+        for headers, code in (
+            ({"Host": "evil.example"}, 403),
+            ({"Host": "localhost:1"}, 200),
+            ({"Host": "LOCALHOST"}, 200),
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "null"}, 403),
+            ({"Origin": server.url}, 200),
+        ):
+            assert http.get("/v1/models", headers=headers).status_code == code, headers
+        assert "access-control-allow-origin" not in http.get("/v1/models").headers
+        simple = http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+        assert simple.status_code == 415
+
+
+def test_a_key_is_needed_where_there_is_one():
+    with running(demo(), api_key="right", hosts=None) as server, server.client() as http:
+        for given, code in (
+            (None, 401),
+            ("Bearer wrong", 401),
+            ("Bearer righ", 401),
+            ("Basic right", 401),
+            ("Bearer", 401),
+            ("Bearer right", 200),
+            ("bearer right", 200),
+        ):
+            headers = {} if given is None else {"Authorization": given}
+            for path in ("/v1/models", "/metrics", "/openapi.json"):
+                assert http.get(path, headers=headers).status_code == code, given
+        assert http.get("/health").status_code == 200
+        assert http.get("/", headers={"Host": "anything"}).status_code == 200
+
+
+# starting
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--host", "::"], "--api-key"),
+        (["--host", "example.com"], "--api-key"),
+        (["--engine", "onnx"], "onnx"),
+        (["--engine", "llama.cpp"], "GGUF"),
+        (["--context", "4096"], "2048 tokens"),
+        (["--context", "1"], "--context"),
+        (["--max-batch", "0"], "--max-batch"),
+        (["--queue", "-1"], "--queue"),
+        (["--kv-tokens", "0"], "--kv-tokens"),
+        (["--api-key", "é"], "--api-key"),
+    ],
+)
+def test_options_that_cannot_be(capsys, options, named, monkeypatch):
+    monkeypatch.delenv("QUANTKIT_API_KEY", raising=False)
+    assert command("serve", "demo", "--port", 0, *options) == 2
+    message, hint = sentence(capsys.readouterr().err)
+    assert named in f"{message} {hint}"
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(QuantkitError, match=r"cannot listen on 127\.0\.0\.1 port"):
+            serve(["no such model"], port=taken.getsockname()[1])
+
+
+def test_the_environment_has_the_key(monkeypatch):
+    """With it the address is no reason to refuse; the model is, which comes later."""
+    monkeypatch.setenv("QUANTKIT_API_KEY", "secret")
+    with pytest.raises(QuantkitError, match="no folder"):
+        serve(["no/such/model"], host="0.0.0.0", port=0)
+    monkeypatch.setenv("QUANTKIT_API_KEY", "")
+    with pytest.raises(UsageError, match="everybody"):
+        serve(["no/such/model"], host="0.0.0.0", port=0)
+
+
+def test_models_have_different_names(tmp_path):
+    folders = []
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "model"
+        folder.mkdir(parents=True)
+        folders.append(str(folder))
+    assert names_of((*folders, "demo", "demo")) == ["model", "model-2", "demo", "demo-2"]
+    assert names_of(("owner/name",)) == ["owner/name"]

@@ -1,0 +1,110 @@
+"""vLLM behind the server: what it is told and asked, with a program in its place that answers with
+the ids that it was sent."""
+
+import sys
+import textwrap
+
+import pytest
+from serving import demo, running, until
+
+from quantkit.errors import QuantkitError
+from quantkit.serve.engines.vllm import _arguments
+
+PROGRAM = """
+    import json, os, sys, time
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Answers(BaseHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def do_GET(self):
+            self.send_response(200); self.end_headers()
+        def do_POST(self):
+            assert self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["model"] == "model" and asked["return_token_ids"] and asked["stream"]
+            if asked["max_tokens"] == 13: os._exit(3)
+            self.send_response(200); self.end_headers()
+            ids = (asked["prompt"] * 300)[: asked["max_tokens"]]
+            for i, token in enumerate(ids):
+                last = "length" if i + 1 == len(ids) else None
+                numbers = None
+                if asked["logprobs"] is not None:
+                    top = {f"token_id:{token}": -0.5, "token_id:9": -0.25}
+                    numbers = {"token_logprobs": [-0.5], "top_logprobs": [top]}
+                choice = {"token_ids": [token], "finish_reason": last, "logprobs": numbers}
+                self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\\n\\n".encode())
+                if asked["max_tokens"] > 500: time.sleep(0.01)
+            self.wfile.write(b"data: [DONE]\\n\\n")
+
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    ThreadingHTTPServer(("127.0.0.1", port), Answers).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bin")
+    file = folder / "vllm"
+    file.write_text(f"#!{sys.executable}\n{textwrap.dedent(PROGRAM)}")
+    file.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=":")
+        yield file
+
+
+@pytest.fixture
+def server(program):
+    with running(demo(engine="vllm", max_batch=2, queue=1)) as found:
+        yield found
+
+
+def test_its_tokens_become_text_here(server):
+    body = {"prompt": "日本の首都", "temperature": 0, "max_tokens": 4}
+    found = server.post("/v1/completions", **body, logprobs=1).json()
+    assert found["choices"][0]["text"].startswith("日本の首都")
+    numbers = found["choices"][0]["logprobs"]
+    assert numbers["token_logprobs"] == [-0.5] * 4
+    assert [list(one.values()) for one in numbers["top_logprobs"]] == [[-0.25]] * 4
+    stopped = server.post("/v1/completions", **body, stop="の首").json()["choices"][0]
+    assert (stopped["text"], stopped["finish_reason"]) == ("日本", "stop")
+
+
+def test_a_client_that_is_gone_ends_its_text_and_a_full_queue_is_said(server):
+    engine = server.models[0].engine
+    body = {"prompt": "a", "max_tokens": 1000, "stream": True}
+    with server.client() as http, http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # kept: without it the response is closed
+        next(lines)
+        assert server.post("/v1/completions", prompt="a", n=3).status_code == 429
+    until(lambda: engine.load().running == 0, 5)
+
+
+def test_when_it_dies_the_server_knows(server, capfd):
+    died = []
+    server.models[0].engine.watch(lambda: died.append(True))
+    assert server.post("/v1/completions", prompt="a", max_tokens=13).status_code == 503
+    until(lambda: died == [True])
+    assert "vLLM ended with code 3" in capfd.readouterr().err
+    with server.client() as http:
+        assert http.get("/health").status_code == 503
+
+
+def test_what_cannot_start_says_why(program, tmp_path, monkeypatch):
+    broken = tmp_path / "vllm"
+    broken.write_text(f"#!{sys.executable}\nraise RuntimeError('no device')\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(QuantkitError, match="did not start") as refused:
+        demo(engine="vllm")
+    assert "no device" in refused.value.hint
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(QuantkitError, match="not installed"):
+        demo(engine="vllm")
+
+
+def test_what_it_is_told(tmp_path):
+    said = _arguments(tmp_path, "http://127.0.0.1:81", 512, 4, "float16")
+    assert said[0] == str(tmp_path)
+    assert said[said.index("--port") + 1] == "81"
+    assert said[said.index("--max-model-len") + 1] == "512"
+    assert said[said.index("--dtype") + 1] == "float16"

@@ -111,3 +111,18 @@ def exactly(q: QWeight) -> Tensor:
         return codes * scale + q.minimum.double()[:, index]
     zero = q.scheme.midpoint if q.zero is None else q.zero.double()[:, index]
     return (codes - zero) * scale
+
+
+def as_legacy(folder: Path) -> dict[str, bytes]:
+    """As AutoGPTQ laid repositories out: no word of quantization in config.json, weights under a
+    name that says it."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    config = json.loads(files["config.json"])
+    said = config.pop("quantization_config")
+    old = {key: said[key] for key in ("bits", "group_size", "desc_act", "sym", "damp_percent")}
+    name = f"gptq_model-{said['bits']}bit-{said['group_size']}g.safetensors"
+    del files["quantkit.json"], files["README.md"]
+    files["config.json"] = json.dumps(config).encode()
+    files["quantize_config.json"] = json.dumps(old).encode()
+    files[name] = files.pop("model.safetensors")
+    return files

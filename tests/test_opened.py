@@ -30,6 +30,7 @@ from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError, QuantkitWarning
 from quantkit.formats import awq, gptq
 from quantkit.runtime.opened import in_block, open_checkpoint
+from quantkit.runtime.unpacked import unpacked_skeleton
 from quantkit.workflows.convert import convert
 
 SECTION = "quantization_config"
@@ -463,3 +464,20 @@ def test_awq_s_activation_scales_of_one_do_nothing(tmp_path):
     tensors = load_file(folder / WEIGHTS)
     save({name: tensor for name, tensor in tensors.items() if name not in names}, folder)
     assert torch.equal(logits(folder), expected)
+
+
+def test_awq_s_activation_scales_divide(tmp_path):
+    """AutoAWQ's way: what the activation is divided by is in the next linear's weight."""
+    folder = write(tmp_path / "model", "awq", source="gpt_neox")
+    expected = logits(folder)
+    tensors = load_file(folder / WEIGHTS)
+    for name in awq.activation_scale_names(tensors):
+        tensors[name] = torch.full_like(tensors[name], 2)
+        after = name.replace("act.scales", "dense_4h_to_h.scales")
+        tensors[after] = tensors[after] * 2
+    save(tensors, folder)
+    torch.testing.assert_close(logits(folder), expected)
+    skeleton = unpacked_skeleton(opened(folder), torch.device("cpu"), torch.float32)
+    assert "ScaledActivation" in str(skeleton.model)
+    with pytest.raises(QuantkitError, match="no other format has a place"):
+        convert(str(folder), "gptq", tmp_path / "out")

@@ -8,7 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from checkpoints import opened
+from checkpoints import as_legacy, opened
 from hub_answers import Handler
 from hub_store import READER, sha256
 from huggingface_hub import constants
@@ -340,21 +340,6 @@ def test_a_full_disk_is_a_sentence_and_the_download_goes_on(hub, tiny, monkeypat
 
 
 # the variants of a repository
-
-
-def as_legacy(folder: Path) -> dict[str, bytes]:
-    """As AutoGPTQ laid repositories out: no word of quantization in config.json, weights under a
-    name that says it."""
-    files = {p.name: p.read_bytes() for p in folder.iterdir()}
-    config = json.loads(files["config.json"])
-    said = config.pop("quantization_config")
-    old = {key: said[key] for key in ("bits", "group_size", "desc_act", "sym", "damp_percent")}
-    name = f"gptq_model-{said['bits']}bit-{said['group_size']}g.safetensors"
-    del files["quantkit.json"], files["README.md"]
-    files["config.json"] = json.dumps(config).encode()
-    files["quantize_config.json"] = json.dumps(old).encode()
-    files[name] = files.pop("model.safetensors")
-    return files
 
 
 def test_a_branch_of_a_legacy_gptq_repository_generates(hub):

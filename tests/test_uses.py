@@ -2,12 +2,10 @@
 the repositories' layouts as they lie on the Hub, and through transformers' own pipeline."""
 
 import csv
-import subprocess
-import sys
 
 import pytest
-from test_hub import RUN, Hub, as_legacy, environment, serving
-from tools import QUICK, model, quantized
+from checkpoints import as_legacy
+from tools import QUICK, command, model, quantized
 from transformers import pipeline
 
 import quantkit
@@ -49,26 +47,18 @@ def test_japanese_chat_with_a_legacy_gptq_repository(tmp_path):
     assert prompt.endswith("### 指示:\n名物は?\n\n### 応答:")
 
 
-def test_a_list_of_questions_to_a_branch_of_a_gptq_repository(tmp_path):
+def test_a_list_of_questions_to_a_branch_of_a_gptq_repository(hub, tmp_path):
     """Llama, act-order, from a branch of a repository: answers into a CSV, and by a pipeline."""
     branch = "gptq-4bit-32g-actorder_True"
     folder = quantized(group=32, act_order="group")
-    hub = Hub()
-    hub.repositories["TheBloke/demo-GPTQ"] = {branch: as_legacy(folder)}
+    hub.add("TheBloke/demo-GPTQ", as_legacy(folder), "main")
+    hub.add("TheBloke/demo-GPTQ", as_legacy(folder), branch)
     questions, out = tmp_path / "questions.csv", tmp_path / "answers.csv"
     asked = ["日本の首都はどこですか。", "Who wrote it?", "山と川"]
     questions.write_text("question\n" + "\n".join(asked) + "\n", "utf-8")
     given = ["generate", "TheBloke/demo-GPTQ", "--revision", branch, "--in", str(questions)]
     given += ["--out", str(out), "--template", "llama-2", "--stop", "\n", "-t", "0", "-n", "12"]
-    with serving(hub) as endpoint:
-        result = subprocess.run(
-            [sys.executable, "-c", RUN, *given, "--dtype", "float32"],
-            env=environment(endpoint, tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-    assert result.returncode == 0, result.stderr
+    assert command(*given, "--dtype", "float32") == 0
     rows = list(csv.DictReader(out.read_text("utf-8").splitlines()))
     assert [row["question"] for row in rows] == asked
     loaded, tokenizer = quantkit.load(str(folder), dtype="float32")

@@ -8,9 +8,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError
+from quantkit.runtime.activation import scale_activations
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.linear import quantized_linear
-from quantkit.runtime.opened import open_checkpoint, refuse_scaled_activations
+from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features
 
@@ -48,10 +49,10 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreT
 def put_together(opened: "Opened", device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint that was looked at already."""
     source = opened.source
-    refuse_scaled_activations(opened)
     described = opened.model_config if opened.format == "gguf" else None
     skeleton = Skeleton(source, opened.dense, device, dtype, described)
     model = skeleton.model
+    scale_activations(skeleton, opened)
     for prefix in opened.linears:
         _put_linear(skeleton, opened, prefix)
     if opened.linears:

@@ -232,15 +232,15 @@ def recognised(source: Source, tensors: Checkpoint) -> "Folder":
 
 
 def refuse_scaled_activations(opened: Opened) -> list[str]:
-    """AWQ may divide the output of an activation function by a tensor of the checkpoint, which
-    nothing here does. The names of such tensors that are ones and do nothing; raises QuantkitError
-    for others."""
+    """AWQ may divide the output of an activation function by a tensor of the checkpoint
+    (activation.py), for which other formats have no place. The names of such tensors that are ones
+    and do nothing; raises QuantkitError for others."""
     found = awq.activation_scale_names(opened.dense)
     for name in found:
         if not bool((opened.dense.get(name) == 1).all()):
             raise QuantkitError(
-                f"{name} scales an activation, and quantkit has no such layer",
-                "quantize the original model",
+                f"{name} scales an activation, and no other format has a place for that",
+                "quantize the original model instead",
             )
     return found
 

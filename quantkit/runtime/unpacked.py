@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.checkpoint import TensorSpec
-from quantkit.runtime.opened import refuse_scaled_activations
+from quantkit.runtime.activation import scale_activations
 from quantkit.runtime.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ class Unpacked:
 def unpacked_skeleton(opened: "Opened", device: torch.device, dtype: torch.dtype) -> Skeleton:
     """A skeleton that is filled from ``opened``, whatever its format. Raises QuantkitError when it
     is not a model that can be run."""
-    refuse_scaled_activations(opened)
     described = opened.model_config if opened.format == "gguf" else None
     tensors = Unpacked(opened, dtype)
     skeleton = Skeleton(opened.source, tensors, device, dtype, described)
+    scale_activations(skeleton, opened)
     modules = dict(skeleton.model.named_modules())
     for prefix in opened.linears:
         name = skeleton.live_name(f"{prefix}{_WEIGHT}").removesuffix(_WEIGHT)

@@ -1,0 +1,238 @@
+"""How fast the kernels for quantized linears are on this GPU.
+
+    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--seconds 240]
+
+Correctness comes first: every kernel against the float32 product with the dequantized weight. Then
+times: the four linears of one block of a 10B GPT-NeoX (hidden 4864, feed-forward 19456), 4 bits in
+groups of 128, each launch of a CUDA graph on another copy of the weights, so no cache flatters.
+float16 cuBLAS and torch's own int4 kernel (tinygemm) run under the same conditions.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
+
+import torch
+import triton
+
+from quantkit.core.qweight import QWeight, Scheme
+from quantkit.runtime.kernels import fragments, skinny
+
+SHAPES = [(14592, 4864), (4864, 4864), (19456, 4864), (4864, 19456)]  # (out, in)
+TURN = 300e6  # bytes in a round of copies: several times the L2 cache
+GPU = torch.device("cuda")
+
+
+def random_weight(out: int, width: int, scheme: Scheme, kind: str = "") -> QWeight:
+    """A weight of random codes; ``kind`` of an asymmetric one is zero or minimum."""
+    groups = scheme.groups(width)
+    codes = torch.randint(0, scheme.max_code + 1, (out, width), dtype=torch.uint8, device=GPU)
+    scale = (torch.rand(out, groups, device=GPU) + 0.5).half() * 0.005
+    zero = minimum = None
+    if kind == "zero":
+        zero = torch.randint(0, scheme.max_code + 1, (out, groups), dtype=torch.uint8, device=GPU)
+    if kind == "minimum":
+        minimum = (torch.randn(out, groups, device=GPU) * 0.02).half()
+    return QWeight(scheme, codes, scale, zero, minimum=minimum)
+
+
+def seconds(launches: list[Callable[[], object]], repeats: int = 9) -> float:
+    """Median time of all launches in one CUDA graph, divided by their number."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches[:2]:
+            launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for launch in launches:
+            launch()
+    found = []
+    for _ in range(repeats + 1):
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(found[1:]) / len(launches)
+
+
+def check() -> None:
+    print("relative error against float32; identical when repeated")
+    cases = [
+        (Scheme(4), "", torch.float16),
+        (Scheme(4), "", torch.bfloat16),
+        (Scheme(4, symmetric=False), "zero", torch.float16),
+        (Scheme(4, symmetric=False), "zero", torch.bfloat16),
+        (Scheme(4, 32, symmetric=False), "minimum", torch.bfloat16),
+        (Scheme(8), "", torch.float16),
+        (Scheme(8), "", torch.bfloat16),
+        (Scheme(3, -1), "", torch.float16),
+    ]
+    for scheme, kind, dtype in cases:
+        q = random_weight(4864 + 40, 1536, scheme, kind)
+        weight = fragments.arrange(q)
+        reference = q.dequantize()
+        scratch = skinny.Scratch(GPU)
+        errors = []
+        for tokens, (tiles, split) in product((1, 13), ((1, 1), (2, 4))):
+            config = skinny.Config(tiles, split, min(64, weight.group))
+            if not config.fits(weight):
+                continue
+            x = torch.randn(tokens, 1536, device=GPU).to(dtype)
+            bias = torch.randn(weight.out, device=GPU).to(dtype)
+            meant = x.float() @ reference.T + bias.float()
+            early = split > 1
+            found = skinny.matmul(x, weight, bias, scratch, config, early=early)
+            again = skinny.matmul(x, weight, bias, scratch, config, early=early)
+            assert torch.equal(found, again), "not deterministic"
+            errors.append(float((found.float() - meant).norm() / meant.norm()))
+        name = f"{scheme} {kind} {str(dtype).removeprefix('torch.')}"
+        print(
+            f"  {name:55s} {max(errors):.2e}  {'ok' if max(errors) < 3e-3 else 'WRONG'}", flush=True
+        )
+
+
+def copies(out: int, width: int, dtype_bytes: float) -> int:
+    return max(2, round(TURN / (out * width * dtype_bytes)))
+
+
+def cublas(tokens: int, dtype: torch.dtype) -> list[float]:
+    found = []
+    for out, width in SHAPES:
+        weights = [
+            torch.randn(out, width, device=GPU, dtype=dtype) for _ in range(copies(out, width, 2))
+        ]
+        x = torch.randn(tokens, width, device=GPU, dtype=dtype)
+        found.append(seconds([lambda w=w, x=x: x @ w.T for w in weights]))
+    return found
+
+
+def tinygemm(tokens: int) -> list[float]:
+    found = []
+    for out, width in SHAPES:
+        x = torch.randn(tokens, width, device=GPU, dtype=torch.bfloat16)
+        launches = []
+        for _ in range(copies(out, width, 0.5)):
+            packed = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, device=GPU)
+            packed = torch._convert_weight_to_int4pack(packed, 8)
+            scales = torch.rand(width // 128, out, 2, device=GPU, dtype=torch.bfloat16)
+            launches.append(lambda x=x, p=packed, s=scales: torch._weight_int4pack_mm(x, p, 128, s))
+        found.append(seconds(launches))
+    return found
+
+
+Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
+Held = dict[tuple[int, int], list[tuple[fragments.Fragments, skinny.Scratch]]]
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 19, 24, 32)
+
+
+def candidates(tokens: int, thorough: bool) -> list[skinny.Config]:
+    tiles = (1, 2) if tokens > 8 else (1, 2, 4)
+    aheads = (True, False) if thorough else (True,)
+    found = [skinny.Config(t, 1, step, a) for t, step, a in product(tiles, (64, 128), aheads)]
+    return [c for c in found if tokens <= 32 or c.tiles * c.step <= 64]  # registers
+
+
+def search(tokens: int, dtype: torch.dtype, held: Held, until: float, thorough: bool) -> Measured:
+    """The best configuration of every shape."""
+    best: Measured = {}
+    configs = candidates(tokens, thorough)
+    inputs = {w: torch.randn(tokens, w, device=GPU, dtype=dtype) for w in (4864, 19456)}
+
+    def launch(weight, scratch, config, early=True):
+        x = inputs[weight.width]
+        return lambda: skinny.matmul(x, weight, None, scratch, config, early=early)
+
+    def built(job: tuple[tuple[int, int], skinny.Config, bool]) -> None:
+        shape, config, early = job
+        launch(*held[shape][0], replace(config, split=2), early)()
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(built, product(((4864, 4864), (4864, 19456)), configs, (True,))))
+    torch.cuda.synchronize()
+    for shape in SHAPES:
+        weights = held[shape]
+        rows = []
+        for config, split in product(configs, SPLITS):
+            config = replace(config, split=split)
+            if not config.fits(weights[0][0]) or time.time() > until:
+                continue
+            rows.append((seconds([launch(w, s, config) for w, s in weights], 5), config))
+        if not rows:
+            continue
+        rows.sort(key=lambda row: row[0])
+        took, config = rows[0]
+        plain = seconds([launch(w, s, config, False) for w, s in weights])
+        best[shape] = rows[0]
+        print(
+            f"    {shape!s:15s} {took * 1e6:6.1f} us  {weights[0][0].nbytes / took / 1e12:.2f} TB/s"
+            f"  without early start {plain * 1e6:6.1f} us  {config}"
+        )
+        for other, config in rows[1:4]:
+            print(f"          then {other * 1e6:6.1f}  {config}")
+        for wanted in configs:
+            of_kind = [row for row in rows if replace(row[1], split=1) == wanted]
+            told = " ".join(f"{row[1].split}:{row[0] * 1e6:.1f}" for row in of_kind[:5])
+            print(f"          {wanted.tiles} tiles step {wanted.step} ahead {wanted.ahead}: {told}")
+    return best
+
+
+def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
+    """The four linears one after the other, as in a block."""
+
+    def launch(shape, turn, early):
+        weight, scratch = held[shape][turn % len(held[shape])]
+        x = torch.randn(tokens, shape[1], device=GPU, dtype=dtype)
+        return lambda: skinny.matmul(x, weight, None, scratch, best[shape][1], early=early)
+
+    for early in (False, True):
+        launches = [launch(shape, turn, early) for turn in range(4) for shape in SHAPES]
+        took = seconds(launches) * len(SHAPES)
+        print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", default="1,8,16,32,64")
+    parser.add_argument("--seconds", type=float, default=240)
+    arguments = parser.parse_args()
+    until = time.time() + arguments.seconds
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+    check()
+    sizes = [int(text) for text in arguments.tokens.split(",")]
+    print("microseconds of the four linears", SHAPES)
+    for tokens in sizes:
+        for name, found in (
+            ("float16 cuBLAS", cublas(tokens, torch.float16)),
+            ("tinygemm bfloat16", tinygemm(tokens)),
+        ):
+            each = " ".join(f"{one * 1e6:7.1f}" for one in found)
+            print(f"  {tokens:4d} tokens  {name:20s} {each}  sum {sum(found) * 1e6:7.1f}")
+    held: Held = {}
+    started = time.time()
+    for out, width in SHAPES:
+        held[out, width] = [
+            (fragments.arrange(random_weight(out, width, Scheme(4))), skinny.Scratch(GPU))
+            for _ in range(copies(out, width, 0.53))
+        ]
+    torch.cuda.synchronize()
+    print(f"arranged in {time.time() - started:.2f} s")
+    for tokens in sizes:
+        for dtype in (torch.float16, torch.bfloat16) if tokens == 1 else (torch.bfloat16,):
+            print(f"  {tokens} tokens, {str(dtype).removeprefix('torch.')}")
+            thorough = tokens == 1 and dtype == torch.float16
+            best = search(tokens, dtype, held, until, thorough)
+            print(f"    sum {sum(row[0] for row in best.values()) * 1e6:.1f} us")
+            if len(best) == len(SHAPES):
+                chain(tokens, dtype, held, best)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from itertools import product
 
 import torch
 import triton
+from torch import Tensor
 
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.runtime.kernels import fragments, skinny
@@ -78,7 +79,7 @@ def check() -> None:
         q = random_weight(4864 + 40, 1536, scheme, kind)
         weight = fragments.arrange(q)
         reference = q.dequantize()
-        scratch = skinny.Scratch(GPU)
+        scratch = counters(weight.out)
         errors = []
         for tokens, (tiles, split) in product((1, 13), ((1, 1), (2, 4))):
             config = skinny.Config(tiles, split, min(64, weight.group))
@@ -96,6 +97,10 @@ def check() -> None:
         print(
             f"  {name:55s} {max(errors):.2e}  {'ok' if max(errors) < 3e-3 else 'WRONG'}", flush=True
         )
+
+
+def counters(out: int) -> Tensor:
+    return torch.zeros(out // 16 + 2, dtype=torch.int32, device=GPU)
 
 
 def copies(out: int, width: int, dtype_bytes: float) -> int:
@@ -128,7 +133,7 @@ def tinygemm(tokens: int) -> list[float]:
 
 
 Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
-Held = dict[tuple[int, int], list[tuple[fragments.Fragments, skinny.Scratch]]]
+Held = dict[tuple[int, int], list[tuple[fragments.Fragments, Tensor]]]
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 19, 24, 32)
 
 
@@ -219,7 +224,7 @@ def main() -> None:
     started = time.time()
     for out, width in SHAPES:
         held[out, width] = [
-            (fragments.arrange(random_weight(out, width, Scheme(4))), skinny.Scratch(GPU))
+            (fragments.arrange(random_weight(out, width, Scheme(4))), counters(out))
             for _ in range(copies(out, width, 0.53))
         ]
     torch.cuda.synchronize()

@@ -59,6 +59,11 @@ class Fragments:
         return 32 if self.bits == 4 else 16
 
     @property
+    def kind(self) -> str:
+        """What ``offset`` is: "" for none, "scaled" or "plain"."""
+        return "" if self.offset is None else "scaled" if self.scaled else "plain"
+
+    @property
     def group(self) -> int:
         """Inputs that share a scale."""
         return self.scheme.width(self.width)

@@ -61,6 +61,19 @@ def _four(words, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def unpacked(
+    words,
+    BITS: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """int32 [t, g, n, ..., 4] -> [t, g, n, ..., W, 2, 2, 2] in DTYPE, code - MIDDLE: the outputs of
+    a lane, and its eight inputs in their order. PTX says how, or is "" for plain Triton."""
+    return _eight(words, MIDDLE, DTYPE, PTX) if BITS == 4 else _four(words, MIDDLE, DTYPE, PTX)
+
+
+@triton.jit
 def kernel(
     x,
     words,
@@ -144,7 +157,7 @@ def kernel(
         factor = tl.load(scale + scales + group).to(tl.float32)[:, :, :, None, None]
 
         # outputs are tile, word, g; inputs: step, 4 of 8, t, 3 of 4
-        codes = _eight(now, MIDDLE, DTYPE, PTX) if BITS == 4 else _four(now, MIDDLE, DTYPE, PTX)
+        codes = unpacked(now, BITS, MIDDLE, DTYPE, PTX)
         codes = codes.reshape(4, 8, KS, TILES, W, 2, 2, 2)
         left = codes.permute(3, 4, 1, 2, 5, 0, 6, 7).reshape(TILES * W * 8, STEP)
         seen = seen.reshape(4, 8, KS, NT, 2, 2, 2)
@@ -211,32 +224,19 @@ class Config:
         )
 
 
-class Scratch:
-    """Where the programs of a launch leave their shares. One for each weight: kernels that run at
-    the same time must not meet in it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
-        self.shares = torch.empty(0, dtype=torch.float32, device=device)
-
-    def reserve(self, programs: int, shares: int) -> None:
-        if len(self.arrived) < programs:
-            self.arrived = torch.zeros(programs, dtype=torch.int32, device=self.device)
-        if len(self.shares) < shares:
-            self.shares = torch.empty(shares, dtype=torch.float32, device=self.device)
-
-
 def matmul(
     x: Tensor,
     weight: Fragments,
     bias: Tensor | None,
-    scratch: Scratch,
+    arrived: Tensor,
     config: Config,
     *,
     early: bool = False,
 ) -> Tensor:
     """x [tokens, in] in float16 or bfloat16, at most 64 tokens -> [tokens, out] in the same.
+
+    arrived  int32, as many as there are tiles, all 0 before and after. Two launches that may run at
+             the same time need two of them.
 
     ``early`` lets the kernel begin before the one in front of it has ended (Hopper and later).
     """
@@ -245,8 +245,8 @@ def matmul(
     blocks = weight.rows // 8
     programs = weight.words.shape[0] // config.tiles
     size = config.tiles * (n // 8) * 64 * blocks
-    if config.split > 1:
-        scratch.reserve(programs, programs * config.split * size)
+    room = programs * config.split * size if config.split > 1 else 0
+    shares = torch.empty(room, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, weight.out, dtype=x.dtype, device=x.device)
     middle = weight.scheme.midpoint
     interpreted = isinstance(kernel, InterpretedFunction)
@@ -258,8 +258,8 @@ def matmul(
         weight.offset,
         bias,
         out,
-        scratch.shares,
-        scratch.arrived,
+        shares,
+        arrived,
         tokens,
         weight.out,
         x.stride(0),
@@ -271,7 +271,7 @@ def matmul(
         N=n,
         BITS=weight.bits,
         MIDDLE=middle,
-        OFFSET="" if weight.offset is None else "scaled" if weight.scaled else "plain",
+        OFFSET=weight.kind,
         BIAS=bias is not None,
         PTX="" if interpreted else unpacking.ptx(weight.bits, middle, x.dtype),
         AHEAD=config.ahead,

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from quantkit.core.qweight import QWeight, Scheme
-from quantkit.runtime.kernels import fragments, skinny
+from quantkit.runtime.kernels import choose, fragments, skinny
 
 SHAPES = [(14592, 4864), (4864, 4864), (19456, 4864), (4864, 19456)]  # (out, in)
 TURN = 300e6  # bytes in a round of copies: several times the L2 cache
@@ -76,19 +76,22 @@ def check() -> None:
         (Scheme(3, -1), "", torch.float16),
     ]
     for scheme, kind, dtype in cases:
-        q = random_weight(4864 + 40, 1536, scheme, kind)
+        q = random_weight(4864 + 104, 1536, scheme, kind)
         weight = fragments.arrange(q)
         reference = q.dequantize()
         scratch = counters(weight.out)
         errors = []
-        for tokens, (tiles, split) in product((1, 13), ((1, 1), (2, 4))):
-            config = skinny.Config(tiles, split, min(64, weight.group))
+        few = skinny.Config(1, 2, 64, parts=4)
+        many = skinny.Config(1, 2, 64, warps=4, tokens=16)
+        for tokens, config in product((1, 29), (few, many)):
+            config = replace(config, step=min(64, weight.group & -weight.group))
             if not config.fits(weight):
+                print("  does not fit", config)
                 continue
             x = torch.randn(tokens, 1536, device=GPU).to(dtype)
             bias = torch.randn(weight.out, device=GPU).to(dtype)
             meant = x.float() @ reference.T + bias.float()
-            early = split > 1
+            early = tokens > 1
             found = skinny.matmul(x, weight, bias, scratch, config, early=early)
             again = skinny.matmul(x, weight, bias, scratch, config, early=early)
             assert torch.equal(found, again), "not deterministic"
@@ -100,7 +103,7 @@ def check() -> None:
 
 
 def counters(out: int) -> Tensor:
-    return torch.zeros(out // 16 + 2, dtype=torch.int32, device=GPU)
+    return torch.zeros(out * 4, dtype=torch.int32, device=GPU)
 
 
 def copies(out: int, width: int, dtype_bytes: float) -> int:
@@ -134,20 +137,36 @@ def tinygemm(tokens: int) -> list[float]:
 
 Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
 Held = dict[tuple[int, int], list[tuple[fragments.Fragments, Tensor]]]
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 19, 24, 32)
+SPLITS = (1, 2, 3, 4, 6, 8, 12)
 
 
-def candidates(tokens: int, thorough: bool) -> list[skinny.Config]:
-    tiles = (1, 2) if tokens > 8 else (1, 2, 4)
-    aheads = (True, False) if thorough else (True,)
-    found = [skinny.Config(t, 1, step, a) for t, step, a in product(tiles, (64, 128), aheads)]
-    return [c for c in found if tokens <= 32 or c.tiles * c.step <= 64]  # registers
+def candidates(tokens: int) -> list[skinny.Config]:
+    """Ways to divide the work that are worth a try."""
+    found = []
+    if tokens <= 32:
+        n = max(8, 1 << (tokens - 1).bit_length())
+        for parts, step in product((2, 4, 8), (64, 128)):
+            for registers in (0, 64, 80) if n == 8 else (0,):
+                found.append(skinny.Config(1, 1, step, parts, 1, n, True, registers))
+        if n == 8:
+            found += [skinny.Config(1, 1, step, 4, 1, n, False) for step in (64, 128)]
+            found += [skinny.Config(2, 1, step, 4, 1, n) for step in (64, 128)]
+            found += [skinny.Config(1, 1, 128, 16, 1, n, True, 64)]
+    if tokens >= 16:
+        n = min(64, 1 << (tokens - 1).bit_length())
+        for warps, step, ahead in product((4, 8), (64, 128), (True, False)):
+            found.append(skinny.Config(1, 1, step, 1, warps, n, ahead))
+        if tokens >= 128:
+            found += [
+                skinny.Config(1, 1, s, 1, w, 128, False) for s, w in product((64, 128), (4, 8))
+            ]
+    return found
 
 
-def search(tokens: int, dtype: torch.dtype, held: Held, until: float, thorough: bool) -> Measured:
+def search(tokens: int, dtype: torch.dtype, held: Held, until: float) -> Measured:
     """The best configuration of every shape."""
     best: Measured = {}
-    configs = candidates(tokens, thorough)
+    configs = candidates(tokens)
     inputs = {w: torch.randn(tokens, w, device=GPU, dtype=dtype) for w in (4864, 19456)}
 
     def launch(weight, scratch, config, early=True):
@@ -156,7 +175,10 @@ def search(tokens: int, dtype: torch.dtype, held: Held, until: float, thorough: 
 
     def built(job: tuple[tuple[int, int], skinny.Config, bool]) -> None:
         shape, config, early = job
-        launch(*held[shape][0], replace(config, split=2), early)()
+        for split in (1, 2):
+            one = replace(config, split=split)
+            if one.fits(held[shape][0][0]):
+                launch(*held[shape][0], one, early)()
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(built, product(((4864, 4864), (4864, 19456)), configs, (True,))))
@@ -179,12 +201,14 @@ def search(tokens: int, dtype: torch.dtype, held: Held, until: float, thorough: 
             f"    {shape!s:15s} {took * 1e6:6.1f} us  {weights[0][0].nbytes / took / 1e12:.2f} TB/s"
             f"  without early start {plain * 1e6:6.1f} us  {config}"
         )
-        for other, config in rows[1:4]:
-            print(f"          then {other * 1e6:6.1f}  {config}")
         for wanted in configs:
             of_kind = [row for row in rows if replace(row[1], split=1) == wanted]
-            told = " ".join(f"{row[1].split}:{row[0] * 1e6:.1f}" for row in of_kind[:5])
-            print(f"          {wanted.tiles} tiles step {wanted.step} ahead {wanted.ahead}: {told}")
+            told = " ".join(f"{row[1].split}:{row[0] * 1e6:.1f}" for row in of_kind[:4])
+            w = wanted
+            print(
+                f"          parts {w.parts} warps {w.warps} tiles {w.tiles} step {w.step} tokens "
+                f"{w.tokens} ahead {w.ahead:d} registers {w.registers}: {told}"
+            )
     return best
 
 
@@ -202,6 +226,23 @@ def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
         print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
 
 
+def multiplied_out(sizes: list[int], held: Held) -> None:
+    """The way for many tokens, with different amounts of the weight at a time."""
+    for tokens, part in product([n for n in sizes if n >= 64], (8, 16, 32, 64, 1024)):
+        choose.PART = part << 20
+        found = []
+        for shape in SHAPES:
+            x = torch.randn(tokens, shape[1], device=GPU, dtype=torch.bfloat16)
+            launches = [lambda w=w, x=x: choose.in_parts(x, w, None) for w, _ in held[shape]]
+            found.append(seconds(launches, 5))
+        each = " ".join(f"{one * 1e6:7.1f}" for one in found)
+        print(
+            f"  {tokens} tokens, multiplied out {part} MB at a time: {each}  "
+            f"sum {sum(found) * 1e6:.1f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,8,16,32,64")
@@ -216,7 +257,8 @@ def main() -> None:
     for tokens in sizes:
         for name, found in (
             ("float16 cuBLAS", cublas(tokens, torch.float16)),
-            ("tinygemm bfloat16", tinygemm(tokens)),
+            ("bfloat16 cuBLAS", cublas(tokens, torch.bfloat16)),
+            *([("tinygemm bfloat16", tinygemm(tokens))] if tokens <= 16 else []),
         ):
             each = " ".join(f"{one * 1e6:7.1f}" for one in found)
             print(f"  {tokens:4d} tokens  {name:20s} {each}  sum {sum(found) * 1e6:7.1f}")
@@ -230,13 +272,15 @@ def main() -> None:
     torch.cuda.synchronize()
     print(f"arranged in {time.time() - started:.2f} s")
     for tokens in sizes:
-        for dtype in (torch.float16, torch.bfloat16) if tokens == 1 else (torch.bfloat16,):
+        if tokens > 256:
+            continue
+        for dtype in (torch.bfloat16, torch.float16) if tokens == 1 else (torch.bfloat16,):
             print(f"  {tokens} tokens, {str(dtype).removeprefix('torch.')}")
-            thorough = tokens == 1 and dtype == torch.float16
-            best = search(tokens, dtype, held, until, thorough)
+            best = search(tokens, dtype, held, until)
             print(f"    sum {sum(row[0] for row in best.values()) * 1e6:.1f} us")
             if len(best) == len(SHAPES):
                 chain(tokens, dtype, held, best)
+    multiplied_out(sizes, held)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The weight itself, from fragments (Triton): for so many tokens that arithmetic takes the time, and
-an ordinary product is the fastest there is."""
+"""The weight itself, from fragments (Triton): for so many tokens that arithmetic takes the time,
+and an ordinary product is the fastest there is."""
 
 import torch
 import triton
@@ -30,7 +30,7 @@ def kernel(
     OFFSET: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """words, scale and offset as in ``Fragments`` -> out [OUT, K], of the tiles from ``first`` on."""
+    """words, scale, offset as in ``Fragments`` -> out [OUT, K], of the tiles from ``first`` on."""
     DTYPE: tl.constexpr = tl.bfloat16 if out.dtype.element_ty == tl.bfloat16 else tl.float16
     W: tl.constexpr = 4 if BITS == 4 else 2
     tile, part = tl.program_id(0), tl.program_id(1)

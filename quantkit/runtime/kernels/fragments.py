@@ -80,12 +80,6 @@ def container(scheme: Scheme) -> int:
     return 4 if scheme.bits <= 4 else 8
 
 
-def fits(out: int, width: int, scheme: Scheme) -> bool:
-    """Whether a weight of this shape can be laid out so."""
-    del out  # the last tile is filled up
-    return scheme.grid == "int" and scheme.width(width) % INPUTS == 0
-
-
 def arrange(q: QWeight) -> Fragments:
     """Lay out a weight whose groups are contiguous, on the device where it is."""
     out, width = q.shape

@@ -76,7 +76,7 @@ def check() -> None:
         (Scheme(3, -1), "", torch.float16),
     ]
     for scheme, kind, dtype in cases:
-        q = random_weight(4864 + 104, 1536, scheme, kind)
+        q = random_weight(4864 + 120, 1536, scheme, kind)
         weight = fragments.arrange(q)
         reference = q.dequantize()
         scratch = counters(weight.out)
@@ -146,8 +146,8 @@ def candidates(tokens: int) -> list[skinny.Config]:
     if tokens <= 32:
         n = max(8, 1 << (tokens - 1).bit_length())
         for parts, step in product((2, 4, 8), (64, 128)):
-            for registers in (0, 64, 80) if n == 8 else (0,):
-                found.append(skinny.Config(1, 1, step, parts, 1, n, True, registers))
+            limits = (0, 64, 80) if n == 8 else (0,)
+            found += [skinny.Config(1, 1, step, parts, 1, n, True, limit) for limit in limits]
         if n == 8:
             found += [skinny.Config(1, 1, step, 4, 1, n, False) for step in (64, 128)]
             found += [skinny.Config(2, 1, step, 4, 1, n) for step in (64, 128)]

@@ -13,6 +13,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -153,6 +154,10 @@ class Captured(Plain):
     def __init__(self, model: PreTrainedModel, texts: int, room: int) -> None:
         super().__init__(model, StaticCache(config=model.config, max_cache_len=room))
         self.texts, self.room = texts, room
+        if find_spec("triton") is not None:
+            from quantkit.runtime.kernels import attend
+
+            attend.use(model)
         device = model.device
         self.places = torch.zeros(texts, 1, dtype=torch.long, device=device)
         self.token = torch.zeros(texts, dtype=torch.long, device=device)

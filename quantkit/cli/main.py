@@ -23,6 +23,7 @@ _COMMANDS = {
     "verify": "Measure a quantized model against its original.",
     "compare": "Rank several models by what they lost.",
     "generate": "Continue or answer a prompt.",
+    "env": "Show what is installed, and which kernels are used.",
     "run": "Run a recipe: commands and their options in a file.",
 }
 

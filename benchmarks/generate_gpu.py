@@ -1,4 +1,4 @@
-"""Text from a 10B GPT-NeoX on this GPU, end to end: 512 new tokens after 512, 4 bits against bfloat16.
+"""Text from a 10B GPT-NeoX on this GPU, end to end: 512 new tokens after 512, and bfloat16 too.
 
     python benchmarks/generate_gpu.py [--layers 36] [--batches 1,16,64] [--new 512]
 
@@ -8,6 +8,7 @@ random weights, which cost as much to compute with as trained ones. Tokens are d
 
 import argparse
 import time
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -42,6 +43,23 @@ def model_of(layers: int) -> PreTrainedModel:
     return model.eval()
 
 
+def agreement(model: PreTrainedModel) -> str:
+    """The captured step against the model as transformers runs it: logits of a few tokens."""
+    prompt = torch.randint(0, 50000, (1, 300), generator=torch.Generator().manual_seed(1))
+    found = [step[0] for step in decode(model, prompt.tolist(), GREEDY, 8)]
+    with torch.inference_mode():
+        whole = torch.cat([prompt, torch.tensor([found])], 1).to(GPU)
+        logits = model(input_ids=whole, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
+    best = logits.float().max(-1).values
+    taken = logits.float().gather(1, torch.tensor(found, device=GPU)[:, None])[:, 0]
+    spread = logits.float().std(-1)
+    same = int((logits.argmax(-1).tolist() == torch.tensor(found).numpy()).sum())
+    return (
+        f"{same} of {len(found)} tokens are the likeliest of a plain forward; the others at most "
+        f"{float(((best - taken) / spread).max()):.3f} standard deviations below it"
+    )
+
+
 def quantize(model: nn.Module) -> float:
     """Give every linear of a block a random 4-bit weight; seconds for laying them out."""
     took = 0.0
@@ -69,10 +87,8 @@ def measured(model: PreTrainedModel, texts: int, new: int) -> str:
     for _ in range(2):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        times = []
-        for _ in decode(model, prompts.tolist(), GREEDY, new):
-            times.append(time.perf_counter())
-    step = median(b - a for a, b in zip(times, times[1:]))
+        times = [time.perf_counter() for _ in decode(model, prompts.tolist(), GREEDY, new)]
+    step = median(b - a for a, b in pairwise(times))
     rate = texts * (new - 1) / (times[-1] - times[0])
     return (
         f"{rate:8.1f} tokens/s, {texts * new / (times[-1] - started):8.1f} with the prompt; "
@@ -119,7 +135,7 @@ def kernels_of(model: PreTrainedModel, layers: int) -> None:
     rows = sorted(found.key_averages(), key=lambda row: -row.device_time_total)
     print(f"  kernels of one step of {layers} layers: microseconds, launches, name")
     for row in rows[:24]:
-        print(f"    {row.device_time_total / 8:8.1f} {row.count / 8:7.1f}  {row.key[:110]}")
+        print(f"    {row.device_time_total / 8:8.1f} {row.count / 8:7.1f}  {row.key[:70]}")
     total = sum(row.device_time_total for row in rows) / 8
     print(f"    {total:8.1f} {sum(row.count for row in rows) / 8:7.1f}  in all", flush=True)
 
@@ -147,6 +163,7 @@ def main() -> None:
     for texts in batches:
         print(f"4 bits, batch {texts:3d}:", measured(model, texts, arguments.new), flush=True)
         if texts == 1:
+            print("  captured against plain:", agreement(model))
             kernels_of(model, arguments.layers)
     print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 

@@ -103,7 +103,7 @@ def check() -> None:
 
 
 def counters(out: int) -> Tensor:
-    return torch.zeros(out * 4, dtype=torch.int32, device=GPU)
+    return torch.zeros(out * 8, dtype=torch.int32, device=GPU)
 
 
 def copies(out: int, width: int, dtype_bytes: float) -> int:
@@ -137,7 +137,7 @@ def tinygemm(tokens: int) -> list[float]:
 
 Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
 Held = dict[tuple[int, int], list[tuple[fragments.Fragments, Tensor]]]
-SPLITS = (1, 2, 3, 4, 6, 8, 12)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
 def candidates(tokens: int) -> list[skinny.Config]:
@@ -145,13 +145,11 @@ def candidates(tokens: int) -> list[skinny.Config]:
     found = []
     if tokens <= 32:
         n = max(8, 1 << (tokens - 1).bit_length())
-        for parts, step in product((2, 4, 8), (64, 128)):
-            limits = (0, 64, 80) if n == 8 else (0,)
+        for parts, step in product((1, 2, 4, 8), (64, 128)):
+            limits = (0, 80, 96) if n == 8 else (0,)
             found += [skinny.Config(1, 1, step, parts, 1, n, True, limit) for limit in limits]
         if n == 8:
-            found += [skinny.Config(1, 1, step, 4, 1, n, False) for step in (64, 128)]
-            found += [skinny.Config(2, 1, step, 4, 1, n) for step in (64, 128)]
-            found += [skinny.Config(1, 1, 128, 16, 1, n, True, 64)]
+            found += [skinny.Config(1, 1, 128, parts, 1, n, False) for parts in (1, 4)]
     if tokens >= 16:
         n = min(64, 1 << (tokens - 1).bit_length())
         for warps, step, ahead in product((4, 8), (64, 128), (True, False)):
@@ -201,13 +199,11 @@ def search(tokens: int, dtype: torch.dtype, held: Held, until: float) -> Measure
             f"    {shape!s:15s} {took * 1e6:6.1f} us  {weights[0][0].nbytes / took / 1e12:.2f} TB/s"
             f"  without early start {plain * 1e6:6.1f} us  {config}"
         )
-        for wanted in configs:
-            of_kind = [row for row in rows if replace(row[1], split=1) == wanted]
-            told = " ".join(f"{row[1].split}:{row[0] * 1e6:.1f}" for row in of_kind[:4])
-            w = wanted
+        kinds = {replace(row[1], split=1): row for row in reversed(rows)}
+        for other, w in sorted(kinds.values(), key=lambda row: row[0])[:7]:
             print(
-                f"          parts {w.parts} warps {w.warps} tiles {w.tiles} step {w.step} tokens "
-                f"{w.tokens} ahead {w.ahead:d} registers {w.registers}: {told}"
+                f"          {other * 1e6:6.1f}  parts {w.parts} warps {w.warps} split {w.split:2d} "
+                f"step {w.step} tokens {w.tokens} ahead {w.ahead:d} registers {w.registers}"
             )
     return best
 
@@ -226,26 +222,22 @@ def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
         print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
 
 
-def multiplied_out(sizes: list[int], held: Held) -> None:
-    """The way for many tokens, with different amounts of the weight at a time."""
-    for tokens, part in product([n for n in sizes if n >= 64], (8, 16, 32, 64, 1024)):
-        choose.PART = part << 20
+def chosen(sizes: list[int], held: Held) -> None:
+    """What a model gets: the kernels as ``choose`` picks them."""
+    for tokens in sizes:
         found = []
         for shape in SHAPES:
             x = torch.randn(tokens, shape[1], device=GPU, dtype=torch.bfloat16)
-            launches = [lambda w=w, x=x: choose.in_parts(x, w, None) for w, _ in held[shape]]
+            launches = [lambda w=w, s=s, x=x: choose.product(x, w, None, s) for w, s in held[shape]]
             found.append(seconds(launches, 5))
         each = " ".join(f"{one * 1e6:7.1f}" for one in found)
-        print(
-            f"  {tokens} tokens, multiplied out {part} MB at a time: {each}  "
-            f"sum {sum(found) * 1e6:.1f}",
-            flush=True,
-        )
+        print(f"  {tokens:4d} tokens  as chosen {each}  sum {sum(found) * 1e6:7.1f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,8,16,32,64")
+    parser.add_argument("--search", action="store_true", help="try many ways to divide the work")
     parser.add_argument("--seconds", type=float, default=240)
     arguments = parser.parse_args()
     until = time.time() + arguments.seconds
@@ -271,7 +263,8 @@ def main() -> None:
         ]
     torch.cuda.synchronize()
     print(f"arranged in {time.time() - started:.2f} s")
-    for tokens in sizes:
+    chosen(sizes, held)
+    for tokens in sizes if arguments.search else ():
         if tokens > 256:
             continue
         for dtype in (torch.bfloat16, torch.float16) if tokens == 1 else (torch.bfloat16,):
@@ -280,7 +273,6 @@ def main() -> None:
             print(f"    sum {sum(row[0] for row in best.values()) * 1e6:.1f} us")
             if len(best) == len(SHAPES):
                 chain(tokens, dtype, held, best)
-    multiplied_out(sizes, held)
 
 
 if __name__ == "__main__":

@@ -152,33 +152,43 @@ class Captured(Plain):
     """A step as a CUDA graph, for ``texts`` texts and up to ``room`` tokens of each."""
 
     def __init__(self, model: PreTrainedModel, texts: int, room: int) -> None:
-        super().__init__(model, StaticCache(config=model.config, max_cache_len=room))
-        self.texts, self.room = texts, room
-        if find_spec("triton") is not None:
-            from quantkit.runtime.kernels import attend
+        from quantkit.runtime.fused import FixedLayer, fewer_launches  # Triton
+        from quantkit.runtime.kernels import attend
 
-            attend.use(model)
+        attend.use(model)
         device = model.device
+        super().__init__(model, StaticCache(config=model.config, max_cache_len=room))
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.cache.layers = [FixedLayer(max_cache_len=room) for _ in self.cache.layers]
+        for layer in self.cache.layers:
+            layer.cumulative_length = self.length
+        self.texts, self.room = texts, room
         self.places = torch.zeros(texts, 1, dtype=torch.long, device=device)
         self.token = torch.zeros(texts, dtype=torch.long, device=device)
         self.mask = torch.ones(texts, room, dtype=torch.bool, device=device)
         self.graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):  # kernels are compiled, and workspaces taken, before the capture
-                self._advance()
-        torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(self.graph):
-            self.logits = self._advance()
+        with fewer_launches(model):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(2):  # kernels are compiled, and workspaces taken, beforehand
+                    self._advance()
+            torch.cuda.current_stream(device).wait_stream(side)
+            with torch.cuda.graph(self.graph):
+                self.logits = self._advance()
 
     def _advance(self) -> Tensor:
         logits = self._logits(self.token[:, None], self.places, self.mask)
         self.places += 1
         return logits
 
+    def _logits(self, tokens: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
+        logits = super()._logits(tokens, places, mask)
+        self.length += tokens.shape[1]
+        return logits
+
     def begin(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        self.cache.reset()
+        self.length.zero_()
         places, mask = self.places, self.mask
         logits = super().begin(ids)
         # what the graph reads stays where it is
@@ -219,6 +229,8 @@ def _stepper(model: PreTrainedModel, texts: int, room: int) -> Plain:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why a step of this model cannot be captured, or None."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
     cache = StaticCache(config=model.config, max_cache_len=_ROOM)
     other = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
     return f"its cache has layers of the kind {', '.join(sorted(other))}" if other else None

@@ -18,7 +18,8 @@ class GpuLinear(QuantLinear):
         self.register_buffer("words", held.words)
         self.register_buffer("scale", held.scale)
         self.register_buffer("offset", held.offset)
-        arrived = torch.zeros(len(held.words), dtype=torch.int32, device=device)
+        room = len(held.words) * -(-choose.FEW // 8)
+        arrived = torch.zeros(room, dtype=torch.int32, device=device)
         self.register_buffer("arrived", arrived)
 
     @property

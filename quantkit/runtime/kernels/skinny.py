@@ -177,7 +177,10 @@ def kernel(
     ws = tl.arange(0, W)[None, None, None, None, None, :]
     scales = (tile + rs * WARPS + us) * (K // GROUP * 8 * W) + gs * W + ws + ts * 0
 
-    now = tl.load(here + first * (KS * 128), mask=first + part < last, other=0)
+    if PARTS == 1:
+        now = tl.load(here + first * (KS * 128))
+    else:
+        now = tl.load(here + first * (KS * 128), mask=first + part < last, other=0)
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -188,10 +191,13 @@ def kernel(
             following = tl.load(here + after * (KS * 128), mask=after + part < last, other=0)
         elif step > first:
             now = tl.load(here + step * (KS * 128), mask=step + part < last, other=0)
-        seen = tl.load(inputs + step * STEP, mask=(token < M) & (step + px < last), other=0.0)
+        # parts behind the last step read it again, and count with a scale of 0
+        behind = tl.maximum(step + px - last + 1, 0) if PARTS > 1 else 0
+        seen = tl.load(inputs + (step - behind) * STEP, mask=token < M, other=0.0)
         group = ((step + ps) * STEP // GROUP) * (8 * W)
-        real = step + ps < last
-        factor = tl.load(scale + scales + group, mask=real, other=0.0).to(tl.float32)
+        real = step + ps < last if PARTS > 1 else None
+        none = 0.0 if PARTS > 1 else None
+        factor = tl.load(scale + scales + group, mask=real, other=none).to(tl.float32)
         factor = factor[:, :, :, :, :, None, None]
 
         # outputs are tile, pair, warp, one of it, g; inputs: step, 4 of 8, t, 3 of 4. That is how
@@ -215,7 +221,7 @@ def kernel(
             total = product(ones, right, PARTS, 16 * WARPS, STEP, N)
             total = total.reshape(PARTS, 1, WARPS, 2, 8, NT, 4, 2).permute(6, 4, 0, 2, 1, 5, 7, 3)
             total = tl.sum(total, 7, keep_dims=True) * 0.5
-            moved = tl.load(offset + scales + group, mask=real, other=0.0).to(tl.float32)
+            moved = tl.load(offset + scales + group, mask=real, other=none).to(tl.float32)
             moved = moved[:, :, :, :, :, None, None]
             if OFFSET == "scaled":
                 sums += (found + moved * total) * factor

@@ -15,7 +15,7 @@ from quantkit.runtime.decode import NONE, Captured, Plain, decode, why_not
 from quantkit.runtime.draw import Draw, candidates
 from quantkit.runtime.fused import FixedLayer, _agree, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
-from quantkit.runtime.kernels import small, support
+from quantkit.runtime.kernels import small, support, tune
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0)
@@ -147,6 +147,7 @@ def test_a_gpu_layer(monkeypatch):
     """Both ways of a product, and inputs in another order."""
     monkeypatch.setattr(support, "of", lambda device: support.GPU("A100", 8, (8, 0)))
     monkeypatch.setattr("quantkit.runtime.kernels.choose.FEW", 4)
+    monkeypatch.setattr(tune, "tuned", lambda weight, config, *others: config)
     q = random_weight(Scheme(4, 32), 64, 64)
     layer = GpuLinear(q, False, CPU, torch.float16)
     for tokens in (3, 5):

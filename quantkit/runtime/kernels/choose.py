@@ -6,14 +6,14 @@
     anything else            none        ``QuantLinear`` dequantizes with torch
 
 The numbers are measured on an H200 (benchmarks/kernels_gpu.py) and scale with the processors of
-another GPU.
+another GPU; into how many shares the inputs are divided, ``tune`` measures on each.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit.runtime.kernels import dense, skinny, support
+from quantkit.runtime.kernels import dense, skinny, support, tune
 from quantkit.runtime.kernels.fragments import Fragments
 from quantkit.runtime.kernels.skinny import Config
 
@@ -27,9 +27,13 @@ def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) 
     half = x.dtype in (torch.float16, torch.bfloat16)
     if half and len(x) <= FEW:
         here = support.of(x.device)
-        config = divided(weight, len(x), here.processors)
         early = here.capability >= (9, 0)
-        return skinny.matmul(x, weight, bias, arrived, config, early=early)
+
+        def run(config: Config) -> Tensor:
+            return skinny.matmul(x, weight, bias, arrived, config, early=early)
+
+        config = divided(weight, len(x), here.processors)
+        return run(tune.tuned(weight, config, x.dtype, here.name, run))
     return functional.linear(x, dense.dequantize(weight, x.dtype), bias)
 
 

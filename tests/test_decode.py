@@ -147,7 +147,7 @@ def test_a_gpu_layer(monkeypatch):
     """Both ways of a product, and inputs in another order."""
     monkeypatch.setattr(support, "of", lambda device: support.GPU("A100", 8, (8, 0)))
     monkeypatch.setattr("quantkit.runtime.kernels.choose.FEW", 4)
-    monkeypatch.setattr(tune, "tuned", lambda weight, config, *others: config)
+    monkeypatch.setattr(tune, "tuned", lambda weight, ways, *others: ways[0])
     q = random_weight(Scheme(4, 32), 64, 64)
     layer = GpuLinear(q, False, CPU, torch.float16)
     for tokens in (3, 5):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from quantkit.core.qweight import Scheme
-from quantkit.runtime.kernels import attend, choose, dense, skinny, unpacking
+from quantkit.runtime.kernels import attend, choose, dense, skinny, tune, unpacking
 from quantkit.runtime.kernels.fragments import Fragments, arrange, restore
 from quantkit.runtime.kernels.skinny import Config
 from quantkit.runtime.kernels.support import GPU, gpu_why_not, scheme_why_not
@@ -108,9 +108,9 @@ def test_every_weight_can_be_divided(tokens, shape, group):
     scheme = Scheme(4, group)
     words = torch.empty(-(-out // 32), width // 32, 32, 4, device="meta")
     weight = Fragments(scheme, out, width, words, words, None, False)
-    config = choose.divided(weight, tokens, 132)
-    assert config.fits(weight)
-    assert config.split >= 1
+    for config in choose.ways(weight, tokens, 132):
+        assert config.fits(weight)
+        assert all(one.fits(weight) for one in tune.around(config, weight))
 
 
 @pytest.mark.parametrize("heads, key_heads, width", [(4, 4, 64), (8, 2, 80)])

@@ -38,7 +38,7 @@ def counting(monkeypatch, best):
 
 def found(weight):
     run = lambda config: config.split  # noqa: E731
-    return tune.tuned(weight, CONFIG, torch.float16, "NVIDIA H200", run).split
+    return tune.tuned(weight, [CONFIG], torch.float16, "NVIDIA H200", run).split
 
 
 def test_measured_once_and_kept(weight, monkeypatch):
@@ -53,7 +53,7 @@ def test_measured_once_and_kept(weight, monkeypatch):
     assert json.loads(cache.read(tune.KIND, "NVIDIA-H200.json"))
 
 
-@pytest.mark.parametrize("content", [b'{"a": ', b"[]", b'{"a": "b"}'])
+@pytest.mark.parametrize("content", [b'{"a": ', b"[]", b'{"a": "b"}', b'{"a": {"b": 1}}'])
 def test_a_spoiled_file_is_measured_again(weight, monkeypatch, content):
     cache.write(tune.KIND, "NVIDIA-H200.json", content)
     counting(monkeypatch, best=2)

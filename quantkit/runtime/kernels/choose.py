@@ -32,25 +32,30 @@ def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) 
         def run(config: Config) -> Tensor:
             return skinny.matmul(x, weight, bias, arrived, config, early=early)
 
-        config = divided(weight, len(x), here.processors)
-        return run(tune.tuned(weight, config, x.dtype, here.name, run))
+        found = ways(weight, len(x), here.processors)
+        return run(tune.tuned(weight, found, x.dtype, here.name, run))
     return functional.linear(x, dense.dequantize(weight, x.dtype), bias)
 
 
-def divided(weight: Fragments, tokens: int, processors: int) -> Config:
-    """How the work of a product with few tokens is divided."""
+def ways(weight: Fragments, tokens: int, processors: int) -> list[Config]:
+    """How the work of a product with few tokens may be divided, the likeliest first."""
     tiles = len(weight.words)
-    step = min(128, weight.group & -weight.group)
-    most = weight.width // step
-    if tokens > 16 and tiles % 4 == 0:
-        count = 32 if tokens <= 32 else 64
-        programs = tiles // 4 * -(-tokens // count)
-        each = 6 if tokens <= 32 else 2  # programs that fit on a processor
-        return Config(1, _split(programs, each * processors, most), step, 1, 4, count)
-    count = 8 if tokens <= 8 else 16
-    programs = tiles * -(-tokens // count)
-    wanted = processors * (_WARPS if tokens <= 8 else _WARPS // 2)
-    return Config(1, _split(programs, wanted, most), step, 1, 1, count)
+    largest = weight.group & -weight.group
+    steps = [step for step in (128, 64) if step <= largest] or [largest]
+    found = []
+    for step in steps:
+        most = weight.width // step
+        if tokens > 16 and tiles % 4 == 0:
+            count = 32 if tokens <= 32 else 64
+            programs = tiles // 4 * -(-tokens // count)
+            each = 6 if tokens <= 32 else 2  # programs that fit on a processor
+            found.append(Config(1, _split(programs, each * processors, most), step, 1, 4, count))
+        else:
+            count = 8 if tokens <= 8 else 16
+            programs = tiles * -(-tokens // count)
+            wanted = processors * (_WARPS if tokens <= 8 else _WARPS // 2)
+            found.append(Config(1, _split(programs, wanted, most), step, 1, 1, count))
+    return found
 
 
 def _split(programs: int, wanted: int, most: int) -> int:

@@ -1,7 +1,7 @@
-"""Into how many shares a product's inputs are best divided on this GPU: measured once, and kept.
+"""How the work of a product is best divided on this GPU: measured once, and kept.
 
-The kernel is the same for every number of shares, so a search compiles nothing and takes a few
-milliseconds for a shape. Weights are read from memory, not from a cache that still has them from
+The kernel is the same for every number of shares, so a search compiles little and takes a moment
+for a shape. Weights are read from memory, not from a cache that still has them from
 the launch before: as in a model, where all the others come between.
 """
 
@@ -19,27 +19,30 @@ from quantkit.runtime.kernels.fragments import Fragments
 from quantkit.runtime.kernels.skinny import Config
 
 KIND = "autotune"
+VERSION = 1  # of the kernel: what was measured with another one does not count
 _FLUSH = 256 << 20  # bytes: several times any L2 cache
 _REPEATS = 7
 
 
 def tuned(
     weight: Fragments,
-    config: Config,
+    ways: list[Config],
     dtype: torch.dtype,
     gpu: str,
     run: Callable[[Config], object],
 ) -> Config:
-    """``config`` with the number of shares that is the fastest on the GPU of that name; ``run``
-    launches the product. While a graph is captured nothing can be measured, and ``config`` stays as
-    it is, unless it was measured before."""
-    known, key = _known(gpu), _key(weight, config, dtype)
+    """The fastest of ``ways``, with other numbers of shares too, on the GPU of that name; ``run``
+    launches the product. While a graph is captured nothing can be measured, and the answer is the
+    first way, unless it was measured before."""
+    known, key = _known(gpu), _key(weight, ways[0].tokens, dtype)
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
-            return config
-        known[key] = fastest(around(config, weight), run, seconds).split
-        cache.write(KIND, _file(gpu), json.dumps(known, indent=1, sort_keys=True).encode())
-    return replace(config, split=known[key])
+            return ways[0]
+        several = [one for way in ways for one in around(way, weight)]
+        best = fastest(several, run, seconds)
+        known[key] = best
+        _write(gpu, known)
+    return known[key]
 
 
 def around(config: Config, weight: Fragments) -> list[Config]:
@@ -75,24 +78,24 @@ def seconds(launch: Callable[[], object]) -> float:
 
 
 @once
-def _known(gpu: str) -> dict[str, int]:
+def _known(gpu: str) -> dict[str, Config]:
     """What was measured before, by this process or another one."""
     content = cache.read(KIND, _file(gpu))
     try:
-        found = json.loads(content or b"{}")
-    except ValueError:  # half of a file: measured again
+        return {key: Config(**held) for key, held in json.loads(content or b"{}").items()}
+    except (ValueError, TypeError, AttributeError):  # spoiled, or of another version
         return {}
-    plain = isinstance(found, dict) and all(
-        isinstance(split, int) and split > 0 for split in found.values()
-    )
-    return found if plain else {}
 
 
-def _key(weight: Fragments, config: Config, dtype: torch.dtype) -> str:
-    """Everything that the answer depends on, but for the GPU."""
-    shape = f"{weight.out}x{weight.width} {weight.bits} bits {weight.group} {weight.kind} {dtype}"
-    kept = {name: value for name, value in asdict(config).items() if name != "split"}
-    return f"{shape} {' '.join(f'{name}={value}' for name, value in kept.items())}"
+def _write(gpu: str, known: dict[str, Config]) -> None:
+    plain = {key: asdict(config) for key, config in sorted(known.items())}
+    cache.write(KIND, _file(gpu), json.dumps(plain, indent=1).encode())
+
+
+def _key(weight: Fragments, tokens: int, dtype: torch.dtype) -> str:
+    """Everything that the answer depends on, but for the GPU and the kernel."""
+    shape = f"{weight.out}x{weight.width} {weight.bits} bits, groups of {weight.group}"
+    return f"v{VERSION} {shape}, {weight.kind} {dtype}, {tokens} tokens"
 
 
 def _file(gpu: str) -> str:

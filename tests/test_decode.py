@@ -148,7 +148,7 @@ def test_a_gpu_layer(monkeypatch):
     monkeypatch.setattr(support, "of", lambda device: support.GPU("A100", 8, (8, 0)))
     monkeypatch.setattr("quantkit.runtime.kernels.choose.FEW", 4)
     monkeypatch.setattr(tune, "tuned", lambda weight, ways, *others: ways[0])
-    q = random_weight(Scheme(4, 32), 64, 64)
+    q = random_weight(Scheme(4, 32, symmetric=False), 64, 64, "zero")
     layer = GpuLinear(q, False, CPU, torch.float16)
     for tokens in (3, 5):
         x = torch.randn(2, tokens, 64).half()[:1]

@@ -18,7 +18,6 @@ from quantkit.runtime.kernels.fragments import Fragments
 from quantkit.runtime.kernels.skinny import Config
 
 FEW = 192
-_WARPS = 28  # that a processor shall have in flight
 
 
 def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) -> Tensor:
@@ -39,22 +38,21 @@ def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) 
 
 def ways(weight: Fragments, tokens: int, processors: int) -> list[Config]:
     """How the work of a product with few tokens may be divided, the likeliest first."""
-    tiles = len(weight.words)
-    largest = weight.group & -weight.group
-    steps = [step for step in (128, 64) if step <= largest] or [largest]
+    tiles, largest = len(weight.words), weight.group & -weight.group
     found = []
-    for step in steps:
+    for step in [step for step in (128, 64) if step <= largest] or [largest]:
         most = weight.width // step
         if tokens > 16 and tiles % 4 == 0:
             count = 32 if tokens <= 32 else 64
             programs = tiles // 4 * -(-tokens // count)
-            each = 6 if tokens <= 32 else 2  # programs that fit on a processor
-            found.append(Config(1, _split(programs, each * processors, most), step, 1, 4, count))
+            wanted = processors * (4 if tokens <= 32 else 2)  # programs that fit at once
+            found.append(Config(1, _split(programs, wanted, most), step, 1, 4, count))
+        elif tokens > 8:
+            programs = tiles * -(-tokens // 16)
+            found.append(Config(1, _split(programs, 14 * processors, most), step, 1, 1, 16))
         else:
-            count = 8 if tokens <= 8 else 16
-            programs = tiles * -(-tokens // count)
-            wanted = processors * (_WARPS if tokens <= 8 else _WARPS // 2)
-            found.append(Config(1, _split(programs, wanted, most), step, 1, 1, count))
+            split = _split(tiles, 20 * processors, most)
+            found.append(Config(1, split, step, 1, 1, 8, registers=96))
     return found
 
 

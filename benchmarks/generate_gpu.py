@@ -46,7 +46,7 @@ def model_of(layers: int) -> PreTrainedModel:
 @torch.inference_mode()
 def agreement(model: PreTrainedModel) -> str:
     """Relative difference of the logits of a captured step to those of the model as transformers
-    runs it, and how far two ways of transformers' own are apart: random weights amplify rounding."""
+    runs it, and how far two of its own ways are apart: random weights amplify rounding."""
     prompt = torch.randint(0, 50000, (1, 300), generator=torch.Generator().manual_seed(1)).tolist()
     token = torch.tensor([7], device=GPU)
 

@@ -83,14 +83,14 @@ def kernel(
         seen = tl.load(mask + text * mask_stride + at, mask=at < length, other=0) != 0
         if tl.max(seen.to(tl.int32), 0) > 0:
             wide = seen[None, :] & (column[:, None] < WIDTH)
+            deep = seen[:, None] & (column[None, :] < DEEP)
             key = tl.load(text_keys + at[None, :] * key_place + column[:, None], wide, 0.0)
+            value = tl.load(text_values + at[:, None] * value_place + column[None, :], deep, 0.0)
             scores = tl.dot(asked, key, input_precision="ieee") * scaling
             scores = tl.where(seen[None, :], scores, -1e30)
             new = tl.maximum(highest, tl.max(scores, 1))
             less = tl.exp(highest - new)
             each = tl.where(seen[None, :], tl.exp(scores - new[:, None]), 0.0)
-            deep = seen[:, None] & (column[None, :] < DEEP)
-            value = tl.load(text_values + at[:, None] * value_place + column[None, :], deep, 0.0)
             found = tl.dot(each.to(value.dtype), value, input_precision="ieee")
             sums = sums * less[:, None] + found
             weight = weight * less + tl.sum(each, 1)
@@ -99,27 +99,30 @@ def kernel(
     SIZE: tl.constexpr = ROWS * (COLUMNS + 2)
     here = shares + (both * SHARES + share) * SIZE
     rows = row[:, None] * COLUMNS + column[None, :]
-    tl.store(here + rows, sums)
-    tl.store(here + ROWS * COLUMNS + row, weight)
-    tl.store(here + ROWS * COLUMNS + ROWS + row, highest)
+    own_row = row < GROUP
+    tl.store(here + rows, sums, mask=real)
+    tl.store(here + ROWS * COLUMNS + row, weight, mask=own_row)
+    tl.store(here + ROWS * COLUMNS + ROWS + row, highest, mask=own_row)
     tl.debug_barrier()
     if tl.atomic_add(arrived + both, 1, sem="acq_rel") < SHARES - 1:
         return
     tl.store(arrived + both, 0)
-    highest = tl.full([ROWS], -1e30, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
+    # what every share counts for is known before its sums arrive: those are all read at once
+    first = shares + both * (SHARES * SIZE)
+    every = tl.arange(0, SHARES)[:, None] * SIZE + ROWS * COLUMNS + row[None, :]
+    each_highest = tl.load(first + every + ROWS, own_row[None, :], -1e30, cache_modifier=".cg")
+    each_weight = tl.load(first + every, own_row[None, :], 0.0, cache_modifier=".cg")
+    highest = tl.max(each_highest, 0)
+    weight = tl.sum(each_weight * tl.exp(each_highest - highest[None, :]), 0)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for other in range(SHARES):
-        there = shares + (both * SHARES + other) * SIZE
-        its_highest = tl.load(there + ROWS * COLUMNS + ROWS + row, cache_modifier=".cg")
-        new = tl.maximum(highest, its_highest)
-        mine, its = tl.exp(highest - new), tl.exp(its_highest - new)
-        its_sums = tl.load(there + rows, cache_modifier=".cg")
-        sums = sums * mine[:, None] + its_sums * its[:, None]
-        its_weight = tl.load(there + ROWS * COLUMNS + row, cache_modifier=".cg")
-        weight = weight * mine + its_weight * its
-        highest = new
-    sums = sums / weight[:, None]
+    for other in tl.static_range(SHARES):
+        there = first + other * SIZE
+        its_sums = tl.load(there + rows, real, 0.0, cache_modifier=".cg")
+        its_highest = tl.load(
+            there + ROWS * COLUMNS + ROWS + row, own_row, -1e30, cache_modifier=".cg"
+        )
+        sums += its_sums * tl.exp(its_highest - highest)[:, None]
+    sums = sums / tl.where(own_row, weight, 1.0)[:, None]
     whole = out + (text * HEADS * GROUP + heads[:, None]) * DEEP + column[None, :]
     tl.store(whole, sums.to(out.dtype.element_ty), mask=real & (column[None, :] < DEEP))
 

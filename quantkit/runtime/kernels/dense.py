@@ -7,9 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from quantkit.runtime.kernels import unpacking
 from quantkit.runtime.kernels.fragments import INPUTS, Fragments
-from quantkit.runtime.kernels.skinny import unpacked
+from quantkit.runtime.kernels.unpacking import ptx, unpacked
 
 _STEPS = 8  # of 32 inputs, in a program
 
@@ -81,7 +80,7 @@ def dequantize(weight: Fragments, dtype: torch.dtype, first: int = 0, count: int
         BITS=weight.bits,
         MIDDLE=middle,
         OFFSET=weight.kind,
-        PTX="" if interpreted else unpacking.ptx(weight.bits, middle, half),
+        PTX="" if interpreted else ptx(weight.bits, middle, half),
         **({} if interpreted else {"num_warps": 4}),
     )
     return out

@@ -21,57 +21,8 @@ from torch import Tensor
 from triton.language.extra import cuda
 from triton.runtime.interpreter import InterpretedFunction
 
-from quantkit.runtime.kernels import unpacking
 from quantkit.runtime.kernels.fragments import Fragments
-
-
-@triton.jit
-def _eight(words, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """A word of 4-bit codes: int32 [...] -> [..., 2, 2, 2] in DTYPE, code - MIDDLE."""
-    if PTX == "":
-        a = (((words >> 0) & 15) - MIDDLE).to(DTYPE)
-        b = (((words >> 16) & 15) - MIDDLE).to(DTYPE)
-        c = (((words >> 4) & 15) - MIDDLE).to(DTYPE)
-        d = (((words >> 20) & 15) - MIDDLE).to(DTYPE)
-        e = (((words >> 8) & 15) - MIDDLE).to(DTYPE)
-        f = (((words >> 24) & 15) - MIDDLE).to(DTYPE)
-        g = (((words >> 12) & 15) - MIDDLE).to(DTYPE)
-        h = (((words >> 28) & 15) - MIDDLE).to(DTYPE)
-    else:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            PTX, "=h,=h,=h,=h,=h,=h,=h,=h,r", [words], (tl.int16,) * 8, is_pure=True, pack=1
-        )
-    even = tl.join(tl.join(a, e), tl.join(c, g))
-    odd = tl.join(tl.join(b, f), tl.join(d, h))
-    return tl.join(even, odd).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def _four(words, MIDDLE: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """A word of 8-bit codes: int32 [...] -> [..., 2, 2] in DTYPE, code - MIDDLE."""
-    if PTX == "":
-        a = (((words >> 0) & 255) - MIDDLE).to(DTYPE)
-        b = (((words >> 8) & 255) - MIDDLE).to(DTYPE)
-        c = (((words >> 16) & 255) - MIDDLE).to(DTYPE)
-        d = (((words >> 24) & 255) - MIDDLE).to(DTYPE)
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            PTX, "=h,=h,=h,=h,r", [words], (tl.int16,) * 4, is_pure=True, pack=1
-        )
-    return tl.join(tl.join(a, c), tl.join(b, d)).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def unpacked(
-    words,
-    BITS: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """int32 [t, g, n, ..., 4] -> [t, g, n, ..., W, 2, 2, 2] in DTYPE, code - MIDDLE: the outputs of
-    a lane, and its eight inputs in their order. PTX says how, or is "" for plain Triton."""
-    return _eight(words, MIDDLE, DTYPE, PTX) if BITS == 4 else _four(words, MIDDLE, DTYPE, PTX)
+from quantkit.runtime.kernels.unpacking import ptx, unpacked
 
 
 @triton.jit
@@ -340,7 +291,7 @@ def matmul(
         MIDDLE=middle,
         OFFSET=weight.kind,
         BIAS=bias is not None,
-        PTX="" if interpreted else unpacking.ptx(weight.bits, middle, x.dtype),
+        PTX="" if interpreted else ptx(weight.bits, middle, x.dtype),
         AHEAD=config.ahead,
         PDL=early,
         **more,

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ _ROOM = 256  # a cache holds a multiple of this many tokens, so that a captured 
 _BEHIND = 3  # steps that run before their tokens are looked at
 NONE = -1  # in place of a token, for a text that has ended
 
-_captured: "WeakKeyDictionary[PreTrainedModel, Captured]" = WeakKeyDictionary()
+_HELD = "_quantkit_captured"  # where a model keeps its captured step, to be freed with it
 
 
 def decode(
@@ -43,7 +42,8 @@ def decode(
 ) -> Iterator[list[int]]:
     """Tokens that follow each of the prompts ``ids``: at every step one for each text, NONE for
     those that have ended. A text ends after ``max_new_tokens``, or with one of ``stop_ids``, which
-    is given out too.
+    is given out too. One text or batch at a time: on a GPU, a model has one captured step and one
+    cache, and the next call takes them over.
 
     Raises UsageError for an empty prompt.
     """
@@ -208,15 +208,17 @@ class Captured(Plain):
 def _stepper(model: PreTrainedModel, texts: int, room: int) -> Plain:
     if model.device.type != "cuda":
         return Plain(model, DynamicCache(config=model.config))
-    held = _captured.get(model)
+    held: Captured | None = getattr(model, _HELD, None)
     if held is not None and held.texts == texts and held.room >= room:
         return held
     reason = why_not(model)
     if reason is None:
-        _captured.pop(model, None)  # its memory first
+        held = None
+        setattr(model, _HELD, None)  # its memory first
         try:
-            _captured[model] = Captured(model, texts, -(-room // _ROOM) * _ROOM)
-            return _captured[model]
+            made = Captured(model, texts, -(-room // _ROOM) * _ROOM)
+            setattr(model, _HELD, made)
+            return made
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
     warnings.warn(

@@ -89,7 +89,7 @@ class _Arriving:
             self._here = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
             self._here.copy_(token, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(token.device))
         else:
             self._here = token
 
@@ -167,7 +167,7 @@ class Captured(Plain):
         self.token = torch.zeros(texts, dtype=torch.long, device=device)
         self.mask = torch.ones(texts, room, dtype=torch.bool, device=device)
         self.graph = torch.cuda.CUDAGraph()
-        with fewer_launches(model):
+        with torch.cuda.device_of(self.token), fewer_launches(model):
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
@@ -190,7 +190,8 @@ class Captured(Plain):
     def begin(self, ids: Sequence[Sequence[int]]) -> Tensor:
         self.length.zero_()
         places, mask = self.places, self.mask
-        logits = super().begin(ids)
+        with torch.cuda.device_of(places):
+            logits = super().begin(ids)
         # what the graph reads stays where it is
         mask.fill_(True)
         if self.mask is not None:
@@ -201,7 +202,8 @@ class Captured(Plain):
 
     def step(self, token: Tensor) -> Tensor:
         self.token.copy_(token)
-        self.graph.replay()
+        with torch.cuda.device_of(self.token):
+            self.graph.replay()
         return self.logits
 
 

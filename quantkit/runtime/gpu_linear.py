@@ -36,9 +36,11 @@ class GpuLinear(QuantLinear):
         )
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        return dense.dequantize(self.fragments, dtype)
+        with torch.cuda.device_of(self.words):
+            return dense.dequantize(self.fragments, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()
-        result = choose.product(rows, self.fragments, self.bias, self.arrived)
+        with torch.cuda.device_of(rows):  # Triton launches on the current device
+            result = choose.product(rows, self.fragments, self.bias, self.arrived)
         return result.reshape(*x.shape[:-1], self.out_features)

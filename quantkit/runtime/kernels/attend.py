@@ -151,7 +151,8 @@ def attention(
     same with as many or fewer heads -> [texts, tokens, heads, width]."""
     plain = not dropout and all(others.get(name) is None for name in _MORE)
     if plain and fits(query, key, value, attention_mask):
-        return attend(module, query, key, value, attention_mask, scaling), None
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            return attend(module, query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(  # type: ignore[no-any-return]
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )

@@ -35,7 +35,7 @@ def tuned(
     launches the product. While a graph is captured nothing can be measured, and the answer is the
     first way, unless it was measured before."""
     known, key = _known(gpu), _key(weight, ways[0].tokens, dtype)
-    if key not in known:
+    if key not in known or not known[key].fits(weight):
         if torch.cuda.is_current_stream_capturing():
             return ways[0]
         several = [one for way in ways for one in around(way, weight)]

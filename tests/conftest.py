@@ -7,6 +7,7 @@ import socket
 # before torch looks: results are the same on every machine
 if not os.environ.get("QUANTKIT_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: it runs without a GPU
 
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

@@ -1,13 +1,9 @@
 """The Triton kernels of the solver beside the torch functions that they stand for.
 
-They run under Triton's interpreter, in a process of its own, since Triton decides when it is
-imported; on a GPU as they are when QUANTKIT_TEST_GPU is set.
+They run under Triton's interpreter (conftest.py); on a GPU when QUANTKIT_TEST_GPU is set.
 """
 
 import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-on_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="no GPU; test_under_the_interpreter runs it in a process of its own",
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +21,6 @@ def kernels_for_everything(monkeypatch):
 
     if INTERPRETED:
         monkeypatch.setattr(fused, "usable", lambda tensor: tensor.dtype == torch.float32)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU itself")
-@pytest.mark.skipif(INTERPRETED, reason="this is it")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert re.search(r"1[0-9] passed, 2 skipped", run.stdout), run.stdout[-3000:]
 
 
 # on a GPU large enough that what follows a flipped tie averages out
@@ -58,7 +40,6 @@ def objective(weight, hessian, q):
     return float(((error @ hessian.double()) * error).sum())
 
 
-@on_kernels
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric", "act_order", "rounds"),
     [
@@ -82,7 +63,6 @@ def test_solver_reaches_the_objective_of_float64(bits, group, symmetric, act_ord
     assert (fused.codes == exact.codes).float().mean() > 0.97
 
 
-@on_kernels
 @pytest.mark.parametrize(("tile", "out"), [(32, 70), (48, 5)])
 @pytest.mark.parametrize("ranged", [True, False])
 def test_one_tile_is_rounded_as_torch_does(tile, out, ranged, monkeypatch):
@@ -106,7 +86,6 @@ def test_one_tile_is_rounded_as_torch_does(tile, out, ranged, monkeypatch):
     torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=0, atol=1e-4)
 
 
-@on_kernels
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_search_finds_scales_as_good(symmetric, monkeypatch):
     from quantkit.core.qweight import Scheme
@@ -126,7 +105,6 @@ def test_search_finds_scales_as_good(symmetric, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
-@on_kernels
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no bfloat16 products")
 def test_equations_are_those_of_torch():
     from quantkit.methods import fused, products

@@ -30,6 +30,7 @@ _COMMANDS = {
     "bench": "Measure how fast a model runs.",
     "cache": "Show or clear what quantkit keeps for this machine.",
     "serve": "Serve models to OpenAI's clients, and a page to try them on.",
+    "env": "Show what is installed, and which kernels are used.",
     "run": "Run a recipe: commands and their options in a file.",
 }
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from quantkit.core import packbits
 from quantkit.core.qweight import QWeight
-from quantkit.runtime.kernels import cpu_int4
+from quantkit.runtime.kernels import cpu_int4, support
 
 # From this many rows on, dequantizing once and multiplying is faster than the int4 kernel
 # (measured on two AVX512 cores with 512 to 4096 inputs: they meet between 100 and 250 rows).
@@ -30,6 +30,10 @@ def quantized_linear(
     """The fastest layer there is for this weight on this device. Its bias, if it has one, is still
     empty."""
     out, width = q.shape
+    if device.type == "cuda" and support.why_not(width, q.scheme, device) is None:
+        from quantkit.runtime.gpu_linear import GpuLinear  # Triton
+
+        return GpuLinear(q, bias, device, dtype)
     small = q.scheme.bits == 4 and q.scheme.grid == "int"
     small = small and cpu_int4.fits(out, width, q.scheme.width(width))
     kind = CpuInt4Linear if small and device.type == "cpu" else QuantLinear
@@ -54,6 +58,10 @@ class QuantLinear(nn.Module):
             q = replace(q, codes=q.codes[:, order], group_of=None)
         else:
             self.order = None
+        self.keep(q, device)
+
+    def keep(self, q: QWeight, device: torch.device) -> None:
+        """Hold the weight, whose groups are contiguous, in this layer's own form."""
         self.register_buffer("scale", q.scale.to(device))
         for name in ("zero", "minimum"):
             held = getattr(q, name)

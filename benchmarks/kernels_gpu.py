@@ -1,0 +1,279 @@
+"""How fast the kernels for quantized linears are on this GPU.
+
+    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--seconds 240]
+
+Correctness comes first: every kernel against the float32 product with the dequantized weight. Then
+times: the four linears of one block of a 10B GPT-NeoX (hidden 4864, feed-forward 19456), 4 bits in
+groups of 128, each launch of a CUDA graph on another copy of the weights, so no cache flatters.
+float16 cuBLAS and torch's own int4 kernel (tinygemm) run under the same conditions.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
+
+import torch
+import triton
+from torch import Tensor
+
+from quantkit.core.qweight import QWeight, Scheme
+from quantkit.runtime.kernels import choose, fragments, skinny
+
+SHAPES = [(14592, 4864), (4864, 4864), (19456, 4864), (4864, 19456)]  # (out, in)
+TURN = 300e6  # bytes in a round of copies: several times the L2 cache
+GPU = torch.device("cuda")
+
+
+def random_weight(out: int, width: int, scheme: Scheme, kind: str = "") -> QWeight:
+    """A weight of random codes; ``kind`` of an asymmetric one is zero or minimum."""
+    groups = scheme.groups(width)
+    codes = torch.randint(0, scheme.max_code + 1, (out, width), dtype=torch.uint8, device=GPU)
+    scale = (torch.rand(out, groups, device=GPU) + 0.5).half() * 0.005
+    zero = minimum = None
+    if kind == "zero":
+        zero = torch.randint(0, scheme.max_code + 1, (out, groups), dtype=torch.uint8, device=GPU)
+    if kind == "minimum":
+        minimum = (torch.randn(out, groups, device=GPU) * 0.02).half()
+    return QWeight(scheme, codes, scale, zero, minimum=minimum)
+
+
+def seconds(launches: list[Callable[[], object]], repeats: int = 9) -> float:
+    """Median time of all launches in one CUDA graph, divided by their number."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches[:2]:
+            launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for launch in launches:
+            launch()
+    found = []
+    for _ in range(repeats + 1):
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(found[1:]) / len(launches)
+
+
+def check() -> None:
+    print("relative error against float32; identical when repeated")
+    cases = [
+        (Scheme(4), "", torch.float16),
+        (Scheme(4), "", torch.bfloat16),
+        (Scheme(4, symmetric=False), "zero", torch.float16),
+        (Scheme(4, symmetric=False), "zero", torch.bfloat16),
+        (Scheme(4, 32, symmetric=False), "minimum", torch.bfloat16),
+        (Scheme(8), "", torch.float16),
+        (Scheme(8), "", torch.bfloat16),
+        (Scheme(3, -1), "", torch.float16),
+    ]
+    for scheme, kind, dtype in cases:
+        q = random_weight(4864 + 120, 1536, scheme, kind)
+        weight = fragments.arrange(q)
+        reference = q.dequantize()
+        scratch = counters(weight.out)
+        errors = []
+        few = skinny.Config(1, 2, 64, parts=4)
+        many = skinny.Config(1, 2, 64, warps=4, tokens=16)
+        for tokens, config in product((1, 29), (few, many)):
+            config = replace(config, step=min(64, weight.group & -weight.group))
+            if not config.fits(weight):
+                print("  does not fit", config)
+                continue
+            x = torch.randn(tokens, 1536, device=GPU).to(dtype)
+            bias = torch.randn(weight.out, device=GPU).to(dtype)
+            meant = x.float() @ reference.T + bias.float()
+            early = tokens > 1
+            found = skinny.matmul(x, weight, bias, scratch, config, early=early)
+            again = skinny.matmul(x, weight, bias, scratch, config, early=early)
+            assert torch.equal(found, again), "not deterministic"
+            errors.append(float((found.float() - meant).norm() / meant.norm()))
+        name = f"{scheme} {kind} {str(dtype).removeprefix('torch.')}"
+        print(
+            f"  {name:55s} {max(errors):.2e}  {'ok' if max(errors) < 3e-3 else 'WRONG'}", flush=True
+        )
+
+
+def counters(out: int) -> Tensor:
+    return torch.zeros(out * 8, dtype=torch.int32, device=GPU)
+
+
+def copies(out: int, width: int, dtype_bytes: float) -> int:
+    return max(2, round(TURN / (out * width * dtype_bytes)))
+
+
+def cublas(tokens: int, dtype: torch.dtype) -> list[float]:
+    found = []
+    for out, width in SHAPES:
+        weights = [
+            torch.randn(out, width, device=GPU, dtype=dtype) for _ in range(copies(out, width, 2))
+        ]
+        x = torch.randn(tokens, width, device=GPU, dtype=dtype)
+        found.append(seconds([lambda w=w, x=x: x @ w.T for w in weights]))
+    return found
+
+
+def tinygemm(tokens: int) -> list[float]:
+    found = []
+    for out, width in SHAPES:
+        x = torch.randn(tokens, width, device=GPU, dtype=torch.bfloat16)
+        launches = []
+        for _ in range(copies(out, width, 0.5)):
+            packed = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, device=GPU)
+            packed = torch._convert_weight_to_int4pack(packed, 8)
+            scales = torch.rand(width // 128, out, 2, device=GPU, dtype=torch.bfloat16)
+            launches.append(lambda x=x, p=packed, s=scales: torch._weight_int4pack_mm(x, p, 128, s))
+        found.append(seconds(launches))
+    return found
+
+
+Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
+Held = dict[tuple[int, int], list[tuple[fragments.Fragments, Tensor]]]
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+
+
+def candidates(tokens: int) -> list[skinny.Config]:
+    """Ways to divide the work that are worth a try."""
+    found = []
+    if tokens <= 32:
+        n = max(8, 1 << (tokens - 1).bit_length())
+        for parts, step in product((1, 2, 4, 8), (64, 128)):
+            limits = (0, 80, 96) if n == 8 else (0,)
+            found += [skinny.Config(1, 1, step, parts, 1, n, True, limit) for limit in limits]
+        if n == 8:
+            found += [skinny.Config(1, 1, 128, parts, 1, n, False) for parts in (1, 4)]
+    if tokens >= 16:
+        n = min(64, 1 << (tokens - 1).bit_length())
+        for warps, step, ahead in product((4, 8), (64, 128), (True, False)):
+            found.append(skinny.Config(1, 1, step, 1, warps, n, ahead))
+        if tokens >= 128:
+            found += [
+                skinny.Config(1, 1, s, 1, w, 128, False) for s, w in product((64, 128), (4, 8))
+            ]
+    return found
+
+
+def search(tokens: int, dtype: torch.dtype, held: Held, until: float) -> Measured:
+    """The best configuration of every shape."""
+    best: Measured = {}
+    configs = candidates(tokens)
+    inputs = {w: torch.randn(tokens, w, device=GPU, dtype=dtype) for w in (4864, 19456)}
+
+    def launch(weight, scratch, config, early=True):
+        x = inputs[weight.width]
+        return lambda: skinny.matmul(x, weight, None, scratch, config, early=early)
+
+    def built(job: tuple[tuple[int, int], skinny.Config, bool]) -> None:
+        shape, config, early = job
+        for split in (1, 2):
+            one = replace(config, split=split)
+            if one.fits(held[shape][0][0]):
+                launch(*held[shape][0], one, early)()
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(built, product(((4864, 4864), (4864, 19456)), configs, (True,))))
+    torch.cuda.synchronize()
+    for shape in SHAPES:
+        weights = held[shape]
+        rows = []
+        for config, split in product(configs, SPLITS):
+            config = replace(config, split=split)
+            if not config.fits(weights[0][0]) or time.time() > until:
+                continue
+            rows.append((seconds([launch(w, s, config) for w, s in weights], 5), config))
+        if not rows:
+            continue
+        rows.sort(key=lambda row: row[0])
+        took, config = rows[0]
+        plain = seconds([launch(w, s, config, False) for w, s in weights])
+        best[shape] = rows[0]
+        print(
+            f"    {shape!s:15s} {took * 1e6:6.1f} us  {weights[0][0].nbytes / took / 1e12:.2f} TB/s"
+            f"  without early start {plain * 1e6:6.1f} us  {config}"
+        )
+        kinds = {replace(row[1], split=1): row for row in reversed(rows)}
+        for other, w in sorted(kinds.values(), key=lambda row: row[0])[:7]:
+            print(
+                f"          {other * 1e6:6.1f}  parts {w.parts} warps {w.warps} split {w.split:2d} "
+                f"step {w.step} tokens {w.tokens} ahead {w.ahead:d} registers {w.registers}"
+            )
+    return best
+
+
+def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
+    """The four linears one after the other, as in a block."""
+
+    def launch(shape, turn, early):
+        weight, scratch = held[shape][turn % len(held[shape])]
+        x = torch.randn(tokens, shape[1], device=GPU, dtype=dtype)
+        return lambda: skinny.matmul(x, weight, None, scratch, best[shape][1], early=early)
+
+    for early in (False, True):
+        launches = [launch(shape, turn, early) for turn in range(4) for shape in SHAPES]
+        took = seconds(launches) * len(SHAPES)
+        print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
+
+
+def chosen(sizes: list[int], held: Held) -> None:
+    """What a model gets: the kernels as ``choose`` picks them."""
+    for tokens in sizes:
+        found = []
+        for shape in SHAPES:
+            x = torch.randn(tokens, shape[1], device=GPU, dtype=torch.bfloat16)
+            launches = [lambda w=w, s=s, x=x: choose.product(x, w, None, s) for w, s in held[shape]]
+            found.append(seconds(launches, 5))
+        each = " ".join(f"{one * 1e6:7.1f}" for one in found)
+        print(f"  {tokens:4d} tokens  as chosen {each}  sum {sum(found) * 1e6:7.1f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", default="1,8,16,32,64")
+    parser.add_argument("--search", action="store_true", help="try many ways to divide the work")
+    parser.add_argument("--seconds", type=float, default=240)
+    arguments = parser.parse_args()
+    until = time.time() + arguments.seconds
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+    check()
+    sizes = [int(text) for text in arguments.tokens.split(",")]
+    print("microseconds of the four linears", SHAPES)
+    for tokens in sizes:
+        for name, found in (
+            ("float16 cuBLAS", cublas(tokens, torch.float16)),
+            ("bfloat16 cuBLAS", cublas(tokens, torch.bfloat16)),
+            *([("tinygemm bfloat16", tinygemm(tokens))] if tokens <= 16 else []),
+        ):
+            each = " ".join(f"{one * 1e6:7.1f}" for one in found)
+            print(f"  {tokens:4d} tokens  {name:20s} {each}  sum {sum(found) * 1e6:7.1f}")
+    held: Held = {}
+    started = time.time()
+    for out, width in SHAPES:
+        held[out, width] = [
+            (fragments.arrange(random_weight(out, width, Scheme(4))), counters(out))
+            for _ in range(copies(out, width, 0.53))
+        ]
+    torch.cuda.synchronize()
+    print(f"arranged in {time.time() - started:.2f} s")
+    chosen(sizes, held)
+    for tokens in sizes if arguments.search else ():
+        if tokens > 256:
+            continue
+        for dtype in (torch.bfloat16, torch.float16) if tokens == 1 else (torch.bfloat16,):
+            print(f"  {tokens} tokens, {str(dtype).removeprefix('torch.')}")
+            best = search(tokens, dtype, held, until)
+            print(f"    sum {sum(row[0] for row in best.values()) * 1e6:.1f} us")
+            if len(best) == len(SHAPES):
+                chain(tokens, dtype, held, best)
+
+
+if __name__ == "__main__":
+    main()

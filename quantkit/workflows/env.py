@@ -1,0 +1,129 @@
+"""``quantkit env``: what is installed here, what computes with a quantized weight, and why not
+something faster."""
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+
+from quantkit import __version__
+from quantkit.core import cache
+from quantkit.core.qweight import Scheme
+from quantkit.runtime.device import fast_bf16_on_cpu, pick_device, pick_dtype
+from quantkit.runtime.kernels import cpu_int4, support
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "safetensors",
+    "huggingface_hub",
+    "gguf",
+    "llama-cpp-python",
+    "bitsandbytes",
+    "vllm",
+)
+SCHEMES = (
+    Scheme(2),
+    Scheme(3),
+    Scheme(4),
+    Scheme(4, symmetric=False),
+    Scheme(8),
+    Scheme(4, 64, grid="nf4"),
+)
+_OUT, _WIDTH = 4096, 4096  # of a linear as models have it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """scheme    what is computed with
+    kernel    how, in a few words
+    reason    why nothing faster is used, or None"""
+
+    scheme: str
+    kernel: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """versions   of quantkit, Python and every package, None for those that are not installed
+    device     what ``--device auto`` is, with its name, memory in bytes and the dtype of ``auto``
+    kernels    by scheme
+    """
+
+    versions: dict[str, str | None]
+    device: dict[str, Any]
+    kernels: list[Choice]
+    cache: str
+
+    def described(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self)
+
+
+def environment(device: str = "auto") -> Environment:
+    """What ``quantkit env`` shows. Raises UsageError for a device that is not here."""
+    found = pick_device(device)
+    return Environment(
+        _versions(), _device(found), [_choice(s, found) for s in SCHEMES], str(cache.root())
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "quantkit": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cuda": torch.version.cuda,
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    if device.type == "cuda":
+        gpu = support.of(device)
+        capability = ".".join(map(str, gpu.capability))
+        return {
+            "device": str(device),
+            "name": gpu.name,
+            "compute capability": capability,
+            "memory": torch.cuda.get_device_properties(device).total_memory,
+            "dtype": dtype,
+        }
+    return {
+        "device": "cpu",
+        "name": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "dtype": dtype,
+    }
+
+
+def _choice(scheme: Scheme, device: torch.device) -> Choice:
+    if device.type == "cuda":
+        reason = support.why_not(_WIDTH, scheme, device)
+        fast = "codes straight to the tensor cores (Triton)"
+    else:
+        reason = _cpu_why_not(scheme)
+        fast = "torch's int4 kernel for few tokens"
+    return Choice(str(scheme), fast if reason is None else "multiplied out by torch", reason)
+
+
+def _cpu_why_not(scheme: Scheme) -> str | None:
+    if scheme.bits != 4 or scheme.grid != "int":
+        return "torch's int4 kernel takes 4 bits of evenly spaced levels"
+    if not cpu_int4.fits(_OUT, _WIDTH, scheme.width(_WIDTH)):
+        return "torch's int4 kernel has another layout on this processor"
+    if not fast_bf16_on_cpu():
+        return "its int4 kernel is slow without bfloat16 arithmetic (AVX512-BF16 or AMX)"
+    return None

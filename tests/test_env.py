@@ -1,0 +1,54 @@
+"""``quantkit env``: versions, the device, and why a faster kernel is not used."""
+
+import json
+
+import pytest
+import torch
+
+from quantkit.cli.main import main
+from quantkit.core.qweight import Scheme
+from quantkit.runtime.kernels import support
+from quantkit.workflows import env
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["env", *arguments])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_versions_and_device(capsys):
+    found = json.loads(shown(capsys, "--json"))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["vllm"] is None
+    assert found["device"]["device"] == "cpu"
+    assert {choice["scheme"] for choice in found["kernels"]} == {str(s) for s in env.SCHEMES}
+    text = shown(capsys)
+    assert "not installed" in text
+    assert found["cache"] in text
+
+
+def test_what_is_not_fast_has_its_reason():
+    found = {choice.scheme: choice for choice in env.environment().kernels}
+    assert "4 bits" in found[str(Scheme(8))].reason
+    assert "torch" in found[str(Scheme(4, 64, grid="nf4"))].kernel
+
+
+def test_reasons_on_a_gpu(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(support, "gpu", lambda index: support.GPU("Tesla T4", 40, (7, 5)))
+    assert "8.0" in env._choice(Scheme(4), gpu).reason
+    monkeypatch.setattr(support, "gpu", lambda index: support.GPU("H200", 132, (9, 0)))
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    assert "Triton" in env._choice(Scheme(4), gpu).reason
+    monkeypatch.setattr(support, "find_spec", lambda name: object())
+    assert env._choice(Scheme(4), gpu).reason is None
+    assert "nf4" in env._choice(Scheme(4, 64, grid="nf4"), gpu).reason
+
+
+def test_unknown_device(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["env", "--device", "tpu"])
+    assert end.value.code == 2
+    assert "not a device" in capsys.readouterr().err

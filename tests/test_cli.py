@@ -92,7 +92,7 @@ def test_every_command_is_listed_with_its_help(capsys):
 
 # options are parameters
 
-ONLY_HERE = {"quiet", "push", "as_json", "report", "lang", "junit", "github"}
+ONLY_HERE = {"quiet", "push", "profile", "as_json", "report", "lang", "junit", "github"}
 OF_FILES = {"in", "answers", "column", "batch", "encoding", "overwrite"}  # generate's: answer_file
 ONLY_IN_PYTHON = {"progress", "write", "note"}
 
@@ -647,3 +647,15 @@ def test_a_recipe_is_checked_to_its_last_step(tmp_path, capsys):
         recipe.write_text(steps + step, "utf-8")
         assert command("run", recipe, "--dry-run") == 2
         assert match in sentence(capsys.readouterr().err)[0]
+
+
+def test_a_profile_shows_where_the_time_went(tmp_path, capsys):
+    assert (
+        command("gptq", "demo", *QUICK_OPTIONS, "--out", tmp_path / "out", "--profile", "-q") == 0
+    )
+    told = capsys.readouterr().out
+    assert all(phase in told for phase in ("forward", "hessian", "factor", "round"))
+    shares = [
+        int(line.split()[-3]) for line in told.splitlines() if line.rstrip("│ ").endswith("%")
+    ]
+    assert 95 <= sum(shares) <= 105

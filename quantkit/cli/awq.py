@@ -56,6 +56,7 @@ from quantkit.cli.published import publishing
 @options.writing
 @options.low_disk
 @options.quiet
+@options.profiling
 @publishing
 def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:
     """Quantize MODEL by AWQ: inputs are scaled, then weights are rounded.

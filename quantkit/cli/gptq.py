@@ -83,6 +83,7 @@ from quantkit.cli.published import publishing
 @options.low_disk
 @options.legacy_name
 @options.quiet
+@options.profiling
 @publishing
 def command(quiet: bool, calib: tuple[str, ...], **options: Any) -> Path | None:
     """Quantize MODEL to GPTQ.

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,39 @@ def calibration_text(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def profiling(command: Command) -> Command:
+    """``--profile``: the command is given what was measured, None where it was not asked for."""
+
+    @click.option("--profile", is_flag=True, help="Show what the time went into.")
+    @wraps(command)
+    def measured(profile: bool, **options: Any) -> Any:
+        from quantkit.core import profile as profiling
+
+        if not profile:
+            return command(**options)
+        found = profiling.start()
+        try:
+            result = command(**options)
+        finally:
+            profiling.stop()
+        _tell_phases(found.seconds)
+        return result
+
+    return measured
+
+
+def _tell_phases(seconds: dict[str, float]) -> None:
+    from quantkit.cli.console import stdout
+    from quantkit.cli.tables import plain_table
+
+    whole = sum(seconds.values())
+    rows = [
+        [name, f"{spent:.2f}", f"{100 * spent / whole:.0f} %"]
+        for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    stdout().print(plain_table("seconds by phase", ["phase", "seconds", "share"], rows))
 
 
 def writing(command: Command) -> Command:

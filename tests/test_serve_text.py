@@ -4,6 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from quantkit.runtime.tokenizer import Tokenizer
 from quantkit.serve.answer import Piece, Writer
 from quantkit.serve.engine import Token
 
@@ -12,7 +13,7 @@ STOPS = st.lists(st.text(st.sampled_from("ab日本🐟。"), min_size=1, max_siz
 
 
 def written(tokenizer, text: str, stop: list[str]) -> list[Piece]:
-    writer, pieces = Writer(tokenizer, stop), []
+    writer, pieces = Writer(Tokenizer(tokenizer).decode, stop), []
     for token in tokenizer.encode(text, add_special_tokens=False):
         pieces.append(writer.push(Token(token, -1.0)))
         if pieces[-1].finish:
@@ -54,7 +55,7 @@ def test_numbers_belong_to_text_that_was_given_out(tokenizer, text, stop):
 
 
 def test_nothing_is_held_back_for_longer_than_needed(tokenizer):
-    writer = Writer(tokenizer, ["###"])
+    writer = Writer(Tokenizer(tokenizer).decode, ["###"])
     ids = tokenizer.encode("The history of", add_special_tokens=False)
     assert [writer.push(Token(token)).text for token in ids] == [
         tokenizer.decode([token]) for token in ids
@@ -64,6 +65,6 @@ def test_nothing_is_held_back_for_longer_than_needed(tokenizer):
 @pytest.mark.parametrize("cut", [1, 2])
 def test_a_character_that_is_cut_off_is_not_shown(tokenizer, cut):
     ids = tokenizer.encode("鰯", add_special_tokens=False)[:cut]
-    writer = Writer(tokenizer)
+    writer = Writer(Tokenizer(tokenizer).decode)
     assert [writer.push(Token(token)).text for token in ids] == [""] * cut
     assert writer.rest("length") == Piece("", finish="length")

@@ -6,8 +6,8 @@ from tools import command, sentence
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import templates
 from quantkit.runtime.load import load
+from quantkit.runtime.prompts import Prompts, asked
 from quantkit.runtime.torch_engine import TorchEngine
-from quantkit.workflows.prompts import Prompts, asked
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TALK = [
@@ -118,6 +118,12 @@ def test_a_template_that_fails_is_an_error_of_one_sentence(tmp_path, source, cap
         templates.find(str(path)).render(asked("Q"), {})
     assert command("generate", "demo", "Q", "--template", path) == 1
     assert "the chat template fails" in sentence(capsys.readouterr().err)[0]
+
+
+def test_the_last_message_is_of_the_user():
+    """Whoever else spoke last, plain text has no place for an answer to it."""
+    with pytest.raises(QuantkitError, match="not of the user"):
+        templates.find("qa").render(TALK[:3], SPECIAL)
 
 
 def test_a_template_ends_an_answer_at_the_next_turn():

@@ -23,6 +23,13 @@ pre_tokenizer = click.option(
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
 )
 
+template = click.option(
+    "--template",
+    metavar="NAME|FILE",
+    help="Prompt format in the place of the model's own chat template: weblab, alpaca-ja, "
+    "llama-2, deepseek, synthia, qa, or a file (.jinja, or text with {system} and {prompt}).",
+)
+
 
 def in_a_folder(context: click.Context, option: click.Parameter, file: str | None) -> str | None:
     """A file that can be written in the end, said before anything is measured."""
@@ -85,13 +92,7 @@ def talking(command: Command) -> Command:
         click.option(
             "--stop", multiple=True, help="Stop before this text, and leave it out; repeatable."
         ),
-        click.option(
-            "--template",
-            metavar="NAME|FILE",
-            help="Prompt format in the place of the model's own chat template: weblab, alpaca-ja, "
-            "llama-2, deepseek, synthia, qa, or a file (.jinja, or text with {system} and "
-            "{prompt}).",
-        ),
+        template,
         click.option("--system", help="System message: what the model should be, or do."),
     ):
         command = option(command)

@@ -22,6 +22,7 @@ from quantkit.cli.console import Drawn
     show_default=True,
     help="auto, torch, llama.cpp (GGUF) or vllm.",
 )
+@options.template
 @click.option("--context", type=int, help="Tokens of prompt and answer.  [default: the model's]")
 @click.option(
     "--max-batch", type=int, default=16, show_default=True, help="Texts that run together."

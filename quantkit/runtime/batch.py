@@ -142,15 +142,19 @@ class Batch:
         return logits
 
 
-def refuse_state(model: PreTrainedModel) -> None:
-    """Raises QuantkitError for a model that remembers in another way than by keys and values."""
+def has_state(model: PreTrainedModel) -> bool:
+    """Whether a model remembers in another way than by keys and values."""
     layers = DynamicCache(config=model.config).layers
-    for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise QuantkitError(
-                f"{model.config.model_type} keeps a state that texts cannot share a batch with",
-                "serve it with --engine vllm",
-            )
+    return any(type(one) not in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
+
+
+def refuse_state(model: PreTrainedModel) -> None:
+    """Raises QuantkitError for a model that has a state."""
+    if has_state(model):
+        raise QuantkitError(
+            f"{model.config.model_type} keeps a state that texts cannot share a batch with",
+            "generate takes one text at a time; serve it with --engine vllm",
+        )
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

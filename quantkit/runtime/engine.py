@@ -19,14 +19,31 @@ from quantkit.runtime.opened import gguf_file
 NAMES = ("auto", "torch", "llama.cpp")
 
 
-class Engine(Protocol):
-    """A model that is loaded.
+class Tokenizing(Protocol):
+    """How a model reads and writes.
 
-    context         tokens that fit, prompt and answer together
-    end_ids         the tokens that end a text or a turn
     chat_template   the model's own, in Jinja, or None
     special_tokens  ``bos_token`` and ``eos_token`` as text
-    own_settings    what the model's generation_config.json says of sampling
+    """
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; with ``special``, as the model wants a text to begin."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+
+
+class Engine(Tokenizing, Protocol):
+    """A model that is loaded.
+
+    context       tokens that fit, prompt and answer together
+    end_ids       the tokens that end a text or a turn
+    own_settings  what the model's generation_config.json says of sampling
     """
 
     @property
@@ -34,17 +51,7 @@ class Engine(Protocol):
     @property
     def end_ids(self) -> frozenset[int]: ...
     @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def special_tokens(self) -> Mapping[str, str]: ...
-    @property
     def own_settings(self) -> Mapping[str, object]: ...
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; with ``special``, as the model wants a text to begin."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
 
     def stream(self, ids: Sequence[int], sampling: Sampling, max_new_tokens: int) -> Iterator[int]:
         """Tokens that follow; an end token is given out too, as the last one."""

@@ -1,6 +1,6 @@
 """Text that appears while it is generated: in whole characters, and never with what stops it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
 from quantkit.core.sampling import Sampling
@@ -42,12 +42,17 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Text in, text out, up to the first of ``stops``. What may be the beginning of one is held
-    back until it is clear."""
+    """Text in, text out, up to the one of ``stops`` that is complete first, whatever the pieces.
+    What may be the beginning of one is held back until it is clear.
+
+    seen   characters that came in
+    found  whether a stop string has come
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self.seen = 0
         self.found = False
 
     def push(self, text: str) -> str:
@@ -55,10 +60,12 @@ class StopStrings:
         if self.found or not text:
             return ""
         self._held += text
-        at = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if at:
+        self.seen += len(text)
+        places = ((self._held.find(stop), len(stop)) for stop in self._stops)
+        complete = [(start + size, start) for start, size in places if start >= 0]
+        if complete:
             self.found = True
-            return self._take(min(at))
+            return self._take(min(complete)[1])
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for start in range(max(0, len(self._held) - longest), len(self._held)):
             if any(stop.startswith(self._held[start:]) for stop in self._stops):
@@ -75,14 +82,25 @@ class StopStrings:
 
 
 class Written:
-    """One text while it is generated: give it tokens, get text. ``ids`` are the tokens so far."""
+    """One text while it is generated: give it tokens, get text. ``ids`` are the tokens so far,
+    ``ends`` those that end it."""
 
-    def __init__(self, engine: Engine, stop: Sequence[str] = ()) -> None:
-        self._ends = engine.end_ids
-        self._detokenizer = Detokenizer(engine.decode)
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        ends: Collection[int] = (),
+    ) -> None:
+        self._ends = ends
+        self._detokenizer = Detokenizer(decode)
         self._stops = StopStrings(stop)
         self.ids: list[int] = []
         self.reason: Literal["end", "stop"] | None = None
+
+    @property
+    def seen(self) -> int:
+        """Characters so far, also those that are held back."""
+        return self._stops.seen
 
     def push(self, token: int) -> str:
         """The text that can be shown now. ``reason`` says afterwards whether this was the last."""
@@ -90,14 +108,17 @@ class Written:
         if token in self._ends:
             self.reason = "end"
             return ""
-        text = self._stops.push(self._detokenizer.push(token))
-        if self._stops.found:
-            self.reason = "stop"
-        return text
+        return self._shown(self._detokenizer.push(token))
 
     def rest(self) -> str:
         """What is left when no token follows."""
-        return self._stops.push(self._detokenizer.rest()) + self._stops.rest()
+        return self._shown(self._detokenizer.rest()) + self._stops.rest()
+
+    def _shown(self, text: str) -> str:
+        shown = self._stops.push(text)
+        if self._stops.found:
+            self.reason = "stop"
+        return shown
 
 
 class Answer:
@@ -117,7 +138,7 @@ class Answer:
         stop: Sequence[str] = (),
     ) -> None:
         self._engine, self._sampling, self._most = engine, sampling, max_new_tokens
-        self._written = Written(engine, stop)
+        self._written = Written(engine.decode, stop, engine.end_ids)
         self.prompt = list(prompt)
         self.text = ""
         self.reason: Literal["end", "stop", "length", "context"] | None = None

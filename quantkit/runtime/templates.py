@@ -41,8 +41,16 @@ class Turns:
     stop: tuple[str, ...] = ()
     whole: bool = False
 
+    @property
+    def source(self) -> str:
+        """The form of a first turn, as a file would have it."""
+        return self.first
+
     def render(self, messages: Sequence[Message], special: Mapping[str, str]) -> str:
-        """The text up to where the answer begins."""
+        """The text up to where the answer begins. Raises QuantkitError when nobody is to be
+        answered."""
+        if messages[-1]["role"] != "user":
+            raise QuantkitError("the last message is not of the user, whom the model answers")
         tokens = {"bos": special.get("bos_token", ""), "eos": special.get("eos_token", "")}
         system, parts = self.default, []
         for message in messages:
@@ -81,7 +89,7 @@ class Jinja:
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise QuantkitError(
                 f"the chat template fails on these messages ({error})",
-                "it may take no --system message; --template NAME uses another one",
+                "it may take no system message; --template NAME uses another one",
             ) from error
         return str(texts[0])
 

@@ -13,18 +13,20 @@ from quantkit.core.prefix import shared
 from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import UsageError
 from quantkit.runtime import decode_cpu
+from quantkit.runtime.batch import Batch, refuse_state
 from quantkit.runtime.decode_cpu import LlamaState
+from quantkit.runtime.tokenizer import Tokenizer, end_ids
 
 _PREFILL = 1024  # tokens of a prompt that are computed together
 _UNKNOWN = 1 << 20  # tokens of context, where a model does not say
 
 
-class TorchEngine:
+class TorchEngine(Tokenizer):
     """``model`` and ``tokenizer`` as quantkit.load returns them (or transformers)."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
         self.model = model
-        self.tokenizer = tokenizer
         self._decoder = Decoder(model)
 
     @cached_property
@@ -37,41 +39,13 @@ class TorchEngine:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
-        said = self.model.generation_config.eos_token_id
-        found = {said} if isinstance(said, int) else set(said or ())
-        return frozenset(found | {self.tokenizer.eos_token_id} - {None})
-
-    @property
-    def chat_template(self) -> str | None:
-        """The model's own chat template, the default one where there are several."""
-        if not self.tokenizer.chat_template:
-            return None
-        found: str = self.tokenizer.get_chat_template()
-        return found
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        """The tokenizer's special tokens as text."""
-        found = self.tokenizer.special_tokens_map
-        return {name: text for name, text in found.items() if isinstance(text, str)}
+        return end_ids(self.own_settings, self.tokenizer)
 
     @property
     def own_settings(self) -> Mapping[str, object]:
         """The model's generation_config.json."""
         found: dict[str, object] = self.model.generation_config.to_dict()
         return found
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of ``text``."""
-        found: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return found
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens; half a character at an end is U+FFFD."""
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
 
     def stream(self, ids: Sequence[int], sampling: Sampling, max_new_tokens: int) -> Iterator[int]:
         """Tokens that follow ``ids``, one by one: up to ``max_new_tokens``, up to the end of the
@@ -88,25 +62,22 @@ class TorchEngine:
                 return
             logits = self._decoder.extend([token])
 
-    @torch.inference_mode()
     def batch(
         self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling], max_new_tokens: int
     ) -> Generator[list[tuple[int, int]], Collection[int] | None, None]:
         """Several texts at once: at every step the (index, token) of those that go on. ``send`` the
-        indices of texts that shall end, or None. A text ends as in ``stream``."""
+        indices of texts that shall end, or None. A text ends as in ``stream``. Raises QuantkitError
+        for models that take one text at a time (batch.refuse_state)."""
+        refuse_state(self.model)
         longest = max(map(len, prompts))
         if longest > self.context:
             raise _too_long(longest, self.context)
-        device = self.model.device
-        samplers = [Sampler(s, ids, device) for s, ids in zip(sampling, prompts)]
-        padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        places = torch.arange(longest, device=device) - padding[:, None]
-        mask = (places >= 0).long()
-        places = places.clamp(min=0)
-        alive, cache = list(range(len(prompts))), DynamicCache(config=self.model.config)
+        samplers = [Sampler(s, ids, self.model.device) for s, ids in zip(sampling, prompts)]
+        alive, batch = list(range(len(prompts))), Batch(self.model)
+        batch.begin(prompts)
+        while (logits := batch.read(_PREFILL)) is None:
+            pass
         for count in range(1, max_new_tokens + 1):
-            logits = self._step(ids, mask, places, cache)
             found = [(i, samplers[i].next(row)) for i, row in zip(alive, logits)]
             ended = set((yield found) or ())
             ended |= {i for i, token in found if token in self.end_ids}
@@ -115,26 +86,9 @@ class TorchEngine:
             if count == max_new_tokens or not keep:
                 return
             if len(keep) < len(alive):
-                rows = torch.tensor(keep, device=device)
-                cache.batch_select_indices(rows)
-                mask, places = mask[rows], places[rows]
+                batch.keep(keep)
                 alive = [alive[row] for row in keep]
-            ids = torch.tensor([[found[row][1]] for row in keep], device=device)
-            places = places[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(keep), 1)], 1)
-
-    def _step(self, ids: Tensor, mask: Tensor, places: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [rows, vocab] behind the last of ``ids``."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+            logits = batch.step([found[row][1] for row in keep])
 
 
 class Decoder:

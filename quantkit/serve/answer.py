@@ -1,10 +1,9 @@
 """Tokens become the text of an answer: whole characters, and nothing of a stop string."""
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
-from quantkit.runtime.stream import Detokenizer
+from quantkit.runtime.stream import Written
 from quantkit.serve.engine import Finish, Stream, Token
 
 
@@ -27,45 +26,37 @@ class _Held:
     at: int
 
 
-@dataclass
 class Writer:
-    """Text of one answer. What could be the beginning of a stop string is held back until it is
-    known not to be one; a stop string and all behind it are never given out."""
+    """Text of one answer, and the numbers of its tokens with the text that they belong to. A stop
+    string and all behind it are never given out, nor their numbers. Engines leave out the tokens
+    that end a text."""
 
-    tokenizer: Any
-    stop: Sequence[str] = ()
-    stopped: bool = False
-    _given: int = 0  # characters
-    _text: str = ""  # not given out yet
-    _held: list[_Held] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer)
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+        self._written = Written(decode, stop)
+        self._given = 0  # characters
+        self._held: list[_Held] = []
 
     def push(self, token: Token) -> Piece:
         """What can be given out now."""
         if token.logprob is not None:
-            self._held.append(_Held(token, self._given + len(self._text)))
-        return self._release(self._detokenizer.push(token.id), last=False)
+            self._held.append(_Held(token, self._written.seen))
+        text = self._written.push(token.id)
+        return self._piece(text, "stop" if self._stopped else None)
 
     def rest(self, finish: Finish) -> Piece:
         """The end, when no more tokens come."""
-        piece = self._release(self._detokenizer.rest(), last=True)
-        return Piece(piece.text, piece.tokens, piece.offsets, "stop" if self.stopped else finish)
+        text = self._written.rest()
+        return self._piece(text, "stop" if self._stopped else finish, last=not self._stopped)
 
-    def _release(self, new: str, last: bool) -> Piece:
-        self._text += new
-        end = min((at for s in self.stop if (at := self._text.find(s)) >= 0), default=None)
-        if end is not None:
-            self.stopped, self._text = True, self._text[:end]
-        keep = 0 if last or self.stopped else _beginning(self._text, self.stop)
-        text = self._text[: len(self._text) - keep]
-        self._text = self._text[len(text) :]
+    @property
+    def _stopped(self) -> bool:
+        return self._written.reason == "stop"
+
+    def _piece(self, text: str, finish: Finish | None, last: bool = False) -> Piece:
         self._given += len(text)
         # a token's numbers go with its text; those without text yet wait for it
-        some = [one for one in self._held if one.at < self._given or (last and not self.stopped)]
+        some = [one for one in self._held if last or one.at < self._given]
         self._held = self._held[len(some) :]
-        finish: Finish | None = "stop" if self.stopped else None
         return Piece(text, tuple(o.token for o in some), tuple(o.at for o in some), finish)
 
 
@@ -90,12 +81,3 @@ class Answer:
             yield self.writer.rest(self.stream.finish or "stop")
         finally:
             self.stream.cancel()
-
-
-def _beginning(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of ``text`` a stop string could begin with."""
-    longest = max(map(len, stop), default=0)
-    for size in range(min(longest - 1, len(text)), 0, -1):
-        if any(s.startswith(text[-size:]) for s in stop):
-            return size
-    return 0

@@ -123,9 +123,10 @@ async def ask(request: ChatRequest | CompletionRequest, served: Served, metrics:
         each = (_choice(sampling, i) for i in range(choices))
         jobs += [Job(ids, settings, budget, request.told) for settings in each]
     streams = served.submit(jobs)
-    tokenizer = served.vocabulary.tokenizer
-    answers = [Answer(stream, Writer(tokenizer, request.stops)) for stream in streams]
-    form = Form.of(chat, served.name, served.vocabulary)
+    vocabulary = served.vocabulary
+    stops = [*request.stops, *(vocabulary.stop if chat else ())]
+    answers = [Answer(stream, Writer(vocabulary.decode, stops)) for stream in streams]
+    form = Form.of(chat, served.name, vocabulary)
     return Asking(served, form, metrics, sum(map(len, prompts)), answers, started)
 
 

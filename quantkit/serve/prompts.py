@@ -1,13 +1,14 @@
-"""Text to token ids and back, with a model's own tokenizer and chat template."""
+"""Prompts of requests as token ids, beside the event loop where that takes long."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from jinja2.exceptions import TemplateError
-
 from quantkit.errors import QuantkitError
+from quantkit.runtime.prompts import Prompts
+from quantkit.runtime.templates import Message
+from quantkit.runtime.tokenizer import Tokenizer
 
 _LONG = 4096  # characters: from here on encoding is left to a thread, the event loop goes on
 T = TypeVar("T")
@@ -15,46 +16,49 @@ T = TypeVar("T")
 
 class Vocabulary:
     """``tokenizer`` is one of transformers'. ``size``: ids below it have an embedding.
+    ``template``: as in runtime/prompts.py.
 
     Encoding takes place in one thread of its own, one text at a time."""
 
-    def __init__(self, tokenizer: Any, size: int) -> None:
-        self.tokenizer, self.size = tokenizer, size
+    def __init__(self, tokenizer: Any, size: int, template: str | None = None) -> None:
+        self.tokenizer, self.size = Tokenizer(tokenizer), size
+        self._prompts = Prompts(self.tokenizer, template)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     @property
     def template(self) -> str | None:
-        found: str | None = self.tokenizer.chat_template
-        return found or None
+        """The text of the template that chats are put into."""
+        found = self._prompts.template
+        return None if found is None else found.source
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends the answer in a chat, by the template."""
+        return self._prompts.stop
 
     async def encode(self, text: str) -> list[int]:
         """Ids as the model wants a text to begin."""
-        return await self._run(len(text), lambda: list(self.tokenizer.encode(text)))
+        return await self._run(len(text), lambda: self.tokenizer.encode(text))
 
-    async def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of ``messages`` in the chat template, up to where the answer begins. Raises
-        QuantkitError when the model has no template, or the template refuses them."""
-        if self.template is None:
+    async def chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of ``messages`` in the template, up to where the answer begins. Raises QuantkitError
+        when there is no template, or it refuses them."""
+        if self._prompts.template is None:
             raise QuantkitError("this model has no chat template", "use /v1/completions")
         size = sum(len(message["content"]) for message in messages)
-        return await self._run(size, lambda: self._rendered(messages))
+        return await self._run(size, lambda: self._prompts.ids(messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` without special tokens; half a character at an end is U+FFFD."""
+        return self.tokenizer.decode(ids)
 
     def piece(self, token: int) -> str:
         """The token alone, special ones by their name; half a character is U+FFFD."""
-        text: str = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return text
 
     def close(self) -> None:
         self._thread.shutdown()
-
-    def _rendered(self, messages: list[dict[str, str]]) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise QuantkitError(f"the model's chat template refuses this ({error})") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     async def _run(self, characters: int, work: Callable[[], T]) -> T:
         if characters < _LONG:

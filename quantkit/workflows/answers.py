@@ -20,11 +20,12 @@ from quantkit.core.progress import Progress, Step
 from quantkit.core.sampling import Sampling
 from quantkit.core.table_file import Table
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.batch import has_state
 from quantkit.runtime.engine import Engine, open_engine
+from quantkit.runtime.prompts import Prompts, asked
 from quantkit.runtime.stream import Answer, Written
 from quantkit.runtime.torch_engine import TorchEngine
 from quantkit.workflows.generate import Wanted
-from quantkit.workflows.prompts import Prompts, asked
 
 COLUMNS = ("answer", "finish_reason", "error")
 _USUAL = ("question", "prompt", "instruction", "質問", table_file.TEXT)  # columns, if none is named
@@ -186,7 +187,7 @@ def _answers(
     own = wanted.sampling(engine.own_settings)
     each = [own if own.seed is None else replace(own, seed=own.seed + row) for row in ids]
     stop = (*wanted.stop, *prompts.stop)
-    if isinstance(engine, TorchEngine):
+    if isinstance(engine, TorchEngine) and not has_state(engine.model):
         texts_made = _together(engine, list(ids.values()), each, wanted.budget, stop)
     else:
         texts_made = [
@@ -213,7 +214,7 @@ def _together(
     stop: Sequence[str],
 ) -> list[tuple[str, str]]:
     """Text and reason of each, computed at once."""
-    written = [Written(engine, stop) for _ in ids]
+    written = [Written(engine.decode, stop, engine.end_ids) for _ in ids]
     texts = [""] * len(ids)
     steps = engine.batch(ids, sampling, budget)
     ended: set[int] | None = None

@@ -12,10 +12,10 @@ from typing import Any
 from quantkit.core.checkpoint import read_json, write_json
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.engine import Engine, open_engine
+from quantkit.runtime.prompts import Prompts, asked
 from quantkit.runtime.stream import Answer
 from quantkit.runtime.templates import Message
 from quantkit.workflows.generate import Wanted
-from quantkit.workflows.prompts import Prompts
 
 _ROLES = ("system", "user", "assistant")
 _LEAST = 64  # tokens that an answer must have room for, or a quarter of the context
@@ -45,7 +45,7 @@ class Conversation:
         """The answer to ``text``, piece by piece. What was shown of it is part of the conversation,
         also when it is left in the middle. Raises UsageError when even this turn alone does not fit
         into the context; the conversation is then as before."""
-        self.messages.append({"role": "user", "content": text})
+        self.messages += asked(text)
         try:
             ids = self._fitting()
         except QuantkitError:

@@ -9,9 +9,9 @@ from quantkit.core.sampling import Sampling, chosen
 from quantkit.errors import UsageError
 from quantkit.runtime import templates
 from quantkit.runtime.engine import Engine, open_engine
+from quantkit.runtime.prompts import Prompts, asked
 from quantkit.runtime.stream import Answer
 from quantkit.runtime.torch_engine import TorchEngine
-from quantkit.workflows.prompts import Prompts, asked
 
 UNTIL_EOS = 8192  # tokens after which a text that does not end is ended
 
@@ -113,8 +113,7 @@ def generate(
         chat=chat,
     )
     wanted.check()
-    if not prompt:
-        raise UsageError("the prompt is empty")
+    messages = asked(prompt, system)
     loaded = open_engine(
         model,
         engine=engine,
@@ -124,7 +123,7 @@ def generate(
         model_basename=model_basename,
         note=note,
     )
-    answer = begin(loaded, prompt, wanted)
+    answer = answer_to(loaded, Prompts(loaded, template, chat), messages, wanted)
     started = perf_counter()
     for piece in answer:
         if write is not None:

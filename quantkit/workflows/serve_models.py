@@ -7,9 +7,10 @@ from typing import Any
 
 from quantkit.core.source import resolve
 from quantkit.errors import UsageError
-from quantkit.runtime import llamacpp
+from quantkit.runtime import llamacpp, templates
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.opened import Opened, open_checkpoint
+from quantkit.runtime.tokenizer import end_ids
 from quantkit.serve.engine import Engine
 from quantkit.serve.engines import NAMES
 from quantkit.serve.model import Served
@@ -33,6 +34,7 @@ class Settings:
     queue: int = 64
     kv_tokens: int | None = None
     max_tokens: int = 1024
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ("auto", *NAMES):
@@ -43,6 +45,8 @@ class Settings:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.queue < 0:
             raise UsageError("--queue cannot be negative", "0 lets nobody wait")
+        if self.template is not None:
+            templates.find(self.template)
 
 
 def open_model(model: str, name: str, settings: Settings, note: Callable[[str], None]) -> Served:
@@ -60,7 +64,7 @@ def open_model(model: str, name: str, settings: Settings, note: Callable[[str], 
         f"context {running.limits.context} tokens"
     )
     if vocabulary.template is None:
-        note(f"{name} has no chat template: it answers /v1/completions only")
+        note(f"{name} has no chat template: it answers /v1/completions only (--template)")
     return Served(name, running, vocabulary, own, settings.max_tokens, about)
 
 
@@ -112,13 +116,13 @@ def _torch(opened: Opened, settings: Settings) -> Made:
     said = model.generation_config.to_dict()
     backend = TorchBackend(
         model,
-        _ends(said, tokenizer),
+        end_ids(said, tokenizer),
         context=_context(vars(config) | config.to_dict(), settings),
         rows=settings.max_batch,
         kv_tokens=settings.kv_tokens,
     )
     size = model.get_input_embeddings().num_embeddings
-    return Worker(backend, settings.queue), Vocabulary(tokenizer, size), said
+    return Worker(backend, settings.queue), Vocabulary(tokenizer, size, settings.template), said
 
 
 def _llamacpp(opened: Opened, settings: Settings) -> Made:
@@ -126,7 +130,8 @@ def _llamacpp(opened: Opened, settings: Settings) -> Made:
 
     model = llamacpp.LlamaCpp(opened.files[0], context=settings.context)
     backend = LlamaCppBackend(model)
-    return Worker(backend, settings.queue), Vocabulary(opened.tokenizer(), model.vocabulary), {}
+    vocabulary = Vocabulary(opened.tokenizer(), model.vocabulary, settings.template)
+    return Worker(backend, settings.queue), vocabulary, {}
 
 
 def _vllm(opened: Opened, settings: Settings) -> Made:
@@ -137,13 +142,13 @@ def _vllm(opened: Opened, settings: Settings) -> Made:
     engine = VllmEngine(
         weights(opened),
         opened.format,
-        _ends(said, tokenizer),
+        end_ids(said, tokenizer),
         context=_context(config, settings),
         rows=settings.max_batch,
         queue=settings.queue,
         dtype=settings.dtype,
     )
-    return engine, Vocabulary(tokenizer, int(config["vocab_size"])), said
+    return engine, Vocabulary(tokenizer, int(config["vocab_size"]), settings.template), said
 
 
 def weights(opened: Opened) -> Path:
@@ -159,10 +164,3 @@ def _context(config: Mapping[str, Any], settings: Settings) -> int:
             f"--context {settings.context} is more than the {own} tokens of this model"
         )
     return settings.context or int(own)
-
-
-def _ends(said: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text."""
-    ends = said.get("eos_token_id")
-    found = {ends} if isinstance(ends, int) else set(ends or ())
-    return frozenset(found | {tokenizer.eos_token_id} - {None})

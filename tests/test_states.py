@@ -1,4 +1,4 @@
-"""Models that remember by a state of fixed size, and those that are handed nothing to remember by."""
+"""Models that remember by a state of fixed size, and those that quantkit cannot make remember."""
 
 import json
 

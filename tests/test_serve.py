@@ -1,11 +1,13 @@
 """The server in the hands of OpenAI's own client, LangChain's, and plain HTTP."""
 
 import json
+from dataclasses import replace
 
 import openai
 import pytest
 from serving import demo, running
 
+from quantkit.runtime import templates
 from quantkit.workflows.generate import generate
 
 PROMPT = "昔々、ある村に"
@@ -220,6 +222,46 @@ def test_several_models():
             assert body["model"] == name
         refused = both.post("/v1/completions", model="two", prompt="a", max_tokens=64)
         assert "maximum context length is 64 tokens" in refused.json()["error"]["message"]
+
+
+def test_a_template_in_the_place_of_the_models_own(client):
+    """Chats go through it; texts are left as they are."""
+    settings = {"template": "synthia", "temperature": 0, "max_new_tokens": 24, "dtype": "float32"}
+    body = {"temperature": 0, "max_tokens": 24}
+    alone = generate("demo", QUESTION[0]["content"], **settings)
+    with running(demo("other", template="synthia")) as other:
+        with other.client() as http:
+            about = http.get("/v1/models/other").json()["quantkit"]
+        assert about["chat_template"] == "SYSTEM: {system}\nUSER: {prompt}\nASSISTANT:"
+        chat = other.post("/v1/chat/completions", messages=QUESTION, **body).json()
+        assert chat["choices"][0]["message"]["content"] == alone.text
+        assert chat["usage"]["prompt_tokens"] == alone.prompt_tokens
+        text = other.post("/v1/completions", prompt=PROMPT, **body).json()
+        assert text["choices"][0]["text"] == completed(client).choices[0].text
+        said = [*QUESTION, {"role": "assistant", "content": "東京"}]
+        refused = other.post("/v1/chat/completions", messages=said, **body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_template_ends_an_answer_but_no_text(monkeypatch, stream):
+    alpaca = templates.BUILT_IN["alpaca-ja"]
+    monkeypatch.setitem(templates.BUILT_IN, "short", replace(alpaca, stop=("most",)))
+    settings = {"template": "alpaca-ja", "temperature": 0, "dtype": "float32"}
+    whole = generate("demo", QUESTION[0]["content"], **settings).text
+    assert "most" in whole
+    with running(demo(template="short")) as short:
+        client = openai.OpenAI(base_url=f"{short.url}/v1", api_key="none", max_retries=0)
+        chat = client.chat.completions.create(messages=QUESTION, stream=stream, **GREEDY)
+        shown = (
+            "".join(event.choices[0].delta.content or "" for event in chat)
+            if stream
+            else chat.choices[0].message.content
+        )
+        assert shown == whole.partition("most")[0]
+        text = client.completions.create(prompt=alpaca.render(QUESTION, {}), **GREEDY)
+        assert text.choices[0].text == whole
 
 
 def test_metrics_count(server):

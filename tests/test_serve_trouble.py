@@ -273,6 +273,7 @@ def test_a_key_is_needed_where_there_is_one():
         (["--queue", "-1"], "--queue"),
         (["--kv-tokens", "0"], "--kv-tokens"),
         (["--api-key", "é"], "--api-key"),
+        (["--template", "nonsuch"], "alpaca-ja"),
     ],
 )
 def test_options_that_cannot_be(capsys, options, named, monkeypatch):

@@ -22,7 +22,6 @@ shard = click.option("--max-shard-size", default="5GB", show_default=True, help=
 pre_tokenizer = click.option(
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
 )
-
 template = click.option(
     "--template",
     metavar="NAME|FILE",

@@ -143,7 +143,9 @@ class Batch:
 
 
 def has_state(model: PreTrainedModel) -> bool:
-    """Whether a model remembers in another way than by keys and values."""
+    """Whether a model remembers in another way than by keys and values that it is given."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return True
     layers = DynamicCache(config=model.config).layers
     return any(type(one) not in (DynamicLayer, DynamicSlidingWindowLayer) for one in layers)
 

@@ -1,5 +1,6 @@
 """A transformers model as an engine: prompts in, tokens out, one text or several at once."""
 
+import inspect
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from quantkit.core.prefix import shared
 from quantkit.core.sampling import Sampler, Sampling
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import decode_cpu
 from quantkit.runtime.batch import Batch, refuse_state
 from quantkit.runtime.decode_cpu import LlamaState
@@ -129,11 +130,20 @@ class Decoder:
 
 
 class CacheState:
-    """Any causal LM of transformers, with a cache of its own."""
+    """Any causal LM of transformers that takes a DynamicCache. Raises QuantkitError for others,
+    which would answer the last token alone."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
+        known = inspect.signature(model.forward).parameters
+        self._name = "past_key_values" if "past_key_values" in known else "cache_params"
+        states = all(type(layer) is LinearAttentionLayer for layer in self._cache.layers)
+        if self._name not in known or (self._name == "cache_params" and not states):
+            raise QuantkitError(
+                f"{model.config.model_type} models cannot go on from what they have read",
+                "quantkit generates with models that take a cache of transformers",
+            )
 
     def cut(self, keep: int) -> int:
         """Forget all but the first ``keep`` tokens -> how many are kept: none, where the state of a
@@ -149,9 +159,9 @@ class CacheState:
         """Logits [vocab] behind ``ids`` after what is held."""
         out = self._model(
             input_ids=torch.tensor([ids], device=self._model.device),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._name: self._cache},
         )
         logits: Tensor = out.logits[0, -1]
         return logits

@@ -8,6 +8,7 @@ from hub_answers import Handler
 from hub_store import WRITER
 from tools import model
 
+from quantkit.core import hub as client
 from quantkit.core import pull as pulling
 from quantkit.core import ranges
 from quantkit.core.checkpoint import Checkpoint
@@ -190,3 +191,10 @@ def test_the_token_does_not_go_to_another_host(tiny, low_disk):
     tiny.instead = watch
     assert list(read(low_disk))
     assert seen == {True: {f"Bearer {WRITER}"}, False: {None}}
+
+
+def test_a_message_that_repeats_the_token():
+    """As that of a proxy may, which complains of what it got."""
+    with pytest.raises(QuantkitError) as caught, client.told(TINY, None, "downloading"):
+        raise OSError(f"bad header: Bearer {WRITER}")
+    assert "Bearer hf_..." in caught.value.message and WRITER not in caught.value.message

@@ -7,7 +7,9 @@ import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
+import httpx2
 import pytest
 from checkpoints import as_legacy, opened
 from hub_answers import Handler
@@ -15,6 +17,7 @@ from hub_store import READER, sha256
 from huggingface_hub import constants
 from tools import model, quantized
 
+from quantkit.core import hub as client
 from quantkit.core import pull as pulling
 from quantkit.core import ranges
 from quantkit.core.needed import needed
@@ -328,6 +331,37 @@ def test_a_busy_hub_is_waited_for(hub, tiny, status):
     assert len(asked) > 3
 
 
+def test_a_hub_that_says_when_to_come_again(hub, tiny, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    asked: set[str] = set()
+
+    def busy(handler: Handler) -> bool:
+        wanted = handler.headers.get("Range")
+        if not wanted or wanted in asked:
+            return False
+        asked.add(wanted)
+        handler.refuse(429, "", "later", **{"Retry-After": "7"})
+        return True
+
+    hub.instead = busy
+    assert names(resolve(TINY)) == WANTED
+    assert slept.count(7.0) == len(asked) > 1
+
+
+def test_what_waiting_would_not_help(hub, tiny, monkeypatch):
+    """A repository that is not there, one that is closed, and a Hub that cannot be reached."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    hub.repositories[TINY].gated = "api"
+    for name in ("nobody/nothing", TINY):
+        with pytest.raises(QuantkitError):
+            resolve(name)
+    with pytest.raises(httpx2.ConnectError):
+        client.patiently(Mock(side_effect=httpx2.ConnectError("no route")))
+    assert not slept
+
+
 def test_a_hub_that_stays_down(hub, tiny):
     hub.instead = lambda h: not h.refuse(503, "", "later")
     with pytest.raises(QuantkitError, match="the Hub cannot be reached"):
@@ -479,3 +513,28 @@ def test_a_tensor_that_cannot_be_where_the_header_says(hub, place):
     found = resolve(TINY, low_disk=True)
     with pytest.raises(QuantkitError, match="puts a where it cannot be"):
         Checkpoint(found.folder, remote=found.remote)
+
+
+def streamed(hub, dtype: str):
+    from quantkit.core.checkpoint import Checkpoint
+
+    entry = {"a": {"dtype": dtype, "shape": [4096], "data_offsets": [0, 16384]}}
+    header = json.dumps(entry).encode()
+    hub.add(TINY, {"model.safetensors": len(header).to_bytes(8, "little") + header + bytes(16384)})
+    found = resolve(TINY, low_disk=True)
+    return Checkpoint(found.folder, remote=found.remote)
+
+
+def test_a_dtype_that_is_not_read(hub):
+    with pytest.raises(QuantkitError, match="tensor a has the dtype F4"):
+        streamed(hub, "F4")
+
+
+def test_a_tensor_is_kept_until_it_is_released(hub):
+    """Asked for twice it comes once; released, its memory is free and it comes again."""
+    held = streamed(hub, "F32")
+    first = held.get("a")
+    count = len(hub.fetched())
+    assert held.get("a") is first and len(hub.fetched()) == count
+    held.release()
+    assert held.get("a") is not first and len(hub.fetched()) > count

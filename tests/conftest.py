@@ -2,6 +2,7 @@
 a Hub on this machine in the place of the real one."""
 
 import os
+import shutil
 import socket
 
 # before torch looks: results are the same on every machine
@@ -51,3 +52,20 @@ def hub(monkeypatch, tmp_path):
     with serving(found, _PORT):
         yield found
         close_session()  # its connections belong to this server
+
+
+@pytest.fixture
+def writer(hub, monkeypatch):
+    """The Hub, and a token that may write."""
+    from hub_store import WRITER
+
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    return hub
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A folder that was measured while it was made; a copy, to be changed."""
+    from tools import quantized
+
+    return shutil.copytree(quantized(check=True), tmp_path / "made")

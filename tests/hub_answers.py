@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from hub_store import LARGE, OWNERS, Repository, git_sha1, sha256
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             name, verb, rest = self.split(path.removeprefix("models/"))
             handlers = {"": self.info, "revision": self.info, "tree": self.tree}
             handlers |= {"preupload": self.preupload, "commit": self.commit, "refs": self.refs}
-            handlers |= {"branch": self.create_branch}
+            handlers |= {"branch": self.create_branch, "paths-info": self.paths_info}
             handlers[verb](name, rest)
 
     @staticmethod
@@ -124,16 +124,28 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({**found, "private": repository.private, "siblings": siblings})
 
     def tree(self, name: str, revision: str) -> None:
-        oid = self.find(name, revision)
-        if oid is None:
-            return
+        if self.find(name, revision):
+            self.send_json(self.listing(name, revision))
+
+    def listing(self, name: str, revision: str) -> list[dict[str, Any]]:
         entries = []
-        for path, raw in self.hub.repositories[name].commits[oid][1].items():
+        for path, raw in self.hub.repositories[name].files(revision).items():
             entry = {"type": "file", "path": path, "size": len(raw), "oid": git_sha1(raw)}
             if path.endswith(LARGE):
                 entry["lfs"] = {"oid": sha256(raw), "size": len(raw), "pointerSize": 134}
             entries.append(entry)
-        self.send_json(entries)
+        return entries
+
+    def paths_info(self, name: str, revision: str) -> None:
+        """Some files, with the commit that changed each last."""
+        if not self.find(name, revision):
+            return
+        asked = parse_qs(self.body.decode())["paths"]
+        found = [entry for entry in self.listing(name, revision) if entry["path"] in asked]
+        for entry in found:
+            last = self.hub.repositories[name].last_change(revision, entry["path"])
+            entry["lastCommit"] = {"id": last, "title": "", "date": "2026-01-01T00:00:00.000Z"}
+        self.send_json(found)
 
     def refs(self, name: str, _: str) -> None:
         if self.find(name) is None:
@@ -282,7 +294,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_half(self, raw: bytes, length: int, reset: bool = False) -> None:
         """Promise ``length`` bytes, send ``raw``, and hang up, politely or not."""
-        self.send_response(206 if self.headers.get("Range") else 200)
+        wanted = self.headers.get("Range")
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"{wanted.replace('=', ' ')}/*")
         self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(raw)

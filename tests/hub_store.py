@@ -53,3 +53,11 @@ class Repository:
             found.append(message)
             at = parent
         return found
+
+    def last_change(self, revision: str, path: str) -> str | None:
+        """The commit that gave a file its content, None for one that is not there."""
+        at = self.find(revision)
+        raw, found = self.files(revision).get(path), None
+        while at is not None and raw is not None and self.commits[at][1].get(path) == raw:
+            found, at = at, self.commits[at][0]
+        return found

@@ -5,8 +5,11 @@ import os
 import random
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
+import httpx2
 import pytest
 from checkpoints import as_legacy, opened
 from hub_answers import Handler
@@ -14,6 +17,7 @@ from hub_store import READER, sha256
 from huggingface_hub import constants
 from tools import model, quantized
 
+from quantkit.core import hub as client
 from quantkit.core import pull as pulling
 from quantkit.core import ranges
 from quantkit.core.needed import needed
@@ -93,7 +97,7 @@ def test_all_files_are_of_one_commit_when_the_branch_moves_meanwhile(hub, tiny):
 
     def move(handler: Handler) -> bool:
         if "/tree/" in handler.path_ and not moved:
-            moved.append(hub.add(TINY, dict.fromkeys(tiny, b"{}")))
+            moved.append(hub.add(TINY, dict.fromkeys(tiny, BIG)))
         return False
 
     hub.instead = move
@@ -166,6 +170,8 @@ def test_one_file_of_a_repository(hub):
         "deep",
         {"m.Q2_K.gguf", "LICENSE"},
     )
+    hub.add("some/ggufs", {"a[b].gguf": one, "ab.gguf": other})  # a name, not a pattern
+    assert names(resolve("some/ggufs/a[b].gguf")) == {"a[b].gguf"}
     with pytest.raises(QuantkitError, match="has no file m"):
         resolve("some/ggufs/m.gguf")
 
@@ -251,7 +257,7 @@ def test_connections_that_are_cut_at_random_bytes(hub, tiny, seed, reset):
     assert (found.folder / "model.safetensors").read_bytes() == BIG
 
 
-def test_a_download_that_failed_goes_on_when_repeated(hub, tiny):
+def test_a_download_that_failed_goes_on_when_repeated(hub, tiny, monkeypatch):
     hub.add(TINY, {**tiny, "model.safetensors": BIG})
     half = f"bytes={len(BIG) // 2}-"
     down = lambda h: (h.headers.get("Range") or "").startswith(half)  # noqa: E731
@@ -261,11 +267,25 @@ def test_a_download_that_failed_goes_on_when_repeated(hub, tiny):
     assert caught.value.hint == "run the same command again to continue"
     hub.instead = lambda h: False
     hub.seen.clear()
-    found = resolve(TINY)
+    # the disk has to hold only what is missing
+    rest = sum(len(tiny[name]) for name in WANTED - {"model.safetensors"}) + len(BIG) // 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: USAGE(0, 0, (64 << 20) + rest))
+        found = resolve(TINY)
+        patch.setattr(shutil, "disk_usage", lambda path: USAGE(0, 0, 0))
+        assert resolve(TINY) == found
     assert (found.folder / "model.safetensors").read_bytes() == BIG
     starts = {int(wanted[6:].partition("-")[0]) for _, wanted in hub.fetched() if wanted}
     assert min(starts) == len(BIG) // 2
     assert not list(found.folder.parents[1].glob("blobs/*.part*"))
+
+
+def test_two_at_once_fetch_everything_once(hub, tiny):
+    with ThreadPoolExecutor(2) as both:
+        one, other = both.map(resolve, [TINY, TINY])
+    assert one == other
+    pieces = [wanted for file, wanted in hub.fetched() if file == "model.safetensors" and wanted]
+    assert len(pieces) == 2 * len(set(pieces))  # of the two servers
 
 
 @pytest.mark.parametrize("fault", ["damaged", "short", "whole"])
@@ -278,14 +298,15 @@ def test_bytes_that_are_not_those_of_the_listing(hub, tiny, fault):
         if fault == "damaged":
             handler.send_file(BIG[:-1] + bytes([BIG[-1] ^ 1]), {})
         elif fault == "short":
-            handler.send(206, b"few")
+            told = f"bytes {handler.headers['Range'].removeprefix('bytes=')}/{len(BIG)}"
+            handler.send(206, b"few", {"Content-Range": told})
         else:
             handler.send(200, BIG)
         return True
 
     hub.instead = wrong
-    message = {"damaged": "arrived damaged", "short": "sent 3 bytes", "whole": "sent 1048576 bytes"}
-    with pytest.raises(QuantkitError, match=message[fault]):
+    message = "arrived damaged" if fault == "damaged" else "did not send the 65536 bytes"
+    with pytest.raises(QuantkitError, match=message):
         resolve(TINY)
     hub.instead = lambda h: False
     assert (resolve(TINY).folder / "model.safetensors").read_bytes() == BIG
@@ -308,6 +329,37 @@ def test_a_busy_hub_is_waited_for(hub, tiny, status):
     hub.instead = busy
     assert names(resolve(TINY)) == WANTED
     assert len(asked) > 3
+
+
+def test_a_hub_that_says_when_to_come_again(hub, tiny, monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    asked: set[str] = set()
+
+    def busy(handler: Handler) -> bool:
+        wanted = handler.headers.get("Range")
+        if not wanted or wanted in asked:
+            return False
+        asked.add(wanted)
+        handler.refuse(429, "", "later", **{"Retry-After": "7"})
+        return True
+
+    hub.instead = busy
+    assert names(resolve(TINY)) == WANTED
+    assert slept.count(7.0) == len(asked) > 1
+
+
+def test_what_waiting_would_not_help(hub, tiny, monkeypatch):
+    """A repository that is not there, one that is closed, and a Hub that cannot be reached."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    hub.repositories[TINY].gated = "api"
+    for name in ("nobody/nothing", TINY):
+        with pytest.raises(QuantkitError):
+            resolve(name)
+    with pytest.raises(httpx2.ConnectError):
+        client.patiently(Mock(side_effect=httpx2.ConnectError("no route")))
+    assert not slept
 
 
 def test_a_hub_that_stays_down(hub, tiny):
@@ -371,6 +423,7 @@ def test_low_disk_quantizes_what_stays_on_the_hub(hub, tmp_path, monkeypatch):
 
     from quantkit import quantize
 
+    monkeypatch.setattr(pulling, "LARGE", 1 << 30)  # small ones are left there, too
     source = model("gpt_neox")
     hub.add_folder(TINY, source)
     raw = (source / "model.safetensors").read_bytes()
@@ -417,12 +470,17 @@ def test_low_disk_is_killed_and_goes_on(hub, tmp_path):
     assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_low_disk_is_refused_where_it_means_nothing(hub, tmp_path):
+def test_low_disk_is_refused_where_it_means_nothing(hub, monkeypatch):
     with pytest.raises(QuantkitError, match="on this disk already"):
         resolve("demo", low_disk=True)
     hub.add("some/pickles", {"config.json": b"{}", "pytorch_model.bin": b"0" * 20_000})
     with pytest.raises(QuantkitError, match="cannot be read in parts"):
         resolve("some/pickles", low_disk=True)
+    hub.add_folder(TINY, model("gpt_neox"))
+    resolve(TINY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(QuantkitError, match="--low-disk needs the Hub"):
+        resolve(TINY, low_disk=True)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +502,7 @@ def test_a_header_that_is_none(hub, header):
         Checkpoint(found.folder, remote=found.remote)
 
 
-@pytest.mark.parametrize("place", [[0, 9], [-4, 4], [19_990, 20_006], [8, 0]])
+@pytest.mark.parametrize("place", [[0, 9], [-4, 12], [19_990, 20_006], [8, 0]])
 def test_a_tensor_that_cannot_be_where_the_header_says(hub, place):
     from quantkit.core.checkpoint import Checkpoint
 
@@ -455,3 +513,28 @@ def test_a_tensor_that_cannot_be_where_the_header_says(hub, place):
     found = resolve(TINY, low_disk=True)
     with pytest.raises(QuantkitError, match="puts a where it cannot be"):
         Checkpoint(found.folder, remote=found.remote)
+
+
+def streamed(hub, dtype: str):
+    from quantkit.core.checkpoint import Checkpoint
+
+    entry = {"a": {"dtype": dtype, "shape": [4096], "data_offsets": [0, 16384]}}
+    header = json.dumps(entry).encode()
+    hub.add(TINY, {"model.safetensors": len(header).to_bytes(8, "little") + header + bytes(16384)})
+    found = resolve(TINY, low_disk=True)
+    return Checkpoint(found.folder, remote=found.remote)
+
+
+def test_a_dtype_that_is_not_read(hub):
+    with pytest.raises(QuantkitError, match="tensor a has the dtype F4"):
+        streamed(hub, "F4")
+
+
+def test_a_tensor_is_kept_until_it_is_released(hub):
+    """Asked for twice it comes once; released, its memory is free and it comes again."""
+    held = streamed(hub, "F32")
+    first = held.get("a")
+    count = len(hub.fetched())
+    assert held.get("a") is first and len(hub.fetched()) == count
+    held.release()
+    assert held.get("a") is not first and len(hub.fetched()) > count

@@ -1,46 +1,17 @@
 """Publishing: what is refused before anything is sent, one commit, and what landed."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from hub_answers import Handler
 from hub_store import READER, WRITER, git_sha1, sha256
+from pushing import REPO, edit, faults, files, without_attributes
 from tools import QUICK_OPTIONS, command, quantized, read_json, sentence
 
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.workflows.push import push
-
-REPO = "me/demo-gptq"
-
-
-@pytest.fixture
-def writer(hub, monkeypatch):
-    """The Hub, and a token that may write."""
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    return hub
-
-
-@pytest.fixture
-def made(tmp_path) -> Path:
-    """A folder that was measured while it was made; a copy, to be changed."""
-    return shutil.copytree(quantized(check=True), tmp_path / "made")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def without_attributes(hub, branch="main", name=REPO) -> dict[str, bytes]:
-    found = dict(hub.repositories[name].files(branch))
-    found.pop(".gitattributes", None)
-    return found
-
-
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**read_json(path), **changes}), "utf-8")
 
 
 def test_a_folder_arrives_in_one_commit_and_comes_back(writer, made, tmp_path):
@@ -200,23 +171,10 @@ def test_who_may_not_push(hub, made, monkeypatch, capsys, token, repository, cod
 # faults
 
 
-def faults(hub, path: str, status: int, times: int = 99, message: str = "no"):
-    left = [times]
-
-    def refuse(handler: Handler) -> bool:
-        if path not in handler.path_ or handler.command in ("GET", "HEAD") or not left[0]:
-            return False
-        left[0] -= 1
-        handler.refuse(status, "", message)
-        return True
-
-    return refuse
-
-
 @pytest.mark.parametrize("place", ["repos/create", "preupload", "objects/batch", "lfs/", "commit/"])
 def test_a_push_that_fails_publishes_nothing_and_goes_on(writer, made, place, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    writer.instead = faults(writer, place, 401, message=f"Invalid credentials, {WRITER}")
+    writer.instead = faults(place, 401, message=f"Invalid credentials, {WRITER}")
     with pytest.raises(QuantkitError) as caught:
         push(made, REPO)
     assert WRITER not in caught.value.message + (caught.value.hint or "")
@@ -298,7 +256,7 @@ def test_a_quantization_that_is_published(writer, tmp_path, capsys):
 
 def test_a_push_behind_a_quantization_fails_and_says_how_to_go_on(writer, tmp_path, capsys):
     out = tmp_path / "out"
-    writer.instead = faults(writer, "commit/", 403)
+    writer.instead = faults("commit/", 403)
     assert command("gptq", "demo", "--out", out, *QUICK_OPTIONS, "--push", REPO, "-q") == 1
     hint = sentence(capsys.readouterr().err)[1]
     again = hint.partition("'")[2].partition("'")[0]

@@ -4,6 +4,7 @@ sentences.
 Everything goes through huggingface_hub, which is imported when it is first needed.
 """
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ T = TypeVar("T")
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts
 _LATER = (408, 429, 500, 502, 503, 504)
 _TOKEN = re.compile(r"hf_\w{8,}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,37 @@ class Entry:
 
 
 def entries(api: Any, repository: str, commit: str) -> dict[str, Entry]:
-    """Every file of a commit, by its path."""
+    """Every file of a commit, by its path. Raises QuantkitError for a listing that cannot be true:
+    its paths and hashes become names of files here, and its sizes are relied upon."""
     from huggingface_hub.hf_api import RepoFile
 
-    found = patiently(lambda: list(api.list_repo_tree(repository, revision=commit, recursive=True)))
-    return {
-        file.path: Entry(file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
-        for file in found
-        if isinstance(file, RepoFile)
-    }
+    try:
+        found = patiently(
+            lambda: list(api.list_repo_tree(repository, revision=commit, recursive=True))
+        )
+        return {file.path: _entry(file) for file in found if isinstance(file, RepoFile)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise QuantkitError(
+            f"what the Hub lists of {repository} cannot be right ({short(error)})",
+            "do not use this repository, or see whether HF_ENDPOINT or a proxy leads elsewhere",
+        ) from error
+
+
+def _entry(file: Any) -> Entry:
+    """Raises TypeError or ValueError when it is none."""
+    if not is_path(file.path):
+        raise ValueError(f"the path {file.path!r}")
+    if not isinstance(file.size, int) or file.size < 0:
+        raise ValueError(f"the size of {file.path}")
+    sha256 = file.lfs and file.lfs.sha256
+    if not _SHA1.fullmatch(file.blob_id) or (file.lfs and not _SHA256.fullmatch(sha256)):
+        raise ValueError(f"the hash of {file.path}")
+    return Entry(file.size, sha256, file.blob_id)
+
+
+def is_path(text: str) -> bool:
+    """Whether it can be the path of a file in a repository: relative, and fit to be shown."""
+    return not _CONTROL.search(text) and not {"", ".", ".."} & set(text.split("/"))
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -111,6 +136,11 @@ def told(repository: str, revision: str | None, doing: str) -> Iterator[None]:
         ) from error
     except errors.HfHubHTTPError as error:
         raise _refused(repository, doing, error) from error
+    except json.JSONDecodeError as error:
+        raise QuantkitError(
+            f"{doing} {repository} failed: what answered is not the Hub",
+            "see whether this network wants a login, or HF_ENDPOINT or a proxy leads elsewhere",
+        ) from error
     except (errors.HTTPError, OSError) as error:  # the former: a connection that broke, too
         raise QuantkitError(
             f"{doing} {repository} failed ({short(error)})",

@@ -23,7 +23,8 @@ _ATTRIBUTES = ".gitattributes"
 @dataclass(frozen=True)
 class There:
     """What a repository holds. head: the commit that ``files`` belong to, None for a repository or
-    branch that is not there yet; private: None for a repository that is not there"""
+    branch that is not there yet, or has nothing of its own yet; private: None for a repository that
+    is not there"""
 
     files: dict[str, Entry]
     head: str | None = None
@@ -51,14 +52,16 @@ def look(repository: str, branch: str) -> There:
     api = huggingface_hub.HfApi()
     with hub.told(repository, branch, "looking at"):
         try:
-            private = bool(hub.patiently(lambda: api.repo_info(repository)).private)
+            main = hub.patiently(lambda: api.repo_info(repository))
         except errors.RepositoryNotFoundError:
             return There({})
         try:
             info = hub.patiently(lambda: api.repo_info(repository, revision=branch))
         except errors.RevisionNotFoundError:
-            return There({}, None, private)
-        return There(hub.entries(api, repository, info.sha), info.sha, private)
+            return There({}, None, bool(main.private))
+        if branch != MAIN and info.sha == main.sha:  # made by a push that broke off then
+            return There({}, None, bool(main.private))
+        return There(hub.entries(api, repository, info.sha), info.sha, bool(main.private))
 
 
 def same(path: Path, entry: Entry | None) -> bool:
@@ -70,6 +73,25 @@ def same(path: Path, entry: Entry | None) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
     raw = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest() == entry.blob
+
+
+def holds(there: There, files: list[Path], remove: list[str]) -> bool:
+    """Whether all of ``files`` are there already, and none of the files ``remove``."""
+    gone = not there.files.keys() & set(remove)
+    return gone and all(same(path, there.files.get(path.name)) for path in files)
+
+
+def last_commits(repository: str, there: There, names: list[str]) -> list[str | None]:
+    """The commits that changed the files last, None for one that is not there."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    with hub.told(repository, there.head, "looking at"):
+        found = hub.patiently(
+            lambda: api.get_paths_info(repository, names, revision=there.head, expand=True)
+        )
+    commits = {file.path: file.last_commit.oid for file in found if file.last_commit}
+    return [commits.get(name) for name in names]
 
 
 def publish(
@@ -85,7 +107,7 @@ def publish(
     """Make the repository and the branch if need be, and add ``files`` in one commit that also
     removes the files ``remove`` -> its hash. Raises QuantkitError; nothing is visible then."""
     import huggingface_hub
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, errors
 
     api = huggingface_hub.HfApi()
     adds = [CommitOperationAdd(path.name, str(path)) for path in files]
@@ -105,15 +127,22 @@ def publish(
             ours = {path.name for path in files} | {_ATTRIBUTES}
             remove = [name for name in found if name not in ours]
         operations: list[Any] = [*adds, *(CommitOperationDelete(name) for name in remove)]
-        done = hub.patiently(
-            lambda: api.create_commit(
-                repository,
-                operations,
-                commit_message=message,
-                revision=branch,
-                parent_commit=head,
+        try:
+            done = hub.patiently(
+                lambda: api.create_commit(
+                    repository,
+                    operations,
+                    commit_message=message,
+                    revision=branch,
+                    parent_commit=head,
+                )
             )
-        )
+        except errors.HfHubHTTPError as error:
+            # the commit before this attempt may have been our own, and only its answer got lost
+            now = look(repository, branch) if error.response.status_code == 412 else There({})
+            if now.head is None or not holds(now, files, remove):
+                raise
+            return now.head
         return str(done.oid)
 
 

@@ -28,7 +28,7 @@ def model_card(content: dict[str, Any]) -> str:
     parts = [
         _front_matter(content),
         f"# {name}, {kind}",
-        f"`{source['name']}`{_at(source)} {_made(content)}",
+        f"This is `{source['name']}`{_at(source)}, {_made(content)}",
         _size_table(source, content["size"]),
         _quality(measured),
         card_use.run(content),
@@ -60,7 +60,7 @@ def described(content: dict[str, Any]) -> str:
 def _made(content: dict[str, Any]) -> str:
     by = f"with quantkit {content['versions']['quantkit']}"
     count = content["size"]["linears"]
-    held = f" {count} linear layers hold codes of few bits." if count else ""
+    held = f" Of its layers, {count} linear ones are quantized." if count else ""
     done = "quantized " if content.get("method") else "as it was written "
     return f"{done}{by}{_converted(content)}.{held}"
 
@@ -201,8 +201,8 @@ def _fallbacks(fallbacks: list[str]) -> str:
 def _limits(content: dict[str, Any], measured: dict[str, Any] | None) -> str:
     """What the numbers above do not say."""
     lines = [
-        "What the original says that is false, biased or unsafe, this model says too, and its "
-        "licence goes on to hold."
+        "The errors, biases and risks of the original are those of this model, too, and the "
+        "original's licence applies to it."
     ]
     if measured:
         names = ", ".join(_SET_NAMES.get(label, label) for label in measured["sets"])
@@ -213,5 +213,5 @@ def _limits(content: dict[str, Any], measured: dict[str, Any] | None) -> str:
     if (content.get("calibration") or {}).get("tokens_by_label"):
         labels = content["calibration"]["tokens_by_label"]
         names = ", ".join(_SET_NAMES.get(label, label) for label in labels)
-        lines.append(f"Rounding was fitted to text of these kinds: {names}.")
+        lines.append(f"It was calibrated on text of these kinds: {names}.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

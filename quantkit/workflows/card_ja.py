@@ -19,8 +19,9 @@ def section(content: dict[str, Any], kind: str, measured: dict[str, Any] | None)
         f"{size['bytes'] / 1e6:,.1f} MB、実行に必要なメモリはおよそ "
         f"{card_use.in_memory(size)} です。",
         _quality(measured),
-        "実行するには:\n\n"
-        '```console\n$ quantkit generate OWNER/NAME "昔々あるところに"\n```' + _others(content),
+        f"実行するには（`{card_use.PLACE}` はこのリポジトリの名前に置き換えてください）:\n\n"
+        f'```console\n$ quantkit generate {card_use.PLACE} "昔々あるところに"\n```'
+        + _others(content),
         "元のモデルのライセンスと注意事項は、このモデルにもそのまま当てはまります。"
         "測定に使った文章は限られているので、実際の用途で確かめてからお使いください。",
     ]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_PLACE = "OWNER/NAME"
+PLACE = "OWNER/NAME"  # of the repository that the card will be in
 _CONTEXT = 2048  # tokens, for the memory that is told
 
 
@@ -38,7 +38,7 @@ def kv_bytes(config: dict[str, Any]) -> int | None:
 
 def run(content: dict[str, Any]) -> str:
     """One block for quantkit, and one for every other program that loads the model."""
-    parts = ["## Use", _quantkit()]
+    parts = ["## Use", f"`{PLACE}` stands for the name of this repository.", _quantkit()]
     for reader in content.get("readers") or []:
         snippet = _SNIPPETS.get(reader["program"])
         if snippet:
@@ -56,9 +56,9 @@ def _quantkit() -> str:
     return (
         "```python\n"
         "import quantkit\n\n"
-        f'model, tokenizer = quantkit.load("{_PLACE}")  # a transformers model; use it as one\n'
+        f'model, tokenizer = quantkit.load("{PLACE}")  # a transformers model; use it as one\n'
         "```\n\n"
-        f'```console\n$ quantkit generate {_PLACE} "Once upon a time"\n```'
+        f'```console\n$ quantkit generate {PLACE} "Once upon a time"\n```'
     )
 
 
@@ -67,26 +67,28 @@ def _transformers(content: dict[str, Any]) -> str:
     return (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{_PLACE}"{file}, device_map="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{_PLACE}"{file})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{file}, device_map="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}"{file})\n'
         "```"
     )
 
 
 def _vllm(content: dict[str, Any]) -> str:
-    return f"```console\n$ vllm serve {_PLACE}\n```"
+    if file := content.get("file"):  # it takes such a file by its path
+        return f"```console\n$ hf download {PLACE} {file} --local-dir .\n$ vllm serve ./{file}\n```"
+    return f"```console\n$ vllm serve {PLACE}\n```"
 
 
 def _llamacpp(content: dict[str, Any]) -> str:
     file = content.get("file", "model.gguf")
     return (
-        f"```console\n$ hf download {_PLACE} {file} --local-dir .\n"
+        f"```console\n$ hf download {PLACE} {file} --local-dir .\n"
         f'$ llama-cli -m {file} -p "Once upon a time"\n```'
     )
 
 
 def _mlx(content: dict[str, Any]) -> str:
-    return f'```console\n$ mlx_lm.generate --model {_PLACE} --prompt "Once upon a time"\n```'
+    return f'```console\n$ mlx_lm.generate --model {PLACE} --prompt "Once upon a time"\n```'
 
 
 _SNIPPETS = {

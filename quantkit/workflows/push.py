@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.core import card_data, ledger, provenance, publish
+from quantkit.core import card_data, hub, ledger, provenance, publish
 from quantkit.core.needed import SUFFIX
 from quantkit.core.progress import Progress
 from quantkit.core.publish import MAIN, There
@@ -18,6 +18,7 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 
 _NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_BRANCH = re.compile(r"(?!refs/|.*(?:\.\.|//|/\.))\w[\w./-]*(?<![./])(?<!\.lock)")
 _NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf", SUFFIX)
 
@@ -64,9 +65,11 @@ def push(
     """
     progress = progress or Progress()
     check_name(repository)
+    if not _BRANCH.fullmatch(branch) or branch == "HEAD":
+        raise UsageError(f"{branch!r} is no name of a branch", "give one such as gptq-4bit-32g")
     folder = Path(folder).expanduser()
     record = _finished(folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    files = _files(folder)
     _clean(folder)
     if not unverified:
         refuse_unmeasured(record, folder)
@@ -75,9 +78,6 @@ def push(
     result = Pushed(repository, branch, publish.address(repository, branch), [], 0)
     result.files = [path.name for path in files]
     result.bytes = sum(path.stat().st_size for path in files)
-    result.notes = _licence(folder)
-    for text in result.notes:
-        progress.warn(text)
     publish.check_token()
     there = publish.look(repository, branch)
     if private and there.private is False:
@@ -88,10 +88,12 @@ def push(
             f"{repository} holds other weights in {branch}: {', '.join(result.removed[:3])}",
             "choose another --branch, or use --overwrite",
         )
+    result.notes = _licence(folder) + _edited_card(repository, there, folder)
+    for text in result.notes:
+        progress.warn(text)
     if dry_run:
         return result
-    known = there.files
-    if not result.removed and all(publish.same(path, known.get(path.name)) for path in files):
+    if publish.holds(there, files, result.removed):
         progress.note(f"{repository} holds all of this already")
         result.written = True
         return result
@@ -136,6 +138,15 @@ def _finished(folder: Path) -> dict[str, Any]:
             "quantize or convert the model with quantkit, or upload it with 'hf upload'",
         )
     return record
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is published: all files that lie in the folder itself and are not hidden."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    for path in files:
+        if not hub.is_path(path.name):
+            raise QuantkitError(f"{folder} has a file called {path.name!r}", "give it another name")
+    return files
 
 
 def _clean(folder: Path) -> None:
@@ -184,6 +195,19 @@ def _licence(folder: Path) -> list[str]:
             "and a quantized model is one"
         ]
     return []
+
+
+def _edited_card(repository: str, there: There, folder: Path) -> list[str]:
+    """Where to find the card that makes way, if somebody wrote or changed it on the Hub: a push
+    changes it together with quantkit.json."""
+    ours, kept = folder / card_data.CARD, there.files.get(card_data.CARD)
+    if kept is None or not ours.is_file() or publish.same(ours, kept):
+        return []
+    card, record = publish.last_commits(repository, there, [card_data.CARD, provenance.FILE])
+    if card == record:
+        return []
+    where = publish.address(repository, there.head or MAIN)
+    return [f"the card on the Hub was changed there, and makes way; it stays readable in {where}"]
 
 
 def _in_the_way(there: There, ours: list[str]) -> list[str]:

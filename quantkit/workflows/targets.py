@@ -195,7 +195,10 @@ TARGETS: dict[str, Target] = {
                 formats=("awq",),
             ),
             # transformers modeling_gguf_pytorch_utils.py
-            Rule("as full precision (gguf_file=), which takes its memory", formats=("gguf",)),
+            Rule(
+                "unpacked to full precision (gguf_file=), and needs that much memory",
+                formats=("gguf",),
+            ),
             Rule("also on CPU"),
             _BFLOAT16,
         ),

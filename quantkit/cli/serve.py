@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from quantkit.cli import options
-from quantkit.cli.console import Drawn
 
 
 @click.command("serve")
@@ -60,6 +59,7 @@ def command(models: tuple[str, ...], quiet: bool, **options: Any) -> None:
     quantkit serve demo
     quantkit serve original-model my-quantized-model
     """
+    from quantkit.cli.console import Drawn
     from quantkit.workflows.serve import serve
 
     serve(models, note=Drawn(quiet).note, **options)

@@ -312,10 +312,15 @@ def _quantize_blocks(
     strict: bool,
     progress: Progress,
 ) -> None:
-    # on a CPU the thread would only take cores and memory from what it runs beside
-    on_gpu = plan.skeleton.device.type == "cuda"
-    with one_behind(on_gpu) as behind, staging(plan.skeleton) as ahead:
+    threaded = _threaded(plan.skeleton.device)
+    with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
         _walk_blocks(plan, writer, ledger, report, rides, strict, progress, behind, ahead)
+
+
+def _threaded(device: torch.device) -> bool:
+    """Whether threads read and write beside the computation: on a CPU they would only take cores
+    and memory from it."""
+    return device.type == "cuda"
 
 
 def _walk_blocks(

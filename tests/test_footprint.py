@@ -10,7 +10,7 @@ import tiny
 from tools import model, quantized
 
 from quantkit.core import footprint
-from quantkit.core.footprint import Block, Group, Mode, Run, Shapes
+from quantkit.core.footprint import Block, Group, Mode, Room, Run, Shapes
 from quantkit.runtime.load import load
 from quantkit.runtime.outline import outlined
 from quantkit.workflows.forecast import forecast
@@ -102,18 +102,21 @@ def test_a_block_of_weblab_10b_on_a_gpu(changes, measured):
     assert found / 1e9 == pytest.approx(measured, rel=0.1)
 
 
-def test_every_mode_takes_less_of_the_gpu_than_the_one_before():
-    sizes = []
-    for mode in footprint.GPU_MODES:
-        phases = footprint.quantizing(WEBLAB, run(), mode)
-        sizes.append(footprint.peak(phases, "device").bytes("device"))
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[1] < 0.7 * sizes[0]
+def on_device(mode, **changes):
+    phases = footprint.quantizing(WEBLAB, run(**changes), mode)
+    return footprint.peak(phases, "device").bytes("device")
+
+
+def test_modes_of_one_home_take_less_of_the_gpu_with_fewer_tokens():
+    for home in ("ram", "disk"):
+        sizes = [on_device(mode) for mode in footprint.GPU_MODES if mode.states == home]
+        assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
+    assert on_device(footprint.GPU_MODES[1]) < 0.8 * on_device(footprint.GPU_MODES[0])
 
 
 def test_activations_are_where_the_mode_puts_them():
     def places(states):
-        mode = Mode("", states, 2048)
+        mode = Mode(states, 2048)
         phases = [p for p in footprint.quantizing(WEBLAB, run(), mode) if p.name == "statistics"]
         phase = max(phases, key=lambda p: p.bytes("device") + p.bytes("ram") + p.disk)
         return [part.get("activations", 0) for part in (phase.device, phase.ram)] + [phase.disk]
@@ -124,14 +127,33 @@ def test_activations_are_where_the_mode_puts_them():
     assert places("disk") == [0, 0, streams]
 
 
-def test_the_fastest_mode_that_fits_is_chosen(monkeypatch):
-    monkeypatch.setattr(footprint, "_CARRIED_OUT", footprint.GPU_MODES)
+def test_the_fastest_mode_that_fits_is_chosen():
     gigabyte = 10**9
-    choices = [
-        footprint.choose(WEBLAB, run(), device * gigabyte, ram * gigabyte)
-        for device, ram in ((40, 64), (14, 64), (14, 4), (2, 64))
-    ]
-    assert choices == [*footprint.GPU_MODES[:2], footprint.GPU_MODES[3], None]
+
+    def chosen(device, ram, tokens=None, **changes):
+        room = Room(device * gigabyte, ram * gigabyte)
+        return footprint.choose(WEBLAB, run(**changes), room, tokens)
+
+    assert chosen(40, 64) == Mode("device", 16384)
+    assert chosen(10, 64) == Mode("ram", 16384)
+    assert chosen(10, 4) == Mode("disk", 16384)
+    assert chosen(6, 4) == Mode("disk", 4096)
+    assert chosen(40, 64, tokens=2048) == Mode("ram", 2048)
+    assert chosen(2, 64) is None
+    assert chosen(0, 64, cuda=False) == Mode("device", 2048)
+    assert chosen(0, 8, cuda=False) == Mode("disk", 2048)
+
+
+def test_the_next_mode_takes_less_of_what_was_short():
+    def after(mode, place):
+        return footprint.smaller(WEBLAB, run(), mode, place)
+
+    assert after(Mode("device", 16384), "device") == Mode("ram", 16384)
+    assert after(Mode("ram", 16384), "device") == Mode("ram", 4096)
+    assert after(Mode("ram", 16384), "ram") == Mode("disk", 16384)
+    assert after(Mode("ram", 2048), "device") is None
+    assert after(Mode("disk", 4096), "device") == Mode("disk", 2048)
+    assert after(Mode("disk", 2048), "ram") is None
 
 
 MEASURED = """

@@ -6,8 +6,8 @@ with what they are and their bytes; the largest one is what has to fit. docs/pla
 these figures were from measured ones.
 
     phases = quantizing(shapes, run, mode)
-    peak(phases, "device")                           bytes on the GPU
-    choose(shapes, run, free_on_gpu, free_ram)       the fastest mode that fits, or None
+    peak(phases, "device")                    bytes on the GPU
+    choose(shapes, run, room)                 the fastest mode that fits, or None
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["device", "ram"]
+Home = Literal["device", "ram", "disk"]  # of hidden states
 
 # Python, torch and transformers with a model's classes (470 MB, measured) and what the C library
 # keeps of freed memory (150 MB, measured); what the CUDA runtime adds to that, and what its context
@@ -27,6 +28,7 @@ _SYSTEM_BYTES, _SYSTEM_COPIES = 256 << 20, 5  # refine.py's normal equations
 _STRIPS = 8  # of stats.py
 _AWAY = 16  # micro-batches from which on stats.py multiplies in the activations' dtype
 _COMPARED = 6  # float32 copies of the logits of a row while metrics.py compares two models
+COMPARED = 4096  # tokens whose predictions a GPU makes at once
 
 
 @dataclass(frozen=True)
@@ -91,26 +93,43 @@ class Mode:
     """A way to quantize: where the activations of all calibration rows are, and how many tokens are
     run at once (at least a row)."""
 
-    name: str
-    states: Literal["device", "ram", "disk"]
+    states: Home
     tokens: int
 
+    def __str__(self) -> str:
+        where = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}[self.states]
+        return f"activations {where}, {self.tokens:,} tokens at once"
 
-# The fastest first; each needs less memory on the GPU than the one before.
+    @property
+    def ahead(self) -> bool:
+        """Whether a GPU has room for the block to come, and for the packing of the one before."""
+        return self.states == "device"
+
+
+# The fastest first.
 GPU_MODES = (
-    Mode("activations on the GPU", "device", 16384),
-    Mode("activations in RAM", "ram", 16384),
-    Mode("activations in RAM, few tokens at once", "ram", 2048),
-    Mode("activations on disk, few tokens at once", "disk", 2048),
+    Mode("device", 16384),
+    Mode("ram", 16384),
+    Mode("ram", 4096),
+    Mode("ram", 2048),
+    Mode("disk", 16384),
+    Mode("disk", 4096),
+    Mode("disk", 2048),
 )
-CPU_MODES = (Mode("on the CPU", "ram", 2048),)
-# What workflows/quantize.py carries out so far.
-_CARRIED_OUT = GPU_MODES[:1]
+CPU_MODES = (Mode("device", 2048), Mode("disk", 2048))
 
 
 def modes(cuda: bool) -> tuple[Mode, ...]:
     """Those that there are."""
-    return _CARRIED_OUT if cuda else CPU_MODES
+    return GPU_MODES if cuda else CPU_MODES
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be used of the GPU's memory and of RAM; None: as many as it takes."""
+
+    device: int | None
+    ram: int | None
 
 
 @dataclass(frozen=True)
@@ -161,19 +180,29 @@ def peak(phases: Iterable[Phase], place: Place) -> Phase:
     return max(phases, key=lambda phase: phase.bytes(place))
 
 
-def fits(phases: Sequence[Phase], device: int | None, ram: int | None) -> bool:
-    """Whether all phases do, in so many bytes (None: as many as it takes)."""
-    limits: list[tuple[Place, int | None]] = [("device", device), ("ram", ram)]
+def fits(phases: Sequence[Phase], room: Room) -> bool:
+    """Whether all phases do."""
+    limits: list[tuple[Place, int | None]] = [("device", room.device), ("ram", room.ram)]
     return all(
         limit is None or peak(phases, place).bytes(place) <= limit for place, limit in limits
     )
 
 
-def choose(shapes: Shapes, run: Run, device: int | None, ram: int | None) -> Mode | None:
-    """The fastest mode that fits into ``device`` bytes of the GPU and ``ram`` of RAM; None when not
-    even the smallest does."""
-    found = (m for m in modes(run.cuda) if fits(quantizing(shapes, run, m), device, ram))
-    return next(found, None)
+def choose(shapes: Shapes, run: Run, room: Room, tokens: int | None = None) -> Mode | None:
+    """The fastest mode that fits, of those that run ``tokens`` at once if it is given; None when
+    not even the smallest does."""
+    found = (m for m in modes(run.cuda) if tokens in (None, m.tokens))
+    return next((m for m in found if fits(quantizing(shapes, run, m), room)), None)
+
+
+def smaller(shapes: Shapes, run: Run, mode: Mode, place: Place) -> Mode | None:
+    """The fastest mode that takes less than ``mode`` there, behind it; None when there is none."""
+
+    def taken(some: Mode) -> int:
+        return peak(quantizing(shapes, run, some), place).bytes(place)
+
+    known = modes(run.cuda)
+    return next((m for m in known[known.index(mode) + 1 :] if taken(m) < taken(mode)), None)
 
 
 def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
@@ -218,6 +247,8 @@ def _phase(run: Run, mode: Mode, name: str, streams: int, parts: dict[str, int])
     if not run.cuda:
         if run.mapped:  # a page for each token that occurs
             parts = {key: size for key, size in parts.items() if key != "embedding"}
+        if mode.states == "disk":
+            return Phase(name, {}, {"program": PROCESS, **parts}, streams)
         return Phase(name, {}, {"program": PROCESS, "activations": streams, **parts})
     ram = {"program": PROCESS + CUDA_RAM, "weights on their way": parts.get("block", 0)}
     device = dict(parts)

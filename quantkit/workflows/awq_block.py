@@ -18,6 +18,7 @@ from quantkit.core.stats import Moments
 from quantkit.errors import UsageError
 from quantkit.methods import awq, gptq
 from quantkit.runtime import folding, gather
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows import scaling
 from quantkit.workflows.gptq_block import Gptq, corrects, round_unreached, solve_group
@@ -64,15 +65,15 @@ class Awq:
         self,
         block: Block,
         originals: Originals,
-        full: list[Tensor],
-        quantized: list[Tensor] | None,
+        full: States,
+        quantized: States | None,
     ) -> Outcome:
         groups = block.trace(full[0])
         folds = folding.find(block, groups, full[0])
         folds = scaling.usable(folds, block, originals.schemes)
         groups = [g for group in groups if (g := group.only(originals.schemes))]
         linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
-        sample = [x.clone() for x in full[:: -(-len(full) // _SAMPLES)]]
+        sample = [full[i].clone() for i in range(0, len(full), -(-len(full) // _SAMPLES))]
         wanted = [block.forward(x) for x in sample]
 
         writers = [group for group in groups if group.writes]
@@ -95,9 +96,7 @@ class Awq:
             linears |= self._round(block, group, scaled, found)
         if quantized is not None:
             moments.clear()
-            if closing:
-                outputs[closing] = []
-            drifted = gather.observe_drift(block, quantized, outputs, full, every)
+            drifted = gather.observe_drift(block, quantized, outputs, closing, full, every)
             while drifted:
                 group, late = drifted.popitem()
                 found = late.moments(centred=corrects(group, originals, self.gptq))

@@ -15,6 +15,7 @@ from quantkit import data
 from quantkit.core import calibration
 from quantkit.core.metrics import Comparison
 from quantkit.runtime import gather
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, Walk
 
 ROWS, TOKENS = 4, 512
@@ -45,12 +46,12 @@ class RideAlong:
                 some = same[start : start + step]
                 self.batches.append(torch.tensor([row for _, row in some]))
                 self._labels.append([label for label, _ in some])
-        self._original: list[Tensor] = []
-        self._quantized: list[Tensor] = []
+        self._original = self._quantized = States([])
 
-    def start(self, hidden: list[Tensor]) -> None:
+    def start(self, hidden: States) -> None:
         """``hidden``: the walk's hidden states of ``batches`` in front of the first block."""
-        self._original, self._quantized = hidden, [x.clone() for x in hidden]
+        if self.batches:
+            self._original, self._quantized = hidden, hidden.copy()
 
     def before(self, block: Block) -> None:
         """While the block still has its original weights."""

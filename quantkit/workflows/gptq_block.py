@@ -27,6 +27,7 @@ from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
 from quantkit.runtime import gather
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows.method import Originals, Outcome, Solved, put
 
@@ -82,8 +83,8 @@ class Gptq:
         self,
         block: Block,
         originals: Originals,
-        full: list[Tensor],
-        quantized: list[Tensor] | None,
+        full: States,
+        quantized: States | None,
     ) -> Outcome:
         return Outcome(solve_block(block, originals, full, quantized, self))
 
@@ -91,8 +92,8 @@ class Gptq:
 def solve_block(
     block: Block,
     originals: Originals,
-    full: list[Tensor],
-    quantized: list[Tensor] | None,
+    full: States,
+    quantized: States | None,
     settings: Gptq,
 ) -> dict[str, Solved]:
     """Quantize linears of the block. ``full`` advances to the original
@@ -113,9 +114,7 @@ def solve_block(
     kept = [group for group in writers if group is not closing]
     stats, wanted = gather.observe(block, full, readers, kept, every)
     _solve_groups(block, originals, stats, settings, solved)
-    if closing:
-        wanted[closing] = []
-    stats = gather.observe_drift(block, quantized, wanted, full, every)
+    stats = gather.observe_drift(block, quantized, wanted, closing, full, every)
     _solve_groups(block, originals, stats, settings, solved)
     return solved
 

@@ -12,6 +12,7 @@ from quantkit.core.qweight import QWeight, stacked
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.runtime import gather
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import InputGroup, Walk
 from quantkit.workflows import stored
 from quantkit.workflows.gptq_block import Gptq, corrects, solve_group
@@ -22,7 +23,7 @@ from quantkit.workflows.plan import Plan
 _ROWS = 8192
 
 
-def solve(plan: Plan, job: Job, walk: Walk, rows: list[Tensor], full: list[Tensor]) -> Outcome:
+def solve(plan: Plan, job: Job, walk: Walk, rows: list[Tensor], full: States) -> Outcome:
     """Quantize the head. ``full``: the hidden states of ``rows`` behind the last block of the
     original model. Raises QuantkitError when what reaches the head is not finite."""
     assert plan.lm_head is not None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block
 
 
@@ -91,8 +92,8 @@ class Method(Protocol):
         self,
         block: Block,
         originals: Originals,
-        full: list[Tensor],
-        quantized: list[Tensor] | None,
+        full: States,
+        quantized: States | None,
     ) -> Outcome:
         """Quantize the block. ``full``, the hidden states of the original model, advance to the
         original block's outputs; ``quantized``, those of the quantized model, None when not

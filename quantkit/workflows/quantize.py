@@ -5,6 +5,8 @@ time. A killed run goes on at its first unfinished block when the same call is r
 """
 
 import time
+from contextlib import closing
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,16 @@ from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import Staging, staging
+from quantkit.runtime.states import Keeping, States
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import budget as budgeting
 from quantkit.workflows import head as heading
 from quantkit.workflows import legacy, seal, stored
 from quantkit.workflows import plan as planning
+from quantkit.workflows import room as memory
 from quantkit.workflows.ahead import Behind, one_behind
-from quantkit.workflows.budget import Budget
+from quantkit.workflows.budget import Budget, Choice
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.layout import Job, lay_out
@@ -81,6 +85,8 @@ def quantize(
     dry_run: bool = False,
     revision: str | None = None,
     low_disk: bool = False,
+    max_gpu_memory: str | None = None,
+    max_memory: str | None = None,
     legacy_name: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -109,6 +115,9 @@ def quantize(
     strict           raise where a fallback would be taken
     dry_run          plan and calibrate, write nothing
     low_disk         leave the weights on the Hub, and read them tensor by tensor
+    max_gpu_memory   use at most so much of the GPU (``6GB``); by default what is free
+    max_memory       the same of RAM. Where there is too little for the activations of all rows,
+                     they are kept in RAM or on the disk; no result depends on that
     legacy_name      a second name of the weight file, such as gptq_model-4bit-128g
 
     Raises UsageError for options that cannot work and QuantkitError for input that cannot be used,
@@ -150,6 +159,8 @@ def quantize(
         rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
         lm_head=method if lm_head else None,
+        max_gpu_memory=max_gpu_memory,
+        max_memory=max_memory,
     )
     return carry_out(task, method, progress or Progress())
 
@@ -159,6 +170,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     started = time.perf_counter()
     shard = size_in_bytes(task.max_shard_size)
     on = pick_device(task.device)
+    room = memory.room(on, task.max_gpu_memory, task.max_memory)
     source = resolve(task.model, task.revision, low_disk=task.low_disk)
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
@@ -189,10 +201,11 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         seed=task.seed,
         device=on,
     )
+    plan = plan.within(room, rows)
     report = Report(output.folder, plan, rows)
     if task.budget:
-        with report.timing("choose"):
-            plan = _within(task.budget, plan, rows, output, beside, report, task.dry_run, progress)
+        with report.timing("choose"), memory.limited(on, task.max_gpu_memory):
+            plan = _within(task.budget, rows, output, beside, report, task.dry_run, progress)
         layout, report.plan = plan.layout, plan
         output.check_space(plan.output_bytes)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
@@ -208,13 +221,19 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         return report
 
     hashes = provenance.hash_files(planning.source_files(source, weights), weights.remote)
-    with disk_errors(output.folder):
+    with disk_errors(output.folder), memory.limited(on, task.max_gpu_memory):
         writer, ledger = _begin(plan, rows, output)
         try:
             _copy_dense(plan, writer, ledger, report)
             tokens = min(TOKENS, longest or TOKENS)
             rides = held_out(tokenizer, tokens=tokens) if task.check else {}
-            _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress)
+            report.plan = plan.within(room, rows, _tokens_at_once(ledger))
+
+            def walk(plan: Plan) -> None:
+                states = Keeping(plan.way.states, output.scratch)
+                _quantize_blocks(plan, states, writer, ledger, report, rides, task.strict, progress)
+
+            memory.backing_off(report, progress, walk)
             with report.timing("seal"):
                 seal.seal(report, output, writer, task, hashes.result())
         finally:
@@ -223,9 +242,14 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     return report
 
 
+def _tokens_at_once(ledger: Ledger) -> int | None:
+    """Those of the blocks that are finished: what sums come out as depends on it, a little."""
+    parts = [ledger.report(part) for part in ledger]
+    return next((part["tokens"] for part in reversed(parts) if "tokens" in part), None)
+
+
 def _within(
     budget: Budget,
-    plan: Plan,
     rows: Calibration,
     output: Output,
     beside: int,
@@ -235,6 +259,7 @@ def _within(
 ) -> Plan:
     """The plan with the schemes that lose least under the budget, measured now or by an interrupted
     run."""
+    plan = report.plan
     fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
     with disk_errors(output.folder):
         parts = budgeting.kept(output.partial, fingerprint)
@@ -248,15 +273,20 @@ def _within(
                 rounds=0,
                 zero_min=plan.packer.FORM.zero_min,
             )
-            choice = budgeting.choose(
-                plan,
-                budget,
-                beside,
-                rows.rows,
-                lambda index, block: _originals(plan, index, block),
-                options,
-                progress,
-            )
+
+            def choose(plan: Plan) -> Choice:
+                return budgeting.choose(
+                    plan,
+                    budget,
+                    beside,
+                    rows.rows,
+                    Keeping(plan.way.states, output.scratch),
+                    lambda index, block: _originals(plan, index, block),
+                    options,
+                    progress,
+                )
+
+            choice = memory.backing_off(report, progress, choose)
             if not dry_run:
                 budgeting.keep(output.partial, fingerprint, choice)
     report.budget = choice.described(budget)
@@ -305,6 +335,7 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
 
 def _quantize_blocks(
     plan: Plan,
+    states: Keeping,
     writer: ShardWriter,
     ledger: Ledger,
     report: Report,
@@ -312,19 +343,15 @@ def _quantize_blocks(
     strict: bool,
     progress: Progress,
 ) -> None:
-    threaded = _threaded(plan.skeleton.device)
+    # threads read and write beside the computation; on a CPU they would only take cores from it
+    threaded = plan.cuda and plan.way.ahead
     with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
-        _walk_blocks(plan, writer, ledger, report, rides, strict, progress, behind, ahead)
-
-
-def _threaded(device: torch.device) -> bool:
-    """Whether threads read and write beside the computation: on a CPU they would only take cores
-    and memory from it."""
-    return device.type == "cuda"
+        _walk_blocks(plan, states, writer, ledger, report, rides, strict, progress, behind, ahead)
 
 
 def _walk_blocks(
     plan: Plan,
+    states: Keeping,
     writer: ShardWriter,
     ledger: Ledger,
     report: Report,
@@ -337,13 +364,11 @@ def _walk_blocks(
     cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
     ride = RideAlong(rides, plan.tokens_compared)
-    rows = batches(report.calibration.rows, plan.tokens_at_once)
-    with report.timing("embed"):
-        hidden = walk.embed(rows + ride.batches)
-    full = gather.copied(hidden[: len(rows)])
-    ride.start(hidden[len(rows) :])
-    del hidden
-    quantized = gather.copied(full) if plan.method.aligned else None
+    rows = batches(report.calibration.rows, plan.way.tokens)
+    with report.timing("embed"), closing(walk.embedding(rows + ride.batches)) as hidden:
+        full = states.keep(islice(hidden, len(rows)), [batch.shape for batch in rows])
+        ride.start(states.keep(hidden, [batch.shape for batch in ride.batches]))
+        quantized = full.copy() if plan.method.aligned else None
     solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
@@ -366,7 +391,7 @@ def _walk_blocks(
             else:
                 with report.timing("solve"):
                     outcome = _solve(plan, index, block, full, quantized)
-                done = _described(jobs, outcome)
+                done = _described(jobs, outcome) | {"tokens": plan.way.tokens}
                 with report.timing("write"):
                     behind(_keep, plan, index, outcome, writer, ledger, part, done)
             if quantized is not None and index + 1 < len(walk):
@@ -409,7 +434,7 @@ def _quantize_head(
     job: Job,
     walk: Walk,
     rows: list[Tensor],
-    full: list[Tensor],
+    full: States,
     writer: ShardWriter,
     ledger: Ledger,
     report: Report,
@@ -423,9 +448,7 @@ def _quantize_head(
     ledger.finish(job.name, _described([job], outcome))
 
 
-def _solve(
-    plan: Plan, index: int, block: Block, full: list[Tensor], quantized: list[Tensor] | None
-) -> Outcome:
+def _solve(plan: Plan, index: int, block: Block, full: States, quantized: States | None) -> Outcome:
     """The method on a block, with the checkpoint's own weights at hand."""
     return plan.method.solve(block, _originals(plan, index, block), full, quantized)
 

@@ -71,7 +71,7 @@ NEOX = Block(
         Group(("dense_h_to_4h",), 4864, (19456,)),
         Group(("dense_4h_to_h",), 19456, (4864,), writes=True),
     ),
-    working=50000,
+    working=48640,
 )
 WEBLAB = Shapes(4864, 50432, 2 * 4864 * 50432, False, 2 * 4864, (NEOX,) * 36)
 
@@ -92,14 +92,11 @@ def run(**changes):
     return Run(**(given | changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "measured"), [({}, 18.5), ({"aligned": False, "rounds": 0}, 12.4)]
-)
-def test_a_block_of_weblab_10b_on_a_gpu(changes, measured):
-    """Against figures of an H200 (docs/plan.md), without the CUDA context that they leave out."""
-    phases = footprint.quantizing(WEBLAB, run(**changes), footprint.GPU_MODES[0])
-    found = footprint.peak(phases, "device").bytes("device") - footprint.CUDA_CONTEXT
-    assert found / 1e9 == pytest.approx(measured, rel=0.1)
+@pytest.mark.parametrize("changes", [{}, {"aligned": False, "rounds": 0}])
+def test_weblab_10b_on_a_small_gpu(changes):
+    """6 GB of GPU memory and 4 GB of RAM are enough."""
+    mode = footprint.choose(WEBLAB, run(**changes), Room(6 * 10**9, 4 * 10**9))
+    assert mode and mode.states == "disk"
 
 
 def on_device(mode, **changes):
@@ -124,7 +121,7 @@ def test_activations_are_where_the_mode_puts_them():
     streams = 3 * 128 * 2048 * 4864 * 2
     assert places("device") == [streams, 0, 0]
     assert places("ram") == [0, streams, 0]
-    assert places("disk") == [0, 0, streams]
+    assert places("disk") == [0, 0, streams + 2 * 8192 * 4864 * 2]  # and the held-out rows
 
 
 def test_the_fastest_mode_that_fits_is_chosen():
@@ -151,6 +148,7 @@ def test_the_next_mode_takes_less_of_what_was_short():
     assert after(Mode("device", 16384), "device") == Mode("ram", 16384)
     assert after(Mode("ram", 16384), "device") == Mode("ram", 4096)
     assert after(Mode("ram", 16384), "ram") == Mode("disk", 16384)
+    assert after(Mode("ram", 4096), "device") == Mode("ram", 2048)
     assert after(Mode("ram", 2048), "device") is None
     assert after(Mode("disk", 4096), "device") == Mode("disk", 2048)
     assert after(Mode("disk", 2048), "ram") is None

@@ -109,7 +109,7 @@ class InputStats:
         if self._cross is None or self._drift is None:
             return Moments(gram, mean, None, None)
         drift = self._drift / self.count
-        cross = self._cross.div_(self.count)
+        cross, self._cross = self._cross.div_(self.count), None
         if centred:
             cross.addr_(drift, rest, alpha=-1)
         else:

@@ -170,21 +170,23 @@ def search(
 @triton.jit
 def equations(
     high, low, levels, system,
-    out, width,
+    out, stride, first,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """L_g^T H L_h [groups, groups, out] for one g and all h up to it; ``high`` + ``low`` is H
-    [width, width], ``levels`` [width, out], all bfloat16."""
+    """L_g^T H L_h [groups, groups, out] for one g and all h up to it. ``levels`` [width, out];
+    ``high`` + ``low`` are the columns of H from group ``first`` on, rows ``stride`` apart; all
+    bfloat16."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out
-    g = tl.program_id(1)
+    g = first + tl.program_id(1)
     index = tl.arange(0, GROUP)
-    columns = g * GROUP + index
-    own = tl.load(levels + columns[:, None] * out + rows[None, :], inside[None, :], other=0.0)
+    columns = tl.program_id(1) * GROUP + index
+    at = (g * GROUP + index)[:, None] * out + rows[None, :]
+    own = tl.load(levels + at, inside[None, :], other=0.0)
     for h in range(GROUPS):
         if h <= g:
             others = h * GROUP + index
-            place = others[:, None] * width + columns[None, :]
+            place = others[:, None] * stride + columns[None, :]
             pull = tl.dot(tl.load(high + place), own)
             pull = tl.dot(tl.load(low + place), own, pull)
             at = others[:, None] * out + rows[None, :]

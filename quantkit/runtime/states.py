@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,12 +149,13 @@ class _Lane:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
 
     def copy(self, into: Tensor, source: Tensor) -> "Future[torch.cuda.Event | None]":
         """Copy as soon as the device has done all that it was given so far."""
-        now = self._stream and torch.cuda.current_stream(self._device).record_event()
+        now = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         return self._thread.submit(self._copy, into, source, now)
 
     def _copy(
@@ -165,7 +167,8 @@ class _Lane:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(after)
             into.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            arrived: torch.cuda.Event = self._stream.record_event()
+        return arrived
 
     def wait(self, copying: "Future[torch.cuda.Event | None]") -> None:
         """Let the device go on only when a copy has ended."""
@@ -231,7 +234,8 @@ def _mapped(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
 def _pin(whole: Tensor, owner: object) -> None:
     """Let a GPU read and write the memory by itself, as long as ``owner`` lives. (torch's own
     pinned memory comes in powers of two.)"""
-    runtime, address = torch.cuda.cudart(), whole.data_ptr()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = whole.data_ptr()
     if int(runtime.cudaHostRegister(address, whole.nbytes, 0)):
         raise torch.OutOfMemoryError(f"{whole.nbytes / 1e9:.1f} GB of RAM cannot be locked")
     weakref.finalize(owner, runtime.cudaHostUnregister, address)
@@ -244,7 +248,7 @@ def _tokens(shapes: Sequence[Shape]) -> int:
 def _cut(whole: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """Micro-batches in one piece of memory [tokens, width]: small lasting tensors among all the
     short-lived ones would leave the heap in pieces."""
-    parts = whole.split([shape[0] * shape[1] for shape in shapes])
+    parts = torch.split(whole, [shape[0] * shape[1] for shape in shapes])
     return [part.reshape(shape[0], shape[1], -1) for part, shape in zip(parts, shapes)]
 
 

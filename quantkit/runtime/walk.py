@@ -15,7 +15,7 @@ whatever transformers can build.
         ...
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -207,7 +207,7 @@ class Walk:
         return list(self.embedding(batches))
 
     @torch.no_grad()
-    def embedding(self, batches: list[Tensor]) -> Iterator[Tensor]:
+    def embedding(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
         """What :meth:`embed` gives, a batch at a time. Nothing else may be run before the end."""
         with self._surroundings():
             self._tuples = self._returns_tuple(batches[0][:1, :4])

@@ -16,7 +16,7 @@ itself (measured: KL 0.0774 against 0.0782 on the demo model).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,8 +129,15 @@ def _solve_groups(
     """Solve each group and fill the block in. Uses ``stats`` up, to free memory as it goes."""
     while stats:
         group, found = stats.popitem()
-        moments = found.moments(centred=corrects(group, originals, settings))
-        results = solve_group(group, originals, moments, settings, settings.rounding, "gptq")
+        # without a name here, so that what is used up can be let go of
+        results = solve_group(
+            group,
+            originals,
+            found.moments(centred=corrects(group, originals, settings)),
+            settings,
+            settings.rounding,
+            "gptq",
+        )
         for name, result in results.items():
             put(block, name, result.qweight, result.bias)
             solved[name] = result
@@ -170,35 +177,48 @@ def solve_group(
     kinds: dict[tuple[Scheme, bool], list[str]] = {}
     for name in group.names:
         kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
+    targets = {
+        (scheme, plain): _target(originals, names, moments, settings, plain)
+        for (scheme, plain), names in kinds.items()
+    }
+    moments = replace(moments, cross=None)  # as large as the weights, and of no more use
     results = {}
     for (scheme, plain), names in kinds.items():
-        weights = {name: originals.weight(name) for name in names}
-        target = torch.cat(list(weights.values()))
-        if moments.cross is not None and not plain:
-            with phase("align"):
-                target = align.aligned_target(
-                    target, moments, settings.align, settings.options.damp
-                )
+        target, sizes = targets.pop((scheme, plain))
         if plain:
             qweight = rtn.quantize(target, scheme, settings.options.zero_min, signed=True)
             solution = gptq.Solution(qweight, 0.0, 0)
         else:
             solution = rounding(target, moments.gram, scheme)
-        start = 0
-        for name, original in weights.items():
-            part = slice(start, start := start + len(original))
-            qweight = solution.qweight.rows(part.start, part.stop)
+        stop = 0
+        for name, size in zip(names, sizes):
+            start, stop = stop, stop + size
+            qweight = solution.qweight.rows(start, stop)
             rounded = qweight.dequantize()
             with phase("error"):
-                error = gptq.relative_error(target[part], rounded, moments.gram)
+                error = gptq.relative_error(target[start:stop], rounded, moments.gram)
             bias = originals.bias(name)
             if bias is not None and corrects(group, originals, settings):
-                bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
+                weight = originals.weight(name)
+                bias = align.corrected_bias(bias, weight, rounded, moments, settings.align)
             told = "rtn" if plain else method
             results[name] = Solved(
                 qweight, _stored(bias), error, solution.damp, solution.dead, told
             )
     return results
+
+
+def _target(
+    originals: Originals, names: list[str], moments: Moments, settings: Gptq, plain: bool
+) -> tuple[Tensor, list[int]]:
+    """What linears are rounded towards, one above the other, and how many rows each has."""
+    weights = [originals.weight(name) for name in names]
+    sizes = [len(weight) for weight in weights]
+    target = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if moments.cross is not None and not plain:
+        with phase("align"):
+            target = align.aligned_target(target, moments, settings.align, settings.options.damp)
+    return target, sizes
 
 
 def corrects(group: InputGroup, originals: Originals, settings: Gptq) -> bool:

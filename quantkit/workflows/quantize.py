@@ -458,7 +458,8 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
     jobs = {job.inner: job for job in plan.layout.jobs[index]}
 
     def get(disk: str) -> Tensor:
-        return skeleton.read(disk).to(skeleton.device, torch.float32)
+        # in two steps: in one, the CPU would make a float32 copy first
+        return skeleton.read(disk).to(skeleton.device).float()
 
     def weight(name: str) -> Tensor:
         tensor = get(f"{jobs[name].disk}.weight")

@@ -7,7 +7,7 @@ Makes a GPT-NeoX with random weights (hidden 4864, 38 heads, MLP 19456, vocabula
 and random calibration rows, then quantizes it once for every --run, each in a process of its own:
 
     fast, default        quantkit gptq --fast, quantkit gptq
-    low, low-default     the same within --low-memory of GPU memory
+    low, low-default     the same within --low-memory of GPU memory and --low-ram of RAM
     awq                  quantkit awq
 
 Seconds by phase come from --profile, which waits for the GPU at every phase's ends and so takes a
@@ -96,6 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--low-memory", default="6GB")
+    parser.add_argument("--low-ram", default="4GB")
     parser.add_argument("--tflops", type=float, default=750.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -191,7 +192,7 @@ def _child(args: argparse.Namespace) -> None:
         "calib_seqlen": args.tokens,
     }
     if run.startswith("low"):
-        options["max_gpu_memory"] = args.low_memory
+        options |= {"max_gpu_memory": args.low_memory, "max_memory": args.low_ram}
     if run in ("fast", "low"):
         options["fast"] = True
     measured = profile.start() if args.profile else None
@@ -202,6 +203,8 @@ def _child(args: argparse.Namespace) -> None:
     print(
         json.dumps(
             {
+                "mode": str(report.plan.way),
+                "backoffs": report.backoffs,
                 "blocks_s": round(sum(report.seconds.get(name, 0.0) for name in blocks), 2),
                 "seconds": {name: round(spent, 2) for name, spent in report.seconds.items()},
                 "phases": {n: round(s, 2) for n, s in measured.seconds.items()} if measured else {},

@@ -9,7 +9,7 @@ import torch
 from tools import QUICK, QUICK_OPTIONS, command, model, read_json, sentence
 
 from quantkit.core import footprint
-from quantkit.core.footprint import CPU_MODES, Mode
+from quantkit.core.footprint import CPU_MODES, Mode, Room
 from quantkit.core.progress import Progress
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
@@ -283,6 +283,41 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
 )
 def test_which_memory_was_short(error, cuda, place):
     assert room.lacking(error, cuda) == place
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of 16 GB, 10 GB free, and the shares of it that torch was allowed to take."""
+    shares = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 10**9, 16 * 10**9))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: shares.append(given)
+    )
+    return shares
+
+
+def test_a_limit_of_gpu_memory_is_enforced(gpu):
+    context = footprint.CUDA_CONTEXT
+    for device, index in (("cuda", 1), ("cuda:0", 0)):
+        gpu.clear()
+        with room.limited(torch.device(device), "6GB"):
+            assert gpu == [(pytest.approx((6e9 - context) / 16e9), index)]
+        assert gpu[1:] == [(1.0, index)]
+    with room.limited(torch.device("cuda"), None):
+        assert len(gpu) == 2
+    with room.limited(torch.device("cuda"), "40GB"):
+        assert gpu[2][0] == 1.0
+
+
+def test_room_is_what_is_free_or_the_limit(gpu):
+    context, device = footprint.CUDA_CONTEXT, torch.device("cuda")
+    assert room.room(device, None, None).device == 10 * 10**9 + context
+    assert room.room(device, "6GB", "1GB") == Room(6 * 10**9, 10**9)
+    assert room.room(device, "20GB", "1GB").device == 10 * 10**9 + context
+    assert room.room(torch.device("cpu"), None, "1GB") == Room(None, 10**9)
+    with pytest.raises(UsageError, match="CUDA alone takes"):
+        room.room(device, "400MB", None)
 
 
 @pytest.mark.parametrize(

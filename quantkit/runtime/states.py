@@ -112,7 +112,7 @@ class Away(States):
                     coming = fetch(index + 1)
                 yield _fitted(slots[index % 2], part)
         finally:
-            coming.result()  # it writes into a slot
+            self._reading.wait(coming)  # it writes into a slot
 
     def __getitem__(self, index: int) -> Tensor:
         self.settle()

@@ -48,13 +48,14 @@ def limited(device: torch.device, max_gpu_memory: str | None) -> Iterator[None]:
     if limit is None:
         yield
         return
-    share = (limit - CUDA_CONTEXT) / torch.cuda.mem_get_info(device)[1]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    share = (limit - CUDA_CONTEXT) / torch.cuda.mem_get_info(index)[1]
     torch.cuda.empty_cache()  # what is held already counts
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def _gpu_limit(device: torch.device, max_gpu_memory: str | None) -> int | None:

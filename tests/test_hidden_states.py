@@ -181,6 +181,28 @@ def test_limits_do_not_keep_a_run_from_going_on(plain, tmp_path, monkeypatch):
     assert weights(out) == plain["gptq"]
 
 
+def test_a_run_goes_on_with_as_many_tokens_at_once(tmp_path, monkeypatch):
+    few = Mode("disk", 64)
+    monkeypatch.setattr(footprint, "CPU_MODES", (few,))
+    gptq_run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        failing(patch, gptq, "solve", 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            gptq_run(tmp_path / "out")
+    monkeypatch.setattr(footprint, "CPU_MODES", (Mode("device", 128), few))
+    assert gptq_run(tmp_path / "out").plan.way == few
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_what_blocks_told_before_memory_ended_is_told_once(tmp_path, monkeypatch):
+    solve = gptq.solve
+    monkeypatch.setattr(gptq, "solve", lambda *given: replace(solve(*given), damp=0.5))
+    failing(monkeypatch, gptq, "solve", 7, torch.OutOfMemoryError("out of memory"))
+    report = gptq_run(tmp_path / "out")
+    assert len(report.backoffs) == 1
+    assert len(set(report.fallbacks)) == len(report.fallbacks) == 8
+
+
 class Told(Progress):
     def __init__(self):
         self.warnings = []

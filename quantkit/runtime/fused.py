@@ -109,5 +109,19 @@ class FixedLayer(StaticLayer):
         self.values.index_copy_(2, places, value_states)
         return self.keys, self.values
 
+    def enlarge(self, room: int, used: int) -> None:
+        """Have places for ``room`` tokens; the first ``used`` stay."""
+        self.max_cache_len = room
+        if self.is_initialized:
+            self.keys = _enlarged(self.keys, room, used)
+            self.values = _enlarged(self.values, room, used)
+
     def reset(self) -> None:
         """What is there is masked out until it is written again; the counter is not ours."""
+
+
+def _enlarged(old: Tensor, room: int, used: int) -> Tensor:
+    texts, heads, _, width = old.shape
+    new = old.new_zeros(texts, heads, room, width)
+    new[:, :, :used] = old[:, :, :used]
+    return new

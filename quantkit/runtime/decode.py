@@ -30,7 +30,6 @@ from quantkit.runtime.kernels import support
 PREFILL = 1024  # tokens of a prompt that are computed together
 UNKNOWN = 1 << 20  # tokens of context, where a model does not say
 _STEP = 256  # a cache holds a multiple of this many tokens
-_NO_GPU = "it takes a GPU"
 _FIRST = 512  # tokens to come that there is room for from the beginning
 
 
@@ -218,7 +217,7 @@ def captured(
         if isinstance(made, Captured):
             return made
         reason = made
-    elif reason == _NO_GPU:
+    elif reason == support.NO_GPU:
         return None
     _held[model] = reason
     warnings.warn(
@@ -265,12 +264,7 @@ def forget(model: PreTrainedModel) -> None:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why a step of this model cannot be captured, or None."""
-    return device_why_not(model.device) or _cache_why_not(model)
-
-
-def device_why_not(device: torch.device) -> str | None:
-    """Why no step can be captured on this device, or None."""
-    return _NO_GPU if device.type != "cuda" else support.gpu_why_not(support.of(device))
+    return support.device_why_not(model.device) or _cache_why_not(model)
 
 
 def _cache_why_not(model: PreTrainedModel) -> str | None:

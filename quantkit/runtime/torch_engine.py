@@ -186,7 +186,8 @@ class CacheState:
         layers = self._cache.layers
         if keep and all(type(layer) is DynamicLayer for layer in layers):
             for layer in layers:  # each by itself: a computation may have been interrupted
-                layer.crop(min(0, keep - layer.get_seq_length()))
+                if layer.get_seq_length() > keep:
+                    layer.crop(keep - layer.get_seq_length())
             self._length = keep
         else:
             self._cache, self._length = DynamicCache(config=self._model.config), 0

@@ -67,8 +67,8 @@ def test_product(name):
     weight, meant = arrange(q), q.dequantize()
     for tokens, config in (
         (3, Config(tiles=2, split=3, step=32)),
-        (8, Config(split=2, step=32, parts=2, fetch=True)),
-        (19, Config(split=2, step=32, warps=4, tokens=16, fetch=True)),
+        (8, Config(split=2, step=32, parts=2)),
+        (19, Config(split=2, step=32, warps=4, tokens=16)),
     ):
         assert config.fits(weight)
         x, bias = torch.randn(tokens, 128).half(), torch.randn(128).half()

@@ -69,7 +69,6 @@ def kernel(
     BIAS: tl.constexpr,
     PTX: tl.constexpr,
     AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x [M, K]; words, scale and offset as in ``Fragments``; out [M, OUT]. The grid is programs for
@@ -84,7 +83,6 @@ def kernel(
     OFFSET  "", "scaled" or "plain": see ``Fragments``
     PTX     how to unpack a word, or "" for plain Triton
     AHEAD   read the next codes before computing with these
-    FETCH   and the next inputs
     PDL     start while the kernel before this one still runs
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -137,10 +135,6 @@ def kernel(
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    if FETCH:
-        coming = tl.load(
-            inputs + (tl.minimum(first + px, last - 1) - px) * STEP, mask=token < M, other=0.0
-        )
     sums = tl.zeros([4, 8, PARTS, WARPS, TILES, NT, 2, W], tl.float32)
     for step in range(first, last, PARTS):
         if AHEAD:
@@ -149,13 +143,8 @@ def kernel(
         elif step > first:
             now = tl.load(here + step * (KS * 128), mask=step + part < last, other=0)
         # parts behind the last step read it again, and count with a scale of 0
-        if FETCH:
-            seen = coming
-            there = tl.minimum(step + PARTS + px, last - 1) - px
-            coming = tl.load(inputs + there * STEP, mask=token < M, other=0.0)
-        else:
-            behind = tl.maximum(step + px - last + 1, 0) if PARTS > 1 else 0
-            seen = tl.load(inputs + (step - behind) * STEP, mask=token < M, other=0.0)
+        behind = tl.maximum(step + px - last + 1, 0) if PARTS > 1 else 0
+        seen = tl.load(inputs + (step - behind) * STEP, mask=token < M, other=0.0)
         group = ((step + ps) * STEP // GROUP) * (8 * W)
         real = step + ps < last if PARTS > 1 else None
         none = 0.0 if PARTS > 1 else None
@@ -236,7 +225,6 @@ class Config:
     warps: int = 1
     tokens: int = 8
     ahead: bool = True
-    fetch: bool = False
     registers: int = 0
 
     def fits(self, weight: Fragments) -> bool:
@@ -305,7 +293,6 @@ def matmul(
         BIAS=bias is not None,
         PTX="" if interpreted else ptx(weight.bits, middle, x.dtype),
         AHEAD=config.ahead,
-        FETCH=config.fetch,
         PDL=early,
         **more,
     )

@@ -26,7 +26,7 @@ from quantkit.runtime import decode
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
 from quantkit.runtime.draw import Draw, alike, candidates
 from quantkit.runtime.follow import follow
-from quantkit.runtime.fused import _agree, fewer_launches
+from quantkit.runtime.fused import FixedLayer, _agree, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
 from quantkit.runtime.kernels import small, support, tune
 from quantkit.runtime.load import load
@@ -314,6 +314,9 @@ def test_a_cache_grows_and_keeps_what_is_in_it(net, engine, capturing, monkeypat
     assert list(engine.stream(PROMPTS[0], GREEDY, 40)) == generated(net, PROMPTS[0], 40)
     assert sorted(set(rooms)) == [16, 24, 40, 64]
     assert calls == [7] + [1] * 39
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        found = together(engine, prompts, [GREEDY] * 2, 30)
+        assert found == [generated(net, prompt, 30) for prompt in prompts]
 
 
 def test_one_step_serves_all_engines_and_none_reads_what_another_did(net, capturing, monkeypatch):
@@ -398,6 +401,39 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
         calls.clear()
         assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
         forget(net)
+
+
+def test_growing_that_fails_leaves_a_step_that_serves_again(net, engine, capturing, monkeypatch):
+    def full(self, room, used):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    longer = [*PROMPTS[0], *range(20, 40)]
+    list(engine.stream(PROMPTS[0], GREEDY, 3))
+    with monkeypatch.context() as changed:
+        changed.setattr(FixedLayer, "enlarge", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(engine.stream(longer, GREEDY, 9))
+    assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mistral"])
+def test_a_computation_that_was_interrupted_between_layers(name):
+    """Some layers know a token more than others then; on a CPU, without a captured step."""
+    loaded, _ = load(str(model(name)), dtype="float32")
+    engine = TorchEngine(loaded, Ids())
+    prompt = list(range(3, 20))
+    meant = generated(loaded, prompt, 8)
+    tokens = engine.stream(prompt, GREEDY, 8)
+    assert [next(tokens), next(tokens)] == meant[:2]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    hook = loaded.base_model.layers[1].register_forward_pre_hook(interrupted)
+    with hook, pytest.raises(KeyboardInterrupt):
+        next(tokens)
+    longer = prompt + meant[:2]
+    assert list(engine.stream(longer, GREEDY, 6)) == meant[2:]
 
 
 # kernels and layers

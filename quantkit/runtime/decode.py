@@ -92,7 +92,7 @@ class Captured:
             for start in range(keep, longest, PREFILL):
                 stop = min(start + PREFILL, longest)
                 seen = self.mask.clone()
-                seen[:, stop:] = False
+                seen[:, stop:] = False  # causal as it is: transformers then needs no mask for it
                 logits = self._run(rows[:, start:stop], places[:, start:stop], seen)
                 self._columns = stop
         self.places.copy_(longest - empty)

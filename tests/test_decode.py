@@ -15,7 +15,7 @@ import torch
 from kernels import random_weight
 from tools import model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
 
@@ -133,6 +133,14 @@ def test_caches_that_cannot_be_fixed_are_named(name, capturing):
         assert list(TorchEngine(loaded, Ids()).stream(PROMPTS[0], GREEDY, 4)) == generated(
             loaded, PROMPTS[0], 4
         )
+
+
+def test_models_that_take_no_cache_of_fixed_size_are_left_alone(capturing):
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 128}
+    config = AutoConfig.for_model("gpt_neo", attention_types=[[["global"], 2]], **sizes)
+    assert "fixed size" in why_not(AutoModelForCausalLM.from_config(config))
+    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=128)
+    assert "LinearAttention" in why_not(AutoModelForCausalLM.from_config(config))
 
 
 def test_on_a_cpu_nothing_is_captured(net, engine, recwarn):

@@ -272,7 +272,11 @@ def _cache_why_not(model: PreTrainedModel) -> str | None:
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         return f"its cache has layers of the kind {names}"
-    return "it keeps a state of another kind than keys and values" if has_state(model) else None
+    if has_state(model):
+        return "it keeps a state of another kind than keys and values"
+    # transformers' own word for it, by which it decides what to compile
+    fixed = getattr(model, "_can_compile_fullgraph", False)
+    return None if fixed else "transformers knows no cache of fixed size for it"
 
 
 def wanted(texts: Sequence[Sequence[int]], more: int) -> int:

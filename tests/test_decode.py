@@ -239,6 +239,23 @@ def test_texts_take_turns(net, engine, capturing, ahead, monkeypatch):
     assert [list(row) for row in zip(*pairs)] == alone
 
 
+def test_a_model_has_one_step_at_a_time(net, engine, capturing, monkeypatch):
+    """A text and a batch, token by token: neither leaves its memory with the other."""
+    made, init = [], Captured.__init__
+
+    def noted(self, *arguments):
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    one, several = engine.stream(PROMPTS[0], GREEDY, 8), engine.batch(PROMPTS, [GREEDY] * 2, 8)
+    pairs = []
+    for _ in range(8):
+        pairs.append((next(one), next(several)[1][1]))
+        assert [step.texts for step in made if step.room] == [in_cache(net).texts]
+    assert [list(row) for row in zip(*pairs)] == [generated(net, p, 8) for p in PROMPTS]
+
+
 def test_the_host_takes_turns_too(net, engine):
     streams = [engine.stream(prompt, GREEDY, 9) for prompt in PROMPTS]
     found = [list(row) for row in zip(*zip(*streams))]
@@ -422,6 +439,7 @@ def test_growing_that_fails_leaves_a_step_that_serves_again(net, engine, capturi
         with pytest.raises(torch.OutOfMemoryError):
             list(engine.stream(longer, GREEDY, 9))
     assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
+    assert in_cache(net).held[: len(longer)] == longer
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "mistral"])

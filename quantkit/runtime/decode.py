@@ -117,6 +117,9 @@ class Captured:
         model, before = self._model(), self.room
         self.room, self._replay = 0, self._advance  # its memory first, and nothing half made counts
         if before == 0:
+            if _held.get(model) is not self:
+                release(model)  # who was in the middle of a text takes the place back, and so on
+                _held[model] = self
             self._cache = StaticCache(config=model.config, max_cache_len=room)
             self._cache.layers = _fixed(len(self._cache.layers), room, self.length)
         else:
@@ -211,9 +214,7 @@ def captured(
         return held
     reason = why_not(model)
     if reason is None:
-        release(model)  # its memory first
         made = _tried(model, len(texts), wanted(texts, more))
-        _held[model] = made
         if isinstance(made, Captured):
             return made
         reason = made

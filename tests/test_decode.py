@@ -16,7 +16,7 @@ from kernels import random_weight
 from tools import model
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
 
@@ -27,7 +27,7 @@ from quantkit.runtime import decode, fused
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
 from quantkit.runtime.draw import Draw, alike, candidates
 from quantkit.runtime.follow import follow
-from quantkit.runtime.fused import _agree, _Ours, _rms_norms, fewer_launches
+from quantkit.runtime.fused import FixedLayer, _agree, _Ours, _rms_norms, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
 from quantkit.runtime.kernels import small, support, tune
 from quantkit.runtime.load import load
@@ -136,6 +136,14 @@ def test_caches_that_cannot_be_fixed_are_named(name, capturing):
         )
 
 
+def test_models_that_take_no_cache_of_fixed_size_are_left_alone(capturing):
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 128}
+    config = AutoConfig.for_model("gpt_neo", attention_types=[[["global"], 2]], **sizes)
+    assert "fixed size" in why_not(AutoModelForCausalLM.from_config(config))
+    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=128)
+    assert "LinearAttention" in why_not(AutoModelForCausalLM.from_config(config))
+
+
 def test_on_a_cpu_nothing_is_captured(net, engine, recwarn):
     assert "GPU" in why_not(net)
     list(engine.stream(PROMPTS[0], GREEDY, 2))
@@ -236,6 +244,23 @@ def test_texts_take_turns(net, engine, capturing, ahead, monkeypatch):
     assert [list(row) for row in zip(*pairs)] == alone
 
 
+def test_a_model_has_one_step_at_a_time(net, engine, capturing, monkeypatch):
+    """A text and a batch, token by token: neither leaves its memory with the other."""
+    made, init = [], Captured.__init__
+
+    def noted(self, *arguments):
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    one, several = engine.stream(PROMPTS[0], GREEDY, 8), engine.batch(PROMPTS, [GREEDY] * 2, 8)
+    pairs = []
+    for _ in range(8):
+        pairs.append((next(one), next(several)[1][1]))
+        assert [step.texts for step in made if step.room] == [in_cache(net).texts]
+    assert [list(row) for row in zip(*pairs)] == [generated(net, p, 8) for p in PROMPTS]
+
+
 def test_the_host_takes_turns_too(net, engine):
     streams = [engine.stream(prompt, GREEDY, 9) for prompt in PROMPTS]
     found = [list(row) for row in zip(*zip(*streams))]
@@ -319,6 +344,9 @@ def test_a_cache_grows_and_keeps_what_is_in_it(net, engine, capturing, monkeypat
     assert list(engine.stream(PROMPTS[0], GREEDY, 40)) == generated(net, PROMPTS[0], 40)
     assert sorted(set(rooms)) == [16, 24, 40, 64]
     assert calls == [7] + [1] * 39
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        found = together(engine, prompts, [GREEDY] * 2, 30)
+        assert found == [generated(net, prompt, 30) for prompt in prompts]
 
 
 def test_one_step_serves_all_engines_and_none_reads_what_another_did(net, capturing, monkeypatch):
@@ -403,6 +431,40 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
         calls.clear()
         assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
         forget(net)
+
+
+def test_growing_that_fails_leaves_a_step_that_serves_again(net, engine, capturing, monkeypatch):
+    def full(self, room, used):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    longer = [*PROMPTS[0], *range(20, 40)]
+    list(engine.stream(PROMPTS[0], GREEDY, 3))
+    with monkeypatch.context() as changed:
+        changed.setattr(FixedLayer, "enlarge", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(engine.stream(longer, GREEDY, 9))
+    assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
+    assert in_cache(net).held[: len(longer)] == longer
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mistral"])
+def test_a_computation_that_was_interrupted_between_layers(name):
+    """Some layers know a token more than others then; on a CPU, without a captured step."""
+    loaded, _ = load(str(model(name)), dtype="float32")
+    engine = TorchEngine(loaded, Ids())
+    prompt = list(range(3, 20))
+    meant = generated(loaded, prompt, 8)
+    tokens = engine.stream(prompt, GREEDY, 8)
+    assert [next(tokens), next(tokens)] == meant[:2]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    hook = loaded.base_model.layers[1].register_forward_pre_hook(interrupted)
+    with hook, pytest.raises(KeyboardInterrupt):
+        next(tokens)
+    longer = prompt + meant[:2]
+    assert list(engine.stream(longer, GREEDY, 6)) == meant[2:]
 
 
 # kernels and layers

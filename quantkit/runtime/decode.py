@@ -92,7 +92,7 @@ class Captured:
             for start in range(keep, longest, PREFILL):
                 stop = min(start + PREFILL, longest)
                 seen = self.mask.clone()
-                seen[:, stop:] = False
+                seen[:, stop:] = False  # causal as it is: transformers then needs no mask for it
                 logits = self._run(rows[:, start:stop], places[:, start:stop], seen)
                 self._columns = stop
         self.places.copy_(longest - empty)
@@ -117,6 +117,9 @@ class Captured:
         model, before = self._model(), self.room
         self.room, self._replay = 0, self._advance  # its memory first, and nothing half made counts
         if before == 0:
+            if _held.get(model) is not self:
+                release(model)  # who was in the middle of a text takes the place back, and so on
+                _held[model] = self
             self._cache = StaticCache(config=model.config, max_cache_len=room)
             self._cache.layers = _fixed(len(self._cache.layers), room, self.length)
         else:
@@ -211,9 +214,7 @@ def captured(
         return held
     reason = why_not(model)
     if reason is None:
-        release(model)  # its memory first
         made = _tried(model, len(texts), wanted(texts, more))
-        _held[model] = made
         if isinstance(made, Captured):
             return made
         reason = made
@@ -272,7 +273,11 @@ def _cache_why_not(model: PreTrainedModel) -> str | None:
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         return f"its cache has layers of the kind {names}"
-    return "it keeps a state of another kind than keys and values" if has_state(model) else None
+    if has_state(model):
+        return "it keeps a state of another kind than keys and values"
+    # transformers' own word for it, by which it decides what to compile
+    fixed = getattr(model, "_can_compile_fullgraph", False)
+    return None if fixed else "transformers knows no cache of fixed size for it"
 
 
 def wanted(texts: Sequence[Sequence[int]], more: int) -> int:

@@ -195,10 +195,8 @@ class CacheState:
 
     def compute(self, ids: list[int]) -> Tensor:
         """Logits [vocab] behind ``ids`` after what is held."""
-        before, self._length = (
-            self._length,
-            -1,
-        )  # nothing that can be gone on from, until it is there
+        before = self._length
+        self._length = -1  # what is interrupted in the middle counts for nothing
         out = self._model(
             input_ids=torch.tensor([ids], device=self._model.device),
             use_cache=True,

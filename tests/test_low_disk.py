@@ -32,7 +32,7 @@ def in_pieces(monkeypatch):
 
 
 def weights_here(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "cache").rglob(WEIGHTS)]
+    return list((tmp_path / "cache").rglob(WEIGHTS))
 
 
 def moved(hub: Hub) -> int:

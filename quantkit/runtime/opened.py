@@ -45,8 +45,7 @@ class Packed:
 class Opened(Protocol):
     """A checkpoint that was looked at. ``format`` is the name of a file in formats/, or ``dense``;
     ``config`` what it says of its quantization; ``dense`` all tensors that are no part of a
-    quantized linear; ``files`` what decides what the model is (those of ``source.remote`` may not be
-    there)."""
+    quantized linear; ``files`` what decides what the model is, also what is still on the Hub."""
 
     source: Source
     format: str

@@ -22,6 +22,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The API key is missing or wrong"},
     403: {"description": "Called under a wrong host name, or by another site's page"},
     404: {"description": "No such model"},
+    408: {"description": "The body arrived too slowly"},
     413: {"description": "The body is too large"},
     415: {"description": "The body is not application/json"},
     429: {"description": "Too many requests are waiting"},
@@ -44,8 +45,8 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         for model in models:
+            model.vocabulary.close()  # it may be the engine's own
             model.engine.close()
-            model.vocabulary.close()
 
     app = FastAPI(
         title="quantkit serve",

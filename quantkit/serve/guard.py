@@ -1,4 +1,4 @@
-"""Who may ask: the host name, the origin, the key and the type of what is sent.
+"""Who may ask: the host name, the origin, the key, and the type, size and pace of what is sent.
 
 A server on 127.0.0.1 is reachable from every page that the user's browser shows. Three checks keep
 such pages out: the Host header (a page can point its own name at 127.0.0.1), the Origin header, and
@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantkit.serve.arriving import in_time
 from quantkit.serve.errors import error_body
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -34,7 +35,7 @@ class Guard:
             return
         refusal = self._refusal(scope, Headers(scope=scope))
         if refusal is None:
-            await self._app(scope, receive, send)
+            await self._app(scope, in_time(receive), send)
             return
         status, message, headers = refusal
         await JSONResponse(error_body(status, message), status, headers)(scope, receive, send)

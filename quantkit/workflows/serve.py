@@ -13,7 +13,6 @@ from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
     import uvicorn
-    from starlette.types import ASGIApp
 
 KEY = "QUANTKIT_API_KEY"  # the environment variable
 _HEADERS = 32 << 10  # bytes of a request's head
@@ -69,7 +68,7 @@ def serve(
         raise QuantkitError(f"the engine of {' and '.join(dead)} has failed", "see above for why")
 
 
-def configuration(app: "ASGIApp", drain_seconds: int) -> "uvicorn.Config":
+def configuration(app: Any, drain_seconds: int) -> "uvicorn.Config":
     """How ``app`` is served."""
     import uvicorn
 

@@ -172,7 +172,9 @@ def test_who_may_not_push(hub, made, monkeypatch, capsys, token, repository, cod
 # faults
 
 
-@pytest.mark.parametrize("place", ["repos/create", "preupload", "objects/batch", "lfs/", "commit/"])
+@pytest.mark.parametrize(
+    "place", ["repos/create", "preupload", "objects/batch", "^lfs/", "commit/"]
+)
 def test_a_push_that_fails_publishes_nothing_and_goes_on(writer, made, place, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     writer.instead = faults(place, 400, message=f"Invalid credentials, {WRITER}")
@@ -266,11 +268,14 @@ def test_a_push_behind_a_quantization_fails_and_says_how_to_go_on(writer, tmp_pa
     assert without_attributes(writer) == files(out)
 
 
-def test_push_is_refused_before_anything_is_quantized(hub, tmp_path, capsys):
+def test_push_is_refused_before_anything_is_quantized(hub, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     for name, message in ((REPO, "needs a token"), ("x", "no name of a repository")):
         assert command("gptq", "demo", "--out", out, "--push", name) == 2
         assert message in sentence(capsys.readouterr().err)[0]
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    assert command("gptq", "demo", "--out", out, "--push", REPO) == 1
+    assert "does not accept the token" in sentence(capsys.readouterr().err)[0]
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,7 @@ from tools import command, sentence
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.serve import arriving
+from quantkit.serve.guard import TAKING
 from quantkit.workflows.serve import serve
 from quantkit.workflows.serve_models import names_of
 
@@ -295,8 +296,17 @@ def test_other_names_and_other_sites_are_refused(server):
         ):
             assert http.get("/v1/models", headers=headers).status_code == code, headers
         assert "access-control-allow-origin" not in http.get("/v1/models").headers
-        simple = http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
-        assert simple.status_code == 415
+
+
+def test_what_a_page_may_send_to_other_sites_is_taken_nowhere(server):
+    """Every path that there is takes JSON, or no body."""
+    with server.client() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+        for path, methods in paths.items():
+            for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+                sent = http.post(path, content=b"{}", headers={"content-type": kind})
+                assert sent.status_code == (415 if "post" in methods else 405), path
+    assert {path for path, methods in paths.items() if "post" in methods} == set(TAKING)
 
 
 def test_a_key_is_needed_where_there_is_one():

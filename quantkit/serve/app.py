@@ -28,6 +28,12 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     429: {"description": "Too many requests are waiting"},
     503: {"description": "The engine has failed"},
 }
+_ANSWERS = {
+    200: {
+        "description": "One object; with stream=true the same in pieces, as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
+} | _REFUSALS
 
 
 def create_app(
@@ -80,12 +86,12 @@ def create_app(
         except Gone:
             return Response(status_code=499)  # nobody reads it; the metrics count it
 
-    @app.post("/v1/chat/completions", responses=_REFUSALS)
+    @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """An answer to messages."""
         return await answer(body, request)
 
-    @app.post("/v1/completions", responses=_REFUSALS)
+    @app.post("/v1/completions", responses=_ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, or token ids."""
         return await answer(body, request)

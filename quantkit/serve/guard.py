@@ -18,6 +18,7 @@ from quantkit.serve.errors import error_body
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _OPEN = ("/", "/health")  # and the page's files: nothing about the models is in them
 PAGE = "/page/"
+TAKING = ("/v1/chat/completions", "/v1/completions")  # the only paths that take a body
 MAX_BODY = 4 << 20  # bytes
 
 
@@ -52,9 +53,9 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > MAX_BODY:
             return 413, f"the body is larger than {MAX_BODY} bytes", {}
-        if scope["method"] == "POST":
+        if scope["path"] in TAKING:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if scope["method"] == "POST" and kind != "application/json":
                 return 415, "send application/json", {}
         return None
 

@@ -158,12 +158,8 @@ def different(files: list[Path], repository: str, commit: str) -> list[str]:
 @contextmanager
 def _uploads() -> Iterator[None]:
     """The client wraps what went wrong with an upload into errors without a kind."""
-    from huggingface_hub import errors
-
     try:
         yield
-    except errors.HfHubHTTPError:  # some of them are ValueErrors, too
-        raise
     except RuntimeError as error:
         if isinstance(error.__cause__, OSError):  # what the Hub answered, or the network
             raise error.__cause__ from error

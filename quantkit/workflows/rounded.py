@@ -90,7 +90,7 @@ class Rounded:
         return self.opened.tokenizer()
 
     def release(self) -> None:
-        self._last.found = None
+        self._last.weight = self._last.rounding = None
         self.opened.release()
 
     def names(self, prefix: str) -> list[str]:
@@ -133,8 +133,14 @@ class Rounded:
         return QWeight(row.scheme, codes, scale, spread(row.zero), minimum=minimum)
 
     def weight(self, prefix: str) -> Tensor:
-        """The original weight [out, in], in its own dtype. Raises QuantkitError when it has numbers
-        that are none."""
+        """The original weight [out, in], in its own dtype; the thread's last one is kept until it
+        calls ``release``. Raises QuantkitError when it has numbers that are none."""
+        last: tuple[str, Tensor] | None = getattr(self._last, "weight", None)
+        if last is None or last[0] != prefix:
+            last = self._last.weight = prefix, self._read(prefix)
+        return last[1]
+
+    def _read(self, prefix: str) -> Tensor:
         weight = self.opened.dense.get(f"{prefix}.weight")
         if not bool(weight.isfinite().all()):
             raise QuantkitError(
@@ -144,9 +150,9 @@ class Rounded:
 
     def rounding(self, prefix: str) -> Rounding:
         """A linear, rounded; the thread's last one is kept until it calls ``release``."""
-        last: tuple[str, Rounding] | None = getattr(self._last, "found", None)
+        last: tuple[str, Rounding] | None = getattr(self._last, "rounding", None)
         if last is None or last[0] != prefix:
-            last = self._last.found = prefix, self.rounder(self.weight(prefix))
+            last = self._last.rounding = prefix, self.rounder(self.weight(prefix))
         return last[1]
 
     def qweight(self, prefix: str) -> QWeight:

@@ -8,34 +8,25 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.errors import QuantkitError
 from quantkit.runtime.linear import QuantLinear
-from quantkit.runtime.walk import Block, features, is_linear
+from quantkit.runtime.walk import Block, is_linear
 
-GIVE_IT = "give the model that was quantized with --against"
 _ROWS = 64  # of a weight are enough to see where it lies
 _EXACT = 200.0  # dB; what is closer counts as this close
 
 
 class LayerErrors:
-    """Compares the outputs of a block's linears with those of ``other``, given the original's
-    inputs. Linears with the very same weight are left out. Raises QuantkitError when the other
-    model does not have the block's linears; ``names``: what to call the two."""
+    """Compares the outputs of a block's linears with those of ``other``, the same block of another
+    model, given the original's inputs. Linears with the very same weight are left out."""
 
-    def __init__(self, block: Block, other: nn.Module, names: tuple[str, str]) -> None:
+    def __init__(self, block: Block, other: Block) -> None:
         self._block = block
         self._sums: dict[str, Tensor] = {}
         self._others: dict[str, nn.Module] = {}
-        theirs = dict(other.named_modules())
         for name, module in block.module.named_modules():
             if not is_linear(module):
                 continue
-            found = theirs.get(f"{block.name}.{name}")
-            if found is None or _shape(found) != features(module):
-                raise QuantkitError(
-                    f"{names[0]} was not made from {names[1]}: they differ in {block.name}.{name}",
-                    GIVE_IT,
-                )
+            found = other.linear(name)
             if not (is_linear(found) and torch.equal(found.weight, module.weight)):
                 self._others[name] = found
 
@@ -81,12 +72,6 @@ def _offset(other: nn.Module, linear: nn.Module) -> float | None:
     steps = (q.dequantize() - rows) / q.scale.float()[:, q.group_index()]
     groups = steps.split(q.scheme.width(other.in_features), dim=1)
     return float(torch.stack([group.mean(1) for group in groups]).median())
-
-
-def _shape(module: nn.Module) -> tuple[Any, Any]:
-    if is_linear(module):
-        return features(module)
-    return getattr(module, "out_features", None), getattr(module, "in_features", None)
 
 
 def _numbers(lost: float, had: float, found: float, both: float) -> dict[str, float]:

@@ -8,12 +8,13 @@ A packed weight becomes a QuantLinear when its part of the model is filled, and 
 again when that part is emptied. So a walk computes what the loaded model would.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.runtime.activation import scale_activations
 from quantkit.runtime.linear import quantized_linear
@@ -25,14 +26,21 @@ if TYPE_CHECKING:
 
 
 class QuantSkeleton(Skeleton):
-    """``opened``: a checkpoint that was looked at. Raises QuantkitError when it has packed weights
-    that the model has no place for."""
+    """``opened``: a checkpoint that was looked at. ``see`` is called with the name in the model of
+    every packed weight that is read, and with the weight. Raises QuantkitError when there are
+    packed weights that the model has no place for."""
 
-    def __init__(self, opened: "Opened", device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        opened: "Opened",
+        device: torch.device,
+        dtype: torch.dtype,
+        see: Callable[[str, QWeight], None] = lambda name, q: None,
+    ) -> None:
         described = opened.model_config if opened.format == "gguf" else None
         super().__init__(opened.source, opened.dense, device, dtype, described)
         scale_activations(self, opened)
-        self._opened = opened
+        self._opened, self._see = opened, see
         self._places: dict[str, tuple[str, nn.Module]] = {}  # by name in the model: prefix, linear
         for prefix in opened.linears:
             name = self.live_name(f"{prefix}.weight").removesuffix(".weight")
@@ -47,7 +55,9 @@ class QuantSkeleton(Skeleton):
         wanted = tuple(prefixes)
         for name, (prefix, empty) in self._places.items():
             if under(name, wanted):
-                self._put(name, self._quantized(prefix, empty))
+                q = self._opened.qweight(prefix)
+                self._see(name, q)
+                self._put(name, self._quantized(q, prefix, empty))
         super().fill(wanted)
 
     def empty(self, module: nn.Module) -> None:
@@ -61,9 +71,8 @@ class QuantSkeleton(Skeleton):
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, module)
 
-    def _quantized(self, prefix: str, empty: nn.Module) -> nn.Module:
+    def _quantized(self, q: QWeight, prefix: str, empty: nn.Module) -> nn.Module:
         """The layer for a packed weight; its bias, if it has one, is filled in as any other."""
-        q = self._opened.qweight(prefix)
         new = quantized_linear(q, empty.bias is not None, self.device, self.dtype)
         found = (new.out_features, new.in_features)
         if features(empty) != found:

@@ -18,7 +18,6 @@ from quantkit.core.progress import Progress, Step
 from quantkit.core.source import DEMO, Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device, pick_dtype
-from quantkit.runtime.opened import Opened, recorded
 from quantkit.workflows import card, divergence, sizes, verdict
 from quantkit.workflows.calibrate import longest_row
 from quantkit.workflows.candidate import Candidate
@@ -211,15 +210,15 @@ class Bench:
         """What is known behind the last block, before anything is predicted."""
         reference = self.reference
         result = Verification(source.name, reference.source.name, notes=list(self._notes))
-        result.layers = {name: {**one, "predicted": None} for name, one in candidate.layers.items()}
+        result.layers = candidate.layers
         result.size = {
             "bytes": sizes.bytes_of(candidate.opened),
             "original_bytes": reference.bytes,
             "bits_per_weight": sizes.bits_per_weight(candidate.opened),
             "memory": candidate.census.bytes,
         }
-        _add_record(candidate.opened, reference, result)
-        result.settings |= {**self._settings, "engine": candidate.engine}
+        made = {"quantization": _made(candidate)}
+        result.settings = {**made, **self._settings, "engine": candidate.engine}
         result.nonfinite = _with_layers(candidate.census.nonfinite, result.layers)
         return result
 
@@ -267,20 +266,16 @@ def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str,
     return sets
 
 
-def _add_record(opened: Opened, reference: Reference, result: Verification) -> None:
-    """What quantkit.json says of how the model was made, and what its layers were to lose."""
-    record = recorded(opened)
-    said = record.get("layers")
-    for disk, layer in said.items() if isinstance(said, dict) else ():
-        live = reference.skeleton.live_name(f"{disk}.weight").removesuffix(".weight")
-        predicted = layer.get("error") if isinstance(layer, dict) else None
-        if live in result.layers and isinstance(predicted, int | float):
-            result.layers[live]["predicted"] = float(predicted)
-    made = record.get("settings")
-    result.settings["quantization"] = {
-        "format": opened.format,
+def _made(candidate: Candidate) -> dict[str, Any]:
+    """How the model was made, as far as quantkit.json says it."""
+    record = candidate.record
+    settings, rows = record.get("settings"), record.get("calibration")
+    tokens = rows.get("tokens") if isinstance(rows, dict) else None
+    return {
+        "format": candidate.opened.format,
         **({"method": record["method"]} if "method" in record else {}),
-        **(made if isinstance(made, dict) else {}),
+        **({"calibration_tokens": tokens} if isinstance(tokens, int) else {}),
+        **(settings if isinstance(settings, dict) else {}),
     }
 
 

@@ -404,7 +404,8 @@ def _keep(
     done: dict[str, Any],
 ) -> None:
     """A block into the output's files and then into the ledger, while the next one computes."""
-    stored.write(plan, index, outcome, writer)
+    for name, found in stored.write(plan, index, outcome, writer).items():
+        done["layers"][name]["digest"] = found
     ledger.finish(part, done)
 
 
@@ -421,10 +422,12 @@ def _quantize_head(
     """The last part: ``full`` is what the original model gives its final norm for ``rows``."""
     with report.timing("solve"):
         outcome = heading.solve(plan, job, walk, rows, full)
+    done = _described([job], outcome)
     with report.timing("write"):
-        stored.write_linear(plan, job, outcome.linears[job.inner], writer)
+        found = stored.write_linear(plan, job, outcome.linears[job.inner], writer)
+        done["layers"][job.disk]["digest"] = found
         writer.sync()
-    ledger.finish(job.name, _described([job], outcome))
+    ledger.finish(job.name, done)
 
 
 def _solve(

@@ -8,7 +8,7 @@ from typing import NoReturn
 import click
 
 from quantkit import __version__
-from quantkit.cli import process
+from quantkit.cli import process, several
 from quantkit.errors import QuantkitError, QuantkitWarning
 
 # one file per command; the help is here so that showing it imports nothing
@@ -68,6 +68,7 @@ def run() -> NoReturn:
     """The ``quantkit`` command: the command line in a process of its own."""
     process.prepare()
     try:
+        several.begin(sys.argv[1:], _say)
         main()
     except SystemExit as end:
         process.leave(int(end.code or 0))
@@ -85,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        if several.tells():
+            error.show()
         sys.exit(error.exit_code)
     except QuantkitError as error:
         _say(error.message, error.hint)
@@ -100,6 +102,8 @@ def _warn(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 
 def _say(message: str, hint: str | None) -> None:
+    if not several.tells():
+        return
     click.secho("error: ", fg="red", bold=True, err=True, nl=False)
     click.echo(message, err=True)
     if hint:

@@ -114,7 +114,8 @@ def check_enough(rows: Calibration, ranks: int) -> None:
     """Raises UsageError when some of the ranks would have nothing to do."""
     if len(rows.rows) < ranks:
         raise UsageError(
-            f"{len(rows.rows)} rows of calibration text are too few for {ranks} processes",
+            f"{ranks} processes need at least {ranks} rows of calibration text, not "
+            f"{len(rows.rows)}",
             "start fewer processes, or use more --calib-rows",
         )
 

@@ -361,7 +361,9 @@ def _walk_blocks(
     ride.start(hidden[len(rows) :][: len(ride.batches)])
     del hidden
     quantized = gather.copied(full) if plan.method.aligned else None
-    finished = ranks.share({part: ledger.report(part) for part in ledger} if ledger is not None else None)
+    finished = ranks.share(
+        {part: ledger.report(part) for part in ledger} if ledger is not None else None
+    )
     solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")

@@ -208,11 +208,13 @@ def on_ranks(size, tmp_path, out, carry=quantize, source=None, **settings):
     assert found == [rank == 0 for rank in range(size)]
 
 
-def rows(folder: Path, count: int) -> str:
-    """So many rows of 64 random tokens, as calibration text."""
-    ids = torch.randint(1, 8000, (count, 64), generator=torch.Generator().manual_seed(3))
+def rows(folder: Path, *shapes: tuple[int, int]) -> str:
+    """Rows of random tokens, so many of such a length, as calibration text."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(1, 8000, shape, generator=generator).tolist() for shape in shapes]
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
+    lines = [json.dumps({"input_ids": row}) + "\n" for some in ids for row in some]
+    file.write_text("".join(lines))
     return str(file)
 
 
@@ -228,8 +230,7 @@ def compared(one: Path, other: Path) -> tuple[float, list[float]]:
 
 def same_files(one: Path, other: Path) -> None:
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-    for name in ("config.json", "quantize_config.json"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
 
 
 def near_enough(one: Path, other: Path, codes: float = 0.999, error: float = 1e-3) -> None:
@@ -301,8 +302,10 @@ def test_rows_of_several_comparisons_in_one():
 
 
 def test_awq(tmp_path):
-    """Rows enough for the same micro-batches: so the same scales are tried on the same samples."""
-    settings = {"calib": (rows(tmp_path, 128),), "refine": "none"}
+    """Rows enough for the same micro-batches: so the same scales are tried on the same samples.
+    Each process has micro-batches of a shape that the other one has not."""
+    settings = {"calib": (rows(tmp_path, (64, 64), (128, 32)),), "refine": "none"}
+    settings |= {"calib_rows": 192}
     settings = {name: value for name, value in {**SMALL, **settings}.items() if name != "fast"}
     source = str(model("gpt_neox"))
     quantize_awq(source, tmp_path / "one", **settings)
@@ -420,6 +423,29 @@ def test_what_all_processes_have_to_tell_is_told_once(tmp_path):
         started = Started(2, run(arguments), tmp_path)
         assert started.wait() == [code, code]
         assert (started.said("out") + started.said()).count(told) == 1
+
+
+def test_what_the_first_has_to_tell_while_the_others_wait(tmp_path):
+    missing = ["--calib", tmp_path / "missing.jsonl", "--out", tmp_path / "out"]
+    started = Started(3, run(["gptq", "demo", *missing]), tmp_path)
+    assert all(started.wait(30))
+    message, _ = sentence(started.said())
+    assert "missing.jsonl" in message
+
+
+def test_a_process_that_waits_in_vain_can_be_stopped(tmp_path):
+    """Python's own signal handlers would run when the collective returns, which it does not."""
+    out = tmp_path / "out"
+    started = Started(2, run([*OPTIONS, "--out", out]), tmp_path)
+    until_solved(out, started)
+    os.kill(started.processes[1].pid, signal.SIGSTOP)
+    time.sleep(3)
+    assert started.processes[0].is_alive()
+    os.kill(started.processes[0].pid, signal.SIGTERM)
+    started.processes[0].join(10)
+    started.kill(1)
+    assert started.wait() == [1, -signal.SIGKILL]
+    assert "one of the processes has ended, or was told to" in started.said()
 
 
 def test_ctrl_c(tmp_path):

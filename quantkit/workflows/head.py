@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.checkpoint import ShardWriter
-from quantkit.core.qweight import QWeight
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.runtime import gather

@@ -349,7 +349,7 @@ def _walk_blocks(
     behind: Behind,
     ahead: Staging | None,
 ) -> None:
-    """Each rank does this with its part of the rows; only the first has ``writer`` and ``ledger``."""
+    """Each rank walks with its part of the rows; the first one has ``writer`` and ``ledger``."""
     cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
     ride = RideAlong(rides, plan.tokens_compared, ranks)
@@ -361,9 +361,7 @@ def _walk_blocks(
     ride.start(hidden[len(rows) :][: len(ride.batches)])
     del hidden
     quantized = gather.copied(full) if plan.method.aligned else None
-    finished = ranks.share(
-        {part: ledger.report(part) for part in ledger} if ledger is not None else None
-    )
+    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
     solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
+from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.walk import Block, InputGroup
 
 Stats = dict[InputGroup, InputStats]
@@ -24,12 +25,14 @@ def observe(
     groups: list[InputGroup],
     keep: list[InputGroup],
     every: int = 1,
+    ranks: Ranks = ALONE,
 ) -> tuple[Stats, dict[InputGroup, list[Tensor]]]:
     """Run all rows once. Returns the statistics of the inputs of ``groups``, from one token in
     ``every``, and every output of the linears ``keep``; ``hidden`` then holds the block's outputs.
+    On several ranks the statistics are those of this one's rows.
     """
-    device, calls = hidden[0].device, len(hidden)
-    stats = {group: InputStats(group.width, device, None, calls, every) for group in groups}
+    device, (count, first) = hidden[0].device, calls(hidden, ranks)
+    stats = {group: InputStats(group.width, device, None, count, every, first) for group in groups}
     kept = {group: copied(hidden) for group in keep}
     free = {group: iter(kept[group]) for group in keep}
     with (
@@ -48,15 +51,14 @@ def observe_drift(
     wanted: dict[InputGroup, list[Tensor]],
     closing: list[Tensor],
     every: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Stats:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
     statistics of its inputs (one token in ``every``) and of the difference between the outputs that
     it should have had and those it has. For a linear that closes the block, that is the difference
     between the block's wanted outputs, ``closing``, and its actual ones."""
-    stats = {
-        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1], len(hidden), every)
-        for group in wanted
-    }
+    device, out, (count, first) = hidden[0].device, hidden[0].shape[-1], calls(hidden, ranks)
+    stats = {group: InputStats(group.width, device, out, count, every, first) for group in wanted}
     held: dict[InputGroup, Tensor] = {}
 
     def hook(group: InputGroup, index: int) -> Callable[[Tensor, Tensor], None]:
@@ -100,12 +102,21 @@ def mean_squares(
     return {group: sums[group] / count[group] for group in groups if count[group]}
 
 
-def spacing(hidden: list[Tensor], width: int, tokens_per_input: int | None) -> int:
+def calls(hidden: list[Tensor], ranks: Ranks) -> tuple[int, int]:
+    """How many micro-batches all ranks have, and how many of them come before this rank's."""
+    counts = ranks.everyone(len(hidden))
+    return sum(counts), sum(counts[: ranks.rank])
+
+
+def spacing(
+    hidden: list[Tensor], width: int, tokens_per_input: int | None, ranks: Ranks = ALONE
+) -> int:
     """One token in how many leaves at least ``tokens_per_input`` (None: all) for each of ``width``
     features, and one of every micro-batch."""
     if tokens_per_input is None:
         return 1
-    tokens = [x.shape[0] * x.shape[1] for x in hidden]
+    own = [x.shape[0] * x.shape[1] for x in hidden]
+    tokens = [count for counts in ranks.everyone(own) for count in counts]
     return max(1, min(sum(tokens) // (tokens_per_input * width), *tokens))
 
 

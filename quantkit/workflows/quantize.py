@@ -25,8 +25,9 @@ from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
 from quantkit.runtime import gather
-from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.device import pick_dtype
 from quantkit.runtime.kernels import cpu_attention
+from quantkit.runtime.ranks import Ranks, join
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import Staging, staging
 from quantkit.runtime.tokenizer import load_tokenizer
@@ -36,8 +37,7 @@ from quantkit.workflows import head as heading
 from quantkit.workflows import legacy, seal, stored
 from quantkit.workflows import plan as planning
 from quantkit.workflows.ahead import Behind, one_behind
-from quantkit.workflows.budget import Budget
-from quantkit.workflows.calibrate import batches, calibrate, longest_row
+from quantkit.workflows.calibrate import calibrate, check_enough, longest_row, shared
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.method import Method, Originals, Outcome
@@ -157,9 +157,11 @@ def quantize(
 def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     """Quantize with any method. Raises and resumes as :func:`quantize` does."""
     started = time.perf_counter()
+    ranks = join()
+    progress = progress if ranks.first else Progress()
     shard = size_in_bytes(task.max_shard_size)
-    on = pick_device(task.device)
-    source = resolve(task.model, task.revision, low_disk=task.low_disk)
+    on = ranks.connect(task.device)
+    source = ranks.first_on_host(lambda: resolve(task.model, task.revision, low_disk=task.low_disk))
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     output.keep_apart(source)
@@ -174,27 +176,31 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     beside = sum(path.stat().st_size for path in companions(source))
     if task.budget:
         budgeting.check(plan, task.budget, beside)
-    else:
+    elif ranks.first:
         output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
     longest = longest_row(skeleton)
-    rows = calibrate(
-        source,
-        tokenizer,
-        [*task.calib],
-        rows=task.calib_rows,
-        seqlen=task.calib_seqlen,
-        longest=longest,
-        seed=task.seed,
-        device=on,
+    rows = ranks.from_first(
+        lambda: calibrate(
+            source,
+            tokenizer,
+            [*task.calib],
+            rows=task.calib_rows,
+            seqlen=task.calib_seqlen,
+            longest=longest,
+            seed=task.seed,
+            device=on,
+        )
     )
-    report = Report(output.folder, plan, rows)
+    check_enough(rows, ranks.size)
+    report = Report(output.folder, plan, rows, ranks.size)
     if task.budget:
         with report.timing("choose"):
-            plan = _within(task.budget, plan, rows, output, beside, report, task.dry_run, progress)
+            plan = _within(task, plan, rows, output, beside, report, progress, ranks)
         layout, report.plan = plan.layout, plan
-        output.check_space(plan.output_bytes)
+        if ranks.first:
+            output.check_space(plan.output_bytes)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
     report.fallbacks += rows.short
     if task.strict and report.fallbacks:
@@ -205,16 +211,22 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     for text in report.fallbacks:
         progress.warn(text)
     if task.dry_run:
+        ranks.leave()
         return report
 
+    tokens = min(TOKENS, longest or TOKENS)
+    rides = held_out(tokenizer, tokens=tokens) if task.check else {}
+    if not ranks.first:
+        _quantize_blocks(plan, None, None, report, rides, task.strict, progress, ranks)
+        ranks.leave()
+        return report
     hashes = provenance.hash_files(planning.source_files(source, weights), weights.remote)
     with disk_errors(output.folder):
         writer, ledger = _begin(plan, rows, output)
         try:
             _copy_dense(plan, writer, ledger, report)
-            tokens = min(TOKENS, longest or TOKENS)
-            rides = held_out(tokenizer, tokens=tokens) if task.check else {}
-            _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress)
+            _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress, ranks)
+            ranks.leave()
             with report.timing("seal"):
                 seal.seal(report, output, writer, task, hashes.result())
         finally:
@@ -224,23 +236,26 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
 
 
 def _within(
-    budget: Budget,
+    task: Task,
     plan: Plan,
     rows: Calibration,
     output: Output,
     beside: int,
     report: Report,
-    dry_run: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> Plan:
-    """The plan with the schemes that lose least under the budget, measured now or by an interrupted
-    run."""
-    fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
-    with disk_errors(output.folder):
-        parts = budgeting.kept(output.partial, fingerprint)
-        if parts is not None:
-            choice = budgeting.again(plan, parts)
-        else:
+    """The plan with the schemes that lose least under the budget, measured now, on one rank, or by
+    an interrupted run."""
+    budget = task.budget
+    assert budget is not None
+
+    def parts() -> list[dict[str, Any]]:
+        fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
+        with disk_errors(output.folder):
+            known = budgeting.kept(output.partial, fingerprint)
+            if known is not None:
+                return known
             # zero points and the order of columns as they will be, without the last rounds
             options = gptq.Options(
                 plan.method.resolved().get("act_order", "static"),
@@ -257,8 +272,11 @@ def _within(
                 options,
                 progress,
             )
-            if not dry_run:
+            if not task.dry_run:
                 budgeting.keep(output.partial, fingerprint, choice)
+        return choice.parts
+
+    choice = budgeting.again(plan, ranks.from_first(parts))
     report.budget = choice.described(budget)
     return choice.plan
 
@@ -305,16 +323,17 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
 
 def _quantize_blocks(
     plan: Plan,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
     rides: dict[str, list[list[int]]],
     strict: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> None:
     threaded = _threaded(plan.skeleton.device)
     with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
-        _walk_blocks(plan, writer, ledger, report, rides, strict, progress, behind, ahead)
+        _walk_blocks(plan, writer, ledger, report, rides, strict, progress, ranks, behind, ahead)
 
 
 def _threaded(device: torch.device) -> bool:
@@ -325,26 +344,30 @@ def _threaded(device: torch.device) -> bool:
 
 def _walk_blocks(
     plan: Plan,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
     rides: dict[str, list[list[int]]],
     strict: bool,
     progress: Progress,
+    ranks: Ranks,
     behind: Behind,
     ahead: Staging | None,
 ) -> None:
+    """Each rank walks with its part of the rows; the first one has ``writer`` and ``ledger``."""
     cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
-    ride = RideAlong(rides, plan.tokens_compared)
-    rows = batches(report.calibration.rows, plan.tokens_at_once)
+    ride = RideAlong(rides, plan.tokens_compared, ranks)
+    everyone = shared(report.calibration.rows, plan.tokens_at_once, ranks.size)
+    rows = everyone[ranks.part(len(everyone))]
     with report.timing("embed"):
-        hidden = walk.embed(rows + ride.batches)
+        hidden = walk.embed(rows + ride.batches + _other_shapes(everyone, rows))
     full = gather.copied(hidden[: len(rows)])
-    ride.start(hidden[len(rows) :])
+    ride.start(hidden[len(rows) :][: len(ride.batches)])
     del hidden
     quantized = gather.copied(full) if plan.method.aligned else None
-    solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
+    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
+    solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
     parts = len(walk) + (plan.layout.head is not None)
@@ -360,14 +383,14 @@ def _walk_blocks(
                 ahead.begin(walk.block_name(index + 1))
             with report.timing("check"):
                 ride.before(block)
-            if part in ledger:
+            if part in finished:
+                done = finished[part]
                 with report.timing("replay"):
                     gather.advance(block, full)
-                    stored.put_finished(plan, index, block, writer, ledger.report(part)["others"])
-                done = ledger.report(part)
+                    stored.put_finished(plan, index, block, writer, done["others"], ranks)
             else:
                 with report.timing("solve"):
-                    outcome = _solve(plan, index, block, full, quantized)
+                    outcome = _solve(plan, index, block, full, quantized, ranks)
                 done = _described(jobs, outcome)
                 with report.timing("write"):
                     behind(_keep, plan, index, outcome, writer, ledger, part, done)
@@ -384,29 +407,39 @@ def _walk_blocks(
     job = plan.layout.head
     if job:
         started = time.perf_counter()
-        if job.name not in ledger:
-            _quantize_head(plan, job, walk, rows, full, writer, ledger, report)
-        loss = _tell([job], ledger.report(job.name)["layers"], plan, report, strict, progress)
+        done = finished.get(job.name)
+        if done is None:
+            done = _quantize_head(plan, job, walk, rows, full, writer, ledger, report, ranks)
+        loss = _tell([job], done["layers"], plan, report, strict, progress)
         progress.step(Step(parts, parts, job.name, loss, time.perf_counter() - started))
     progress.end()
     if rides:
         with report.timing("check"):
-            report.measured = ride.finish(walk, heading.written(plan, job, writer) if job else None)
+            head = heading.written(plan, job, writer, ranks) if job else None
+            report.measured = ride.finish(walk, head)
+
+
+def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """A micro-batch of every shape that only other ranks have."""
+    known = {batch.shape for batch in own}
+    found = {batch.shape: batch for batch in everyone if batch.shape not in known}
+    return [*found.values()]
 
 
 def _keep(
     plan: Plan,
     index: int,
     outcome: Outcome,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     part: str,
     done: dict[str, Any],
 ) -> None:
     """A block into the output's files and then into the ledger, while the next one computes."""
-    for name, found in stored.write(plan, index, outcome, writer).items():
-        done["layers"][name]["digest"] = found
-    ledger.finish(part, done)
+    if writer and ledger is not None:
+        for name, found in stored.write(plan, index, outcome, writer).items():
+            done["layers"][name]["digest"] = found
+        ledger.finish(part, done)
 
 
 def _quantize_head(
@@ -415,26 +448,34 @@ def _quantize_head(
     walk: Walk,
     rows: list[Tensor],
     full: list[Tensor],
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
-) -> None:
+    ranks: Ranks,
+) -> dict[str, Any]:
     """The last part: ``full`` is what the original model gives its final norm for ``rows``."""
     with report.timing("solve"):
-        outcome = heading.solve(plan, job, walk, rows, full)
+        outcome = heading.solve(plan, job, walk, rows, full, ranks)
     done = _described([job], outcome)
-    with report.timing("write"):
-        found = stored.write_linear(plan, job, outcome.linears[job.inner], writer)
-        done["layers"][job.disk]["digest"] = found
-        writer.sync()
-    ledger.finish(job.name, done)
+    if writer and ledger is not None:
+        with report.timing("write"):
+            found = stored.write_linear(plan, job, outcome.linears[job.inner], writer)
+            done["layers"][job.disk]["digest"] = found
+            writer.sync()
+        ledger.finish(job.name, done)
+    return done
 
 
 def _solve(
-    plan: Plan, index: int, block: Block, full: list[Tensor], quantized: list[Tensor] | None
+    plan: Plan,
+    index: int,
+    block: Block,
+    full: list[Tensor],
+    quantized: list[Tensor] | None,
+    ranks: Ranks,
 ) -> Outcome:
     """The method on a block, with the checkpoint's own weights at hand."""
-    return plan.method.solve(block, _originals(plan, index, block), full, quantized)
+    return plan.method.solve(block, _originals(plan, index, block), full, quantized, ranks)
 
 
 def _originals(plan: Plan, index: int, block: Block) -> Originals:

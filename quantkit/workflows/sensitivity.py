@@ -131,7 +131,7 @@ class _Part:
         """Relative output error, and the rounded weights, one above the other."""
         weight, gram = torch.cat(self.weights), self.moments.gram
         rounded = gptq.solve(weight, gram, scheme, self.options).qweight.dequantize()
-        return gptq.relative_error(weight, rounded, Factor(gram)), rounded
+        return gptq.relative_error(weight, rounded, Factor(gram))[0], rounded
 
     def errors(self, schemes: Sequence[Scheme]) -> dict[Scheme, float]:
         """Relative output errors. What smaller groups gain is the same factor at all bits, within

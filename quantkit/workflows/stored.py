@@ -10,6 +10,7 @@ from quantkit.core.checkpoint import ShardWriter, TensorSpec
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.methods import digest, fit
+from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.walk import Block
 from quantkit.workflows.layout import Job
 from quantkit.workflows.method import Outcome, Solved, put, put_other
@@ -69,16 +70,27 @@ def read(plan: Plan, job: Job, writer: ShardWriter, device: torch.device = _CPU)
     return q
 
 
+def finished(plan: Plan, job: Job, writer: ShardWriter) -> tuple[QWeight, Tensor | None]:
+    """A linear's weight and bias out of the output's files."""
+    bias = writer.read(f"{job.disk}.bias") if job.bias else None
+    return read(plan, job, writer), bias
+
+
 def put_finished(
-    plan: Plan, index: int, block: Block, writer: ShardWriter, others: list[str]
+    plan: Plan,
+    index: int,
+    block: Block,
+    writer: ShardWriter | None,
+    others: list[str],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Give the block what an earlier, interrupted run has written: its quantized weights, and the
-    parameters ``others`` that it changed."""
+    parameters ``others`` that it changed. Only the first rank has a ``writer``."""
     for job in plan.layout.jobs[index]:
-        bias = writer.read(f"{job.disk}.bias") if job.bias else None
-        put(block, job.inner, read(plan, job, writer), bias)
+        put(block, job.inner, *ranks.share(finished(plan, job, writer) if writer else None))
     for name in others:
-        put_other(block, name, writer.read(plan.disk_name(index, name)))
+        tensor = writer.read(plan.disk_name(index, name)) if writer else None
+        put_other(block, name, ranks.share(tensor))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
+from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 
@@ -24,12 +25,14 @@ def observe(
     groups: list[InputGroup],
     keep: list[InputGroup],
     every: int = 1,
+    ranks: Ranks = ALONE,
 ) -> tuple[Stats, dict[InputGroup, States]]:
     """Run all rows once. Returns the statistics of the inputs of ``groups``, from one token in
     ``every``, and every output of the linears ``keep``; ``hidden`` then holds the block's outputs.
+    On several ranks the statistics are those of this one's rows.
     """
-    calls = len(hidden)
-    stats = {group: InputStats(group.width, hidden.device, None, calls, every) for group in groups}
+    device, (number, first) = hidden.device, calls(hidden, ranks)
+    stats = {group: InputStats(group.width, device, None, number, every, first) for group in groups}
     kept = {group: hidden.empty() for group in keep}
     place = {group: count() for group in keep}
     with (
@@ -52,16 +55,15 @@ def observe_drift(
     last: InputGroup | None,
     closing: States,
     every: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Stats:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
     statistics of its inputs (one token in ``every``) and of the difference between the outputs that
     it should have had and those it has. For ``last``, a linear that closes the block, that is the
     difference between the block's wanted outputs, ``closing``, and its actual ones."""
     groups = [*wanted, *([last] if last else [])]
-    stats = {
-        group: InputStats(group.width, hidden.device, hidden.width, len(hidden), every)
-        for group in groups
-    }
+    device, out, (number, first) = hidden.device, hidden.width, calls(hidden, ranks)
+    stats = {group: InputStats(group.width, device, out, number, every, first) for group in groups}
     held: dict[InputGroup, Tensor] = {}
     due: dict[InputGroup, Tensor] = {}
 
@@ -107,12 +109,19 @@ def mean_squares(
     return {group: sums[group] / count[group] for group in groups if count[group]}
 
 
-def spacing(hidden: States, width: int, tokens_per_input: int | None) -> int:
+def calls(hidden: States, ranks: Ranks) -> tuple[int, int]:
+    """How many micro-batches all ranks have, and how many of them come before this rank's."""
+    counts = ranks.everyone(len(hidden))
+    return sum(counts), sum(counts[: ranks.rank])
+
+
+def spacing(hidden: States, width: int, tokens_per_input: int | None, ranks: Ranks = ALONE) -> int:
     """One token in how many leaves at least ``tokens_per_input`` (None: all) for each of ``width``
     features, and one of every micro-batch."""
     if tokens_per_input is None:
         return 1
-    tokens = [rows * length for rows, length in hidden.shapes]
+    own = [rows * length for rows, length in hidden.shapes]
+    tokens = [number for counts in ranks.everyone(own) for number in counts]
     return max(1, min(sum(tokens) // (tokens_per_input * width), *tokens))
 
 

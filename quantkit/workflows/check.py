@@ -15,6 +15,7 @@ from quantkit import data
 from quantkit.core import calibration
 from quantkit.core.metrics import Comparison
 from quantkit.runtime import gather
+from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, Walk
 
@@ -33,12 +34,17 @@ def held_out(tokenizer: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str
 
 class RideAlong:
     """Rows by set, through the original and the quantized model side by side, up to ``at_once``
-    tokens together (rows of one length; one row at least)."""
+    tokens together (rows of one length; one row at least). Each of several ranks has a part of
+    them."""
 
-    def __init__(self, rows: dict[str, list[list[int]]], at_once: int = 0) -> None:
+    def __init__(
+        self, rows: dict[str, list[list[int]]], at_once: int = 0, ranks: Ranks = ALONE
+    ) -> None:
+        self._ranks = ranks
         self.batches: list[Tensor] = []
         self._labels: list[list[str]] = []
         pairs = [(label, row) for label, some in rows.items() for row in some]
+        pairs = pairs[ranks.part(len(pairs))]
         for length in dict.fromkeys(len(row) for _, row in pairs):
             same = [(label, row) for label, row in pairs if len(row) == length]
             step = max(1, at_once // length)
@@ -62,7 +68,8 @@ class RideAlong:
         gather.advance(block, self._quantized)
 
     def finish(self, walk: Walk, head: dict[str, nn.Parameter] | None = None) -> Comparison:
-        """Both models' predictions, compared. ``head``: the parameters of a quantized head."""
+        """Both models' predictions, compared, for the rows of all ranks. ``head``: the parameters
+        of a quantized head."""
         comparison = Comparison()
         pairs = zip(
             walk.logits(self.batches, self._original),
@@ -71,4 +78,4 @@ class RideAlong:
         for labels, batch, (before, after) in zip(self._labels, self.batches, pairs):
             for i, label in enumerate(labels):
                 comparison.add(label, batch[i], before[i], after[i])
-        return comparison
+        return Comparison.of(self._ranks.everyone(comparison))

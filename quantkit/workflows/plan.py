@@ -46,6 +46,7 @@ class Plan:
     shard      most bytes in one file
     lm_head    how the output head is solved, None: it stays dense
     mode       where activations are, None: not decided yet, the fastest
+    ranks      processes that share the rows
     """
 
     source: Source
@@ -59,6 +60,7 @@ class Plan:
     chosen: tuple[Rule, ...] = ()
     lm_head: Gptq | None = None
     mode: Mode | None = None
+    ranks: int = 1
 
     @property
     def packer(self) -> Format:
@@ -145,7 +147,7 @@ class Plan:
 
     def _run(self, rows: Calibration) -> Run:
         tokens, row = sum(len(row) for row in rows.rows), max(len(row) for row in rows.rows)
-        return self.run(tokens, row, self.cuda)
+        return self.run(-(-tokens // self.ranks), row, self.cuda)
 
     def memory(self, rows: Calibration) -> list[Phase]:
         """What is in memory when, in calibration with ``rows``."""
@@ -182,7 +184,7 @@ class Plan:
         """Everything that decides the output's bytes, flat and readable."""
         versions = provenance.versions()
         files = {
-            f"source file {path.name}": _identity(path, self.skeleton.checkpoint)
+            f"source file {path.name}": provenance.identity(path, self.skeleton.checkpoint.remote)
             for path in source_files(self.source, self.skeleton.checkpoint)
         }
         return {
@@ -201,13 +203,6 @@ class Plan:
     def _digest(self) -> str:
         text = "\n".join(str(rule) for rule in self.chosen)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _identity(path: Path, checkpoint: Checkpoint) -> str:
-    """What changes when the file does."""
-    if remote := checkpoint.remote.get(path.name):
-        return f"{remote.size} bytes, sha256 {remote.sha256}"
-    return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
 
 
 def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:

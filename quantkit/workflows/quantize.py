@@ -27,8 +27,9 @@ from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
 from quantkit.runtime import gather
-from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.device import pick_dtype
 from quantkit.runtime.kernels import cpu_attention
+from quantkit.runtime.ranks import Ranks, join
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import Staging, staging
 from quantkit.runtime.states import Keeping, States
@@ -40,8 +41,8 @@ from quantkit.workflows import legacy, seal, stored
 from quantkit.workflows import plan as planning
 from quantkit.workflows import room as memory
 from quantkit.workflows.ahead import Behind, one_behind
-from quantkit.workflows.budget import Budget, Choice
-from quantkit.workflows.calibrate import batches, calibrate, longest_row
+from quantkit.workflows.budget import Choice
+from quantkit.workflows.calibrate import calibrate, check_enough, longest_row, shared
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.method import Method, Originals, Outcome
@@ -168,10 +169,12 @@ def quantize(
 def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     """Quantize with any method. Raises and resumes as :func:`quantize` does."""
     started = time.perf_counter()
+    ranks = join()
+    progress = progress if ranks.first else Progress()
     shard = size_in_bytes(task.max_shard_size)
-    on = pick_device(task.device)
-    room = memory.room(on, task.max_gpu_memory, task.max_memory)
-    source = resolve(task.model, task.revision, low_disk=task.low_disk)
+    on = ranks.connect(task.device)
+    room = memory.room(on, task.max_gpu_memory, task.max_memory, ranks)
+    source = ranks.first_on_host(lambda: resolve(task.model, task.revision, low_disk=task.low_disk))
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     output.keep_apart(source)
@@ -181,33 +184,37 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     layout = lay_out(skeleton, task.scheme, task.format, task.rules, head is not None)
     specs = layout.specs()
     settled = (source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
-    plan = Plan(*settled, lm_head=head)
+    plan = Plan(*settled, lm_head=head, ranks=ranks.size)
     legacy.check_size(task.legacy_name, plan.output_bytes, shard)
     beside = sum(path.stat().st_size for path in companions(source))
     if task.budget:
         budgeting.check(plan, task.budget, beside)
-    else:
+    elif ranks.first:
         output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
     longest = longest_row(skeleton)
-    rows = calibrate(
-        source,
-        tokenizer,
-        [*task.calib],
-        rows=task.calib_rows,
-        seqlen=task.calib_seqlen,
-        longest=longest,
-        seed=task.seed,
-        device=on,
+    rows = ranks.from_first(
+        lambda: calibrate(
+            source,
+            tokenizer,
+            [*task.calib],
+            rows=task.calib_rows,
+            seqlen=task.calib_seqlen,
+            longest=longest,
+            seed=task.seed,
+            device=on,
+        )
     )
-    plan = plan.within(room, rows)
-    report = Report(output.folder, plan, rows)
+    check_enough(rows, ranks.size)
+    plan = memory.placed(plan, room, rows, None, ranks)
+    report = Report(output.folder, plan, rows, ranks.size)
     if task.budget:
         with report.timing("choose"), memory.limited(on, task.max_gpu_memory):
-            plan = _within(task.budget, rows, output, beside, report, task.dry_run, progress)
+            plan = _within(task, rows, output, beside, report, progress, ranks)
         layout, report.plan = plan.layout, plan
-        output.check_space(plan.output_bytes)
+        if ranks.first:
+            output.check_space(plan.output_bytes)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
     report.fallbacks += rows.short
     if task.strict and report.fallbacks:
@@ -218,22 +225,30 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     for text in report.fallbacks:
         progress.warn(text)
     if task.dry_run:
+        ranks.leave()
         return report
 
+    tokens = min(TOKENS, longest or TOKENS)
+    rides = held_out(tokenizer, tokens=tokens) if task.check else {}
+
+    def walk(plan: Plan, writer: ShardWriter | None, ledger: Ledger | None) -> None:
+        states = Keeping(plan.way.states, output.scratch)
+        _quantize_blocks(plan, states, writer, ledger, report, rides, task.strict, progress, ranks)
+
+    if not ranks.first:
+        with memory.limited(on, task.max_gpu_memory):
+            report.plan = memory.placed(plan, room, rows, None, ranks)
+            memory.backing_off(report, progress, lambda plan: walk(plan, None, None))
+        ranks.leave()
+        return report
     hashes = provenance.hash_files(planning.source_files(source, weights), weights.remote)
     with disk_errors(output.folder), memory.limited(on, task.max_gpu_memory):
         writer, ledger = _begin(plan, rows, output)
         try:
             _copy_dense(plan, writer, ledger, report)
-            tokens = min(TOKENS, longest or TOKENS)
-            rides = held_out(tokenizer, tokens=tokens) if task.check else {}
-            report.plan = plan.within(room, rows, _tokens_at_once(ledger))
-
-            def walk(plan: Plan) -> None:
-                states = Keeping(plan.way.states, output.scratch)
-                _quantize_blocks(plan, states, writer, ledger, report, rides, task.strict, progress)
-
-            memory.backing_off(report, progress, walk)
+            report.plan = memory.placed(plan, room, rows, _tokens_at_once(ledger), ranks)
+            memory.backing_off(report, progress, lambda plan: walk(plan, writer, ledger))
+            ranks.leave()
             with report.timing("seal"):
                 seal.seal(report, output, writer, task, hashes.result())
         finally:
@@ -249,23 +264,37 @@ def _tokens_at_once(ledger: Ledger) -> int | None:
 
 
 def _within(
-    budget: Budget,
+    task: Task,
     rows: Calibration,
     output: Output,
     beside: int,
     report: Report,
-    dry_run: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> Plan:
-    """The plan with the schemes that lose least under the budget, measured now or by an interrupted
-    run."""
-    plan = report.plan
-    fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
-    with disk_errors(output.folder):
-        parts = budgeting.kept(output.partial, fingerprint)
-        if parts is not None:
-            choice = budgeting.again(plan, parts)
-        else:
+    """The plan with the schemes that lose least under the budget, measured now, on one rank, or by
+    an interrupted run."""
+    plan, budget = report.plan, task.budget
+    assert budget is not None
+
+    def choose(plan: Plan, options: gptq.Options) -> Choice:
+        return budgeting.choose(
+            plan,
+            budget,
+            beside,
+            rows.rows,
+            Keeping(plan.way.states, output.scratch),
+            lambda index, block: _originals(plan, index, block),
+            options,
+            progress,
+        )
+
+    def parts() -> list[dict[str, Any]]:
+        fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
+        with disk_errors(output.folder):
+            known = budgeting.kept(output.partial, fingerprint)
+            if known is not None:
+                return known
             # zero points and the order of columns as they will be, without the last rounds
             options = gptq.Options(
                 plan.method.resolved().get("act_order", "static"),
@@ -273,22 +302,12 @@ def _within(
                 rounds=0,
                 zero_min=plan.packer.FORM.zero_min,
             )
-
-            def choose(plan: Plan) -> Choice:
-                return budgeting.choose(
-                    plan,
-                    budget,
-                    beside,
-                    rows.rows,
-                    Keeping(plan.way.states, output.scratch),
-                    lambda index, block: _originals(plan, index, block),
-                    options,
-                    progress,
-                )
-
-            choice = memory.backing_off(report, progress, choose)
-            if not dry_run:
+            choice = memory.backing_off(report, progress, lambda plan: choose(plan, options))
+            if not task.dry_run:
                 budgeting.keep(output.partial, fingerprint, choice)
+        return choice.parts
+
+    choice = budgeting.again(plan, ranks.from_first(parts))
     report.budget = choice.described(budget)
     return choice.plan
 
@@ -336,40 +355,51 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
 def _quantize_blocks(
     plan: Plan,
     states: Keeping,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
     rides: dict[str, list[list[int]]],
     strict: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> None:
     # threads read and write beside the computation; on a CPU they would only take cores from it
     threaded = plan.cuda and plan.way.ahead
     with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
-        _walk_blocks(plan, states, writer, ledger, report, rides, strict, progress, behind, ahead)
+        _walk_blocks(
+            plan, states, writer, ledger, report, rides, strict, progress, ranks, behind, ahead
+        )
 
 
 def _walk_blocks(
     plan: Plan,
     states: Keeping,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
     rides: dict[str, list[list[int]]],
     strict: bool,
     progress: Progress,
+    ranks: Ranks,
     behind: Behind,
     ahead: Staging | None,
 ) -> None:
+    """Each rank walks with its part of the rows; the first one has ``writer`` and ``ledger``."""
     cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
-    ride = RideAlong(rides, plan.tokens_compared)
-    rows = batches(report.calibration.rows, plan.way.tokens)
-    with report.timing("embed"), closing(walk.embedding(rows + ride.batches)) as hidden:
+    ride = RideAlong(rides, plan.tokens_compared, ranks)
+    everyone = shared(report.calibration.rows, plan.way.tokens, ranks.size)
+    rows = everyone[ranks.part(len(everyone))]
+    batches = [*rows, *ride.batches, *_other_shapes(everyone, rows)]
+    with report.timing("embed"), closing(walk.embedding(batches)) as hidden:
         full = states.keep(islice(hidden, len(rows)), [batch.shape for batch in rows])
-        ride.start(states.keep(hidden, [batch.shape for batch in ride.batches]))
+        aside = islice(hidden, len(ride.batches))
+        ride.start(states.keep(aside, [batch.shape for batch in ride.batches]))
+        for _ in hidden:  # other shapes are only made known
+            pass
         quantized = full.copy() if plan.method.aligned else None
-    solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
+    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
+    solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
     parts = len(walk) + (plan.layout.head is not None)
@@ -378,55 +408,70 @@ def _walk_blocks(
         started = time.perf_counter()
         part = walk.block_name(index)
         if ahead:
-            ahead.arrived(part)
+            with report.timing("read"):
+                ahead.arrived(part)
         with walk.block(index) as block:
             if ahead and index + 1 < len(walk):
                 ahead.begin(walk.block_name(index + 1))
-            ride.before(block)
-            if part in ledger:
+            with report.timing("check"):
+                ride.before(block)
+            if part in finished:
+                done = finished[part]
                 with report.timing("replay"):
                     gather.advance(block, full)
-                    stored.put_finished(plan, index, block, writer, ledger.report(part)["others"])
-                done = ledger.report(part)
+                    stored.put_finished(plan, index, block, writer, done["others"], ranks)
             else:
                 with report.timing("solve"):
-                    outcome = _solve(plan, index, block, full, quantized)
+                    outcome = _solve(plan, index, block, full, quantized, ranks)
                 done = _described(jobs, outcome) | {"tokens": plan.way.tokens}
                 with report.timing("write"):
                     behind(_keep, plan, index, outcome, writer, ledger, part, done)
             if quantized is not None and index + 1 < len(walk):
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
-            ride.after(block)
+            with report.timing("check"):
+                ride.after(block)
         plan.skeleton.checkpoint.release()
         loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
-    behind.finish()
+    with report.timing("write"):
+        behind.finish()
     job = plan.layout.head
     if job:
         started = time.perf_counter()
-        if job.name not in ledger:
-            _quantize_head(plan, job, walk, rows, full, writer, ledger, report)
-        loss = _tell([job], ledger.report(job.name)["layers"], plan, report, strict, progress)
+        done = finished.get(job.name)
+        if done is None:
+            done = _quantize_head(plan, job, walk, rows, full, writer, ledger, report, ranks)
+        loss = _tell([job], done["layers"], plan, report, strict, progress)
         progress.step(Step(parts, parts, job.name, loss, time.perf_counter() - started))
     progress.end()
     if rides:
         with report.timing("check"):
-            report.measured = ride.finish(walk, heading.written(plan, job, writer) if job else None)
+            head = heading.written(plan, job, writer, ranks) if job else None
+            report.measured = ride.finish(walk, head)
+
+
+def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """A micro-batch of every shape that only other ranks have."""
+    known = {batch.shape for batch in own}
+    found = {batch.shape: batch for batch in everyone if batch.shape not in known}
+    return [*found.values()]
 
 
 def _keep(
     plan: Plan,
     index: int,
     outcome: Outcome,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     part: str,
     done: dict[str, Any],
 ) -> None:
     """A block into the output's files and then into the ledger, while the next one computes."""
-    stored.write(plan, index, outcome, writer)
-    ledger.finish(part, done)
+    if writer and ledger is not None:
+        for name, found in stored.write(plan, index, outcome, writer).items():
+            done["layers"][name]["digest"] = found
+        ledger.finish(part, done)
 
 
 def _quantize_head(
@@ -435,22 +480,34 @@ def _quantize_head(
     walk: Walk,
     rows: list[Tensor],
     full: States,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
-) -> None:
+    ranks: Ranks,
+) -> dict[str, Any]:
     """The last part: ``full`` is what the original model gives its final norm for ``rows``."""
     with report.timing("solve"):
-        outcome = heading.solve(plan, job, walk, rows, full)
-    with report.timing("write"):
-        stored.write_linear(plan, job, outcome.linears[job.inner], writer)
-        writer.sync()
-    ledger.finish(job.name, _described([job], outcome))
+        outcome = heading.solve(plan, job, walk, rows, full, ranks)
+    done = _described([job], outcome)
+    if writer and ledger is not None:
+        with report.timing("write"):
+            found = stored.write_linear(plan, job, outcome.linears[job.inner], writer)
+            done["layers"][job.disk]["digest"] = found
+            writer.sync()
+        ledger.finish(job.name, done)
+    return done
 
 
-def _solve(plan: Plan, index: int, block: Block, full: States, quantized: States | None) -> Outcome:
+def _solve(
+    plan: Plan,
+    index: int,
+    block: Block,
+    full: States,
+    quantized: States | None,
+    ranks: Ranks,
+) -> Outcome:
     """The method on a block, with the checkpoint's own weights at hand."""
-    return plan.method.solve(block, _originals(plan, index, block), full, quantized)
+    return plan.method.solve(block, _originals(plan, index, block), full, quantized, ranks)
 
 
 def _originals(plan: Plan, index: int, block: Block) -> Originals:

@@ -9,15 +9,19 @@ changes them, as far as the order of float32 sums does.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import psutil
 import torch
 
+from quantkit.core import footprint
+from quantkit.core.calibration import Calibration
 from quantkit.core.footprint import CUDA_CONTEXT, Place, Room
 from quantkit.core.progress import Progress
 from quantkit.core.sizes import size_in_bytes
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.workflows.plan import Plan
 from quantkit.workflows.task import Report
 
@@ -28,10 +32,13 @@ _COMPLAINTS = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't alloca
 _IN_RAM = ("can't allocate memory", "of RAM")
 
 
-def room(device: torch.device, max_gpu_memory: str | None, max_memory: str | None) -> Room:
-    """The limits, or what this process has and what is free, where that is less. Raises UsageError
-    for what is not a size, and for a limit of GPU memory on a CPU."""
-    ram = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+def room(
+    device: torch.device, max_gpu_memory: str | None, max_memory: str | None, ranks: Ranks = ALONE
+) -> Room:
+    """The limits of each process, or what it has and its part of what is free, where that is less.
+    Raises UsageError for what is not a size, and for a limit of GPU memory on a CPU."""
+    beside = ranks.everyone(ranks.host).count(ranks.host)
+    ram = psutil.virtual_memory().available // beside + psutil.Process().memory_info().rss
     if max_memory is not None:
         ram = min(ram, size_in_bytes(max_memory))
     limit = _gpu_limit(device, max_gpu_memory)
@@ -75,10 +82,19 @@ def _gpu_limit(device: torch.device, max_gpu_memory: str | None) -> int | None:
     return limit
 
 
+def placed(plan: Plan, room: Room, rows: Calibration, tokens: int | None, ranks: Ranks) -> Plan:
+    """The plan in the fastest mode in which all ranks have room: one that runs as many ``tokens``
+    at once as the first rank says, if there is one."""
+    tokens = ranks.share(tokens)
+    modes = ranks.everyone(plan.within(room, rows, tokens).way)
+    return replace(plan, mode=max(modes, key=footprint.modes(plan.cuda).index))
+
+
 def backing_off(report: Report, progress: Progress, work: Callable[[Plan], T]) -> T:
     """``work`` with the report's plan; when memory is short, again with the plan of the next mode
     that takes less of what was short. Every such step is told and goes into the report. Raises
-    QuantkitError when there is no smaller mode."""
+    QuantkitError when there is no smaller mode, and on several ranks, where others are waiting for
+    this one."""
     before = len(report.fallbacks)
     while True:
         plan = report.plan
@@ -91,6 +107,12 @@ def backing_off(report: Report, progress: Progress, work: Callable[[Plan], T]) -
         # only here: the error holds on to all that was in memory when it was raised
         progress.end()
         _let_go(plan.cuda)
+        if plan.ranks > 1:
+            raise QuantkitError(
+                f"{_NAMES[place]} ran out on one of {plan.ranks} processes, with {plan.way}",
+                "run the same command again with less --max-gpu-memory or --max-memory, to go on "
+                "in a smaller mode",
+            )
         smaller = plan.smaller(report.calibration, place)
         if smaller is None:
             raise QuantkitError(

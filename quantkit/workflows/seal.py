@@ -88,6 +88,6 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
         "memory": {"mode": str(plan.way), "backoffs": report.backoffs},
         "dropped_tensors": plan.layout.dropped,
         "versions": provenance.versions(),
-        "machine": provenance.machine(plan.skeleton.device),
+        "machine": provenance.machine(plan.skeleton.device, report.ranks),
         "seconds": {phase: round(spent, 2) for phase, spent in report.seconds.items()},
     }

@@ -82,6 +82,11 @@ def test_little_ram(capsys):
     assert "not enough RAM" in out and "nothing that was tried" in out
 
 
+def test_a_size_that_is_none(capsys):
+    assert command("plan", "demo", "--ram", "12QB") == 2
+    assert sentence(capsys.readouterr().err)[0] == "'12QB' is not a size"
+
+
 def test_a_full_disk(monkeypatch, capsys):
     monkeypatch.setattr(machining.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert command("plan", "demo", "--gpu", "cpu", "--for", "quantize") == 3

@@ -53,6 +53,7 @@ from quantkit.cli.published import publishing
 )
 @options.pre_tokenizer
 @options.carrying
+@options.low_disk
 @click.option("--dtype", default="auto", show_default=True, help="Precision to calibrate in.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @options.quiet

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # logits of a row are [tokens, vocabulary]: work on few tokens at a time
-_CHUNK = 512
+_CHUNK = 64
 _TOP = 5
 # edges of the histogram: 10 bins for every factor of ten from 1e-6 to 10 nats
 _LOWEST, _HIGHEST, _BINS = -6, 1, 70

@@ -33,6 +33,13 @@ def machine(device: torch.device, processes: int = 1) -> str:
     return name if processes == 1 else f"{processes} processes on {name}"
 
 
+def identity(path: Path, remote: Mapping[str, Remote]) -> str:
+    """What changes when the file does; ``remote`` are those that are still on the Hub, by name."""
+    if there := remote.get(path.name):
+        return f"{there.size} bytes, sha256 {there.sha256}"
+    return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
+
+
 def hash_files(
     files: list[Path], remote: Mapping[str, Remote] | None = None
 ) -> Future[dict[str, str]]:

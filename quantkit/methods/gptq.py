@@ -104,12 +104,13 @@ def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> 
     return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
 
 
-def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> tuple[float, float]:
+def relative_error(
+    target: Tensor, rounded: Tensor, hessian: products.Factor
+) -> tuple[float, float]:
     """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``, and what it is relative
     to. There is no error where that is nothing."""
-    factor = products.Factor(hessian)
-    energy = products.energy(factor, target)
-    return products.energy(factor, target - rounded) / energy if energy else 0.0, energy
+    energy = products.energy(hessian, target)
+    return products.energy(hessian, target - rounded) / energy if energy else 0.0, energy
 
 
 def _revive(hessian: Tensor) -> tuple[Tensor, int]:

@@ -34,6 +34,12 @@ def installed() -> bool:
     return find_spec("llama_cpp") is not None
 
 
+def refuse_missing() -> None:
+    """Raises QuantkitError where llama-cpp-python is not there."""
+    if not installed():
+        raise QuantkitError("llama-cpp-python is not installed", "pip install 'quantkit[llamacpp]'")
+
+
 class LlamaCpp:
     """The model in the GGUF file ``path``. Its context is ``context`` tokens long, or what the
     model was trained with, at most CONTEXT; ``threads`` compute, or torch's number of them.
@@ -47,10 +53,7 @@ class LlamaCpp:
     ) -> None:
         if context is not None and context < 1:
             raise UsageError(f"a context of {context} tokens holds nothing")
-        if not installed():
-            raise QuantkitError(
-                "llama-cpp-python is not installed", "pip install 'quantkit[llamacpp]'"
-            )
+        refuse_missing()
         import llama_cpp
 
         self._api: Any = llama_cpp
@@ -88,7 +91,7 @@ class LlamaCpp:
     def special_tokens(self) -> dict[str, str]:
         """``bos_token`` and ``eos_token`` as text, for chat templates; "" for what is not there."""
         ids = {"bos_token": self._llama.token_bos(), "eos_token": self._llama.token_eos()}
-        return {name: self._text(token) if token >= 0 else "" for name, token in ids.items()}
+        return {name: self.piece(token) if token >= 0 else "" for name, token in ids.items()}
 
     @property
     def own_settings(self) -> Mapping[str, object]:
@@ -113,6 +116,11 @@ class LlamaCpp:
         """The text of ``ids`` without special tokens; half a character at an end is U+FFFD."""
         pieces: bytes = self._llama.detokenize(list(ids))
         return pieces.decode("utf-8", "replace")
+
+    def piece(self, token: int) -> str:
+        """The text of a token alone, special ones too; half a character is U+FFFD."""
+        piece: bytes = self._llama.detokenize([token], special=True)
+        return piece.decode("utf-8", "replace")
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float32 [tokens, vocab]: at each of ``ids``, what follows. Raises UsageError when they
@@ -180,10 +188,6 @@ class LlamaCpp:
         if not keep:
             self._api.llama_memory_clear(memory, True)
         del self._held[keep:]
-
-    def _text(self, token: int) -> str:
-        piece: bytes = self._llama.detokenize([token], special=True)
-        return piece.decode("utf-8", "replace")
 
 
 def _trained_context(metadata: dict[str, Any]) -> int:

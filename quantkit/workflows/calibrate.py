@@ -47,6 +47,11 @@ def calibrate(
     cap = max(1, (rows - fixed) // max(1, open_ended))
     for part in parts:
         if part.source == "self":
+            if any(not (source.folder / name).exists() for name in source.remote):
+                raise UsageError(
+                    "--calib self needs the whole model on this disk",
+                    "leave out --low-disk, or calibrate on other text",
+                )
             wanted = cap if part.rows is None else part.rows
             documents: Any = _sampled(source, tokenizer, wanted, seqlen, seed, device)
         else:

@@ -26,6 +26,7 @@ from quantkit.core.profile import phase
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
+from quantkit.methods.products import Factor
 from quantkit.runtime import gather
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.walk import Block, InputGroup
@@ -182,6 +183,7 @@ def solve_group(
     for name in portion.rows:
         kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
     results = {}
+    curvature: Factor | None = None
     for (scheme, plain), names in kinds.items():
         weights = {name: originals.weight(name) for name in names}
         target = torch.cat(list(weights.values()))
@@ -195,13 +197,14 @@ def solve_group(
             solution = gptq.Solution(qweight, 0.0, 0)
         else:
             solution = rounding(target, moments.gram, scheme)
+        curvature = curvature or Factor(moments.gram)  # only now: it takes memory
         start = 0
         for name, original in weights.items():
             part = slice(start, start := start + len(original))
             qweight = solution.qweight.rows(part.start, part.stop)
             rounded = qweight.dequantize()
             with phase("error"):
-                error, energy = gptq.relative_error(target[part], rounded, moments.gram)
+                error, energy = gptq.relative_error(target[part], rounded, curvature)
             bias = originals.bias(name)
             if bias is not None and moments.centred:
                 bias = align.corrected_bias(bias, original, rounded, moments, settings.align)

@@ -163,7 +163,7 @@ class Plan:
         """Everything that decides the output's bytes, flat and readable."""
         versions = provenance.versions()
         files = {
-            f"source file {path.name}": _identity(path, self.skeleton.checkpoint)
+            f"source file {path.name}": provenance.identity(path, self.skeleton.checkpoint.remote)
             for path in source_files(self.source, self.skeleton.checkpoint)
         }
         return {
@@ -182,13 +182,6 @@ class Plan:
     def _digest(self) -> str:
         text = "\n".join(str(rule) for rule in self.chosen)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _identity(path: Path, checkpoint: Checkpoint) -> str:
-    """What changes when the file does."""
-    if remote := checkpoint.remote.get(path.name):
-        return f"{remote.size} bytes, sha256 {remote.sha256}"
-    return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
 
 
 def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:

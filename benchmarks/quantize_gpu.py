@@ -208,7 +208,7 @@ def _child(args: argparse.Namespace) -> None:
     from quantkit.workflows.awq import quantize_awq
     from quantkit.workflows.quantize import quantize
 
-    torch.zeros(1, device="cuda")
+    torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     started = time.perf_counter()
     run = args.child
     options: dict[str, Any] = {

@@ -9,8 +9,9 @@ from typing import NoReturn
 import click
 
 from quantkit import __version__
-from quantkit.cli import misuse, process, several
+from quantkit.cli import misuse, process
 from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
+from quantkit.workflows import several
 
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {

@@ -180,10 +180,13 @@ def _make_rows(path: Path, rows: int, tokens: int) -> None:
 
 def _child(args: argparse.Namespace) -> None:
     """One run; prints what it took as a line of JSON."""
+    began = time.perf_counter()
     from quantkit.core import profile
     from quantkit.workflows.awq import quantize_awq
     from quantkit.workflows.quantize import quantize
 
+    torch.zeros(1, device="cuda")
+    started = time.perf_counter()
     run = args.child
     options: dict[str, Any] = {
         "calib": str(args.folder / "rows.jsonl"),
@@ -202,6 +205,8 @@ def _child(args: argparse.Namespace) -> None:
     print(
         json.dumps(
             {
+                "start_s": round(started - began, 2),
+                "run_s": round(time.perf_counter() - started, 2),
                 "blocks_s": round(sum(report.seconds.get(name, 0.0) for name in blocks), 2),
                 "seconds": {name: round(spent, 2) for name, spent in report.seconds.items()},
                 "phases": {n: round(s, 2) for n, s in measured.seconds.items()} if measured else {},

@@ -7,6 +7,7 @@ from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, rtn
 from quantkit.methods.gptq import relative_error
+from quantkit.methods.products import Factor
 
 OUT, WIDTH, TOKENS = 12, 48, 400
 
@@ -112,4 +113,4 @@ def test_centred_gram_measures_the_error_that_a_bias_cannot_take_up():
     stats = moments(x, missing, centred=True)
     centred = x - x.mean(0)
     expected = ((centred @ (weight - quantized).T) ** 2).sum() / ((centred @ weight.T) ** 2).sum()
-    assert relative_error(weight, quantized, stats.gram) == pytest.approx(float(expected))
+    assert relative_error(weight, quantized, Factor(stats.gram)) == pytest.approx(float(expected))

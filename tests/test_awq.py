@@ -5,6 +5,7 @@ import torch
 
 from quantkit.core.qweight import Scheme
 from quantkit.methods import awq, gptq, rtn, scales
+from quantkit.methods.products import Factor
 
 OUT, IN = 48, 64
 SCHEME = Scheme(4, 32, symmetric=False)
@@ -100,7 +101,9 @@ def test_searched_ranges_lose_less_than_whole_ones(symmetric):
     scheme = Scheme(3, 32, symmetric)
     q, plain = awq.rounded(weight, hessian, scheme), rtn.quantize(weight, scheme)
     assert q.scheme == plain.scheme == scheme
-    lost = [gptq.relative_error(weight, found.dequantize(), hessian) for found in (q, plain)]
+    lost = [
+        gptq.relative_error(weight, found.dequantize(), Factor(hessian)) for found in (q, plain)
+    ]
     assert lost[0] < 0.95 * lost[1]
     # every code is the nearest in its group's grid
     width = scheme.width(IN)

@@ -15,6 +15,7 @@ import torch
 from kernels import random_weight
 from tools import model
 from torch import nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
@@ -22,11 +23,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as hal
 from quantkit.core.qweight import Scheme
 from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import QuantkitWarning, UsageError
-from quantkit.runtime import decode
+from quantkit.runtime import decode, fused
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
 from quantkit.runtime.draw import Draw, alike, candidates
 from quantkit.runtime.follow import follow
-from quantkit.runtime.fused import FixedLayer, _agree, fewer_launches
+from quantkit.runtime.fused import FixedLayer, _agree, _Ours, _rms_norms, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
 from quantkit.runtime.kernels import small, support, tune
 from quantkit.runtime.load import load
@@ -155,10 +156,11 @@ def test_a_fixed_cache_with_fused_kernels(net, monkeypatch):
     """Prompts of different lengths, in pieces; then other ones in the same cache."""
     monkeypatch.setattr(decode, "PREFILL", 4)
     used = []
-    for name in ("rotary", "keep"):
+    ours = {"rotary", "keep", "rms_norm", "elementwise"}
+    for name in ours:
         real = getattr(small, name)
         monkeypatch.setattr(
-            small, name, lambda *args, n=name, f=real: (used.append(n), f(*args))[1]
+            small, name, lambda *args, n=name, f=real, **kw: (used.append(n), f(*args, **kw))[1]
         )
     fixed = Captured(net, 2)
     for prompts in (PROMPTS, PROMPTS[::-1]):
@@ -173,7 +175,10 @@ def test_a_fixed_cache_with_fused_kernels(net, monkeypatch):
                 for text, one in zip(texts, token.tolist()):
                     text.append(one)
                 found = fixed.step(token)
-    assert {"rotary", "keep"} <= set(used)
+    assert ours <= set(used)
+    used.clear()
+    net(torch.tensor([[1]]))
+    assert not used  # the model is as it was
 
 
 # one text after another
@@ -477,6 +482,97 @@ def test_layer_norm(bias):
     shift = torch.randn(100) if bias else None
     meant = torch.nn.functional.layer_norm(x, (100,), weight, shift, 1e-5)
     assert torch.allclose(small.layer_norm(x, weight, shift, 1e-5), meant, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_rms_norm(offset):
+    x, weight = torch.randn(2, 3, 100), torch.randn(100)
+    meant = torch.nn.functional.rms_norm(x, (100,), weight + offset, 1e-5)
+    assert torch.allclose(small.rms_norm(x, weight, 1e-5, offset=offset), meant, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma", "gemma2", "qwen3", "phi3", "olmo2", "cohere", "gpt_neox"]
+)
+def test_rms_norms_are_told_apart_by_numbers(name):
+    """Whatever is answered in place of a module must be what the module says."""
+    if name not in tiny.ARCHITECTURES:
+        pytest.skip("not among the tiny models")
+    loaded, _ = load(str(model(name)), dtype="float32")
+    norms = [m for m in loaded.modules() if type(m).__name__.endswith("RMSNorm")]
+    found = _rms_norms(loaded)
+    assert set(found) == set(norms)
+    for module, ours in found.items():
+        with torch.no_grad():
+            module.weight.normal_()
+            x = torch.randn(2, 1, len(module.weight))
+            assert torch.allclose(ours(x), module(x), atol=1e-5)
+
+
+class ThirdRMSNorm(torch.nn.Module):
+    """One that neither of the two is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.randn(8)), 1e-6
+
+    def forward(self, x):
+        return functional.rms_norm(x, (8,), self.weight + 0.5, self.eps)
+
+
+def test_other_norms_are_left_alone():
+    third = ThirdRMSNorm()
+    assert _rms_norms(third) == {}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda a, b: a + b,
+        lambda a, b: a * b,
+        lambda a, b: torch.add(a, b),
+        lambda a, b: functional.gelu(a),
+        lambda a, b: functional.silu(b),
+        lambda a, b: functional.layer_norm(a, (70,), b[0], b[1], 1e-5),
+        lambda a, b: functional.linear(a[:1, None], b),
+    ],
+)
+def test_one_launch_instead_of_torch(compute, monkeypatch):
+    a, b = torch.randn(20, 70), torch.randn(20, 70)
+    meant = compute(a, b)
+    monkeypatch.setattr(fused, "_HEAD", 20)
+    monkeypatch.setattr(small, "torch", None)  # ours are called, or this would not be noticed
+    with pytest.raises(AttributeError), _Ours(CPU):
+        compute(a, b)
+    monkeypatch.setattr(small, "torch", torch)
+    with _Ours(CPU):
+        assert torch.allclose(compute(a, b), meant, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda a: a + 1,
+        lambda a: a + a[0],
+        lambda a: a.T * a.T,
+        lambda a: torch.add(a, a, alpha=2),
+        lambda a: functional.gelu(a, approximate="tanh"),
+        lambda a: a.double() + a.double(),
+        lambda a: a.long() + a.long(),
+        lambda a: functional.linear(a[:1], a[:10]),
+        lambda a: functional.linear(a[:2], a),
+        lambda a: functional.linear(a[:1], a, a[:, 0]),
+    ],
+)
+def test_what_does_not_fit_is_left_to_torch(compute, monkeypatch):
+    a = torch.randn(20, 70)
+    meant = compute(a)
+    monkeypatch.setattr(fused, "_HEAD", 20)
+    monkeypatch.setattr(small, "torch", None)
+    with _Ours(CPU):
+        assert torch.equal(compute(a), meant)
 
 
 def test_a_gpu_layer(monkeypatch):

@@ -16,6 +16,7 @@ from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq, rtn, scales, search
 from quantkit.methods.gptq import Options, factor, relative_error, solve, visiting_order
+from quantkit.methods.products import Factor
 
 OUT, WIDTH, DAMP = 12, 256, 0.01
 
@@ -327,7 +328,7 @@ def test_relative_error_is_that_of_the_outputs():
     x = activations(64)
     rounded = rtn.quantize(weight, Scheme(3, 16)).dequantize().double()
     expected = ((x @ (weight - rounded).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
-    found = relative_error(weight, rounded, x.T @ x / len(x))
+    found = relative_error(weight, rounded, Factor(x.T @ x / len(x)))
     assert found == pytest.approx(float(expected), rel=1e-9)
 
 

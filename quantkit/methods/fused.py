@@ -25,7 +25,6 @@ from quantkit.methods.scales import Grid
 
 _ROWS, _WARPS = 32, 1  # of a program of the column loops
 _SEARCH_ROWS, _SEARCH_WARPS = 64, 8
-_PRECISION = "tf32x3"
 _SYSTEM_ROWS, _SYSTEM_WARPS = 128, 8
 _GROUPS = (32, 64, 128)  # inputs of a group that programs can hold
 
@@ -124,7 +123,6 @@ def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> 
         SYMMETRIC=scheme.symmetric,
         GROUP=group,
         ROWS=_SEARCH_ROWS,
-        PRECISION=_PRECISION,
         num_warps=_SEARCH_WARPS,
     )
     if scheme.symmetric:

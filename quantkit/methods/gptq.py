@@ -104,10 +104,9 @@ def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> 
     return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
 
 
-def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+def relative_error(target: Tensor, rounded: Tensor, hessian: products.Factor) -> float:
     """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``."""
-    factor = products.Factor(hessian)
-    return products.energy(factor, target - rounded) / products.energy(factor, target)
+    return products.energy(hessian, target - rounded) / products.energy(hessian, target)
 
 
 def _revive(hessian: Tensor) -> tuple[Tensor, int]:

@@ -33,8 +33,8 @@ class Factor:
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        exact = matrix.is_cuda and matrix.dtype == torch.float32
-        self.parts = _split(matrix) if exact else None
+        splits = matrix.is_cuda and matrix.dtype == torch.float32
+        self.parts = _split(matrix) if splits else None
 
     def update(self, rows: slice, change: Tensor) -> None:
         """Add ``change`` to some rows."""

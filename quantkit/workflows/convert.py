@@ -28,7 +28,6 @@ from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.rounded import Rounded
-from quantkit.workflows.seal import told
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
 _PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
@@ -139,6 +138,8 @@ def carry(
         else:
             content = provenance_of(opened, result, files)
         legacy.add(output.partial, legacy_name)
+        from quantkit.workflows.seal import told  # and transformers: 180 MB that nothing else needs
+
         told(content, opened.source, output.partial, opened.model_config)
         output.complete()
     result.written = True

@@ -26,6 +26,7 @@ from quantkit.core.profile import phase
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
+from quantkit.methods.products import Factor
 from quantkit.runtime import gather
 from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows.method import Originals, Outcome, Solved, put
@@ -172,6 +173,7 @@ def solve_group(
     for name in group.names:
         kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
     results = {}
+    curvature: Factor | None = None
     for (scheme, plain), names in kinds.items():
         weights = {name: originals.weight(name) for name in names}
         target = torch.cat(list(weights.values()))
@@ -185,13 +187,14 @@ def solve_group(
             solution = gptq.Solution(qweight, 0.0, 0)
         else:
             solution = rounding(target, moments.gram, scheme)
+        curvature = curvature or Factor(moments.gram)  # only now: it takes memory
         start = 0
         for name, original in weights.items():
             part = slice(start, start := start + len(original))
             qweight = solution.qweight.rows(part.start, part.stop)
             rounded = qweight.dequantize()
             with phase("error"):
-                error = gptq.relative_error(target[part], rounded, moments.gram)
+                error = gptq.relative_error(target[part], rounded, curvature)
             bias = originals.bias(name)
             if bias is not None and corrects(group, originals, settings):
                 bias = align.corrected_bias(bias, original, rounded, moments, settings.align)

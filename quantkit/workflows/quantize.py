@@ -312,10 +312,15 @@ def _quantize_blocks(
     strict: bool,
     progress: Progress,
 ) -> None:
-    # on a CPU the thread would only take cores and memory from what it runs beside
-    on_gpu = plan.skeleton.device.type == "cuda"
-    with one_behind(on_gpu) as behind, staging(plan.skeleton) as ahead:
+    threaded = _threaded(plan.skeleton.device)
+    with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
         _walk_blocks(plan, writer, ledger, report, rides, strict, progress, behind, ahead)
+
+
+def _threaded(device: torch.device) -> bool:
+    """Whether threads read and write beside the computation: on a CPU they would only take cores
+    and memory from it."""
+    return device.type == "cuda"
 
 
 def _walk_blocks(
@@ -348,11 +353,13 @@ def _walk_blocks(
         started = time.perf_counter()
         part = walk.block_name(index)
         if ahead:
-            ahead.arrived(part)
+            with report.timing("read"):
+                ahead.arrived(part)
         with walk.block(index) as block:
             if ahead and index + 1 < len(walk):
                 ahead.begin(walk.block_name(index + 1))
-            ride.before(block)
+            with report.timing("check"):
+                ride.before(block)
             if part in ledger:
                 with report.timing("replay"):
                     gather.advance(block, full)
@@ -367,11 +374,13 @@ def _walk_blocks(
             if quantized is not None and index + 1 < len(walk):
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
-            ride.after(block)
+            with report.timing("check"):
+                ride.after(block)
         plan.skeleton.checkpoint.release()
         loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
-    behind.finish()
+    with report.timing("write"):
+        behind.finish()
     job = plan.layout.head
     if job:
         started = time.perf_counter()

@@ -28,6 +28,7 @@ from quantkit.core.qweight import Scheme
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.methods import align, gptq
+from quantkit.methods.products import Factor
 from quantkit.runtime import gather
 from quantkit.runtime.walk import Block, InputGroup, Walk
 from quantkit.workflows.calibrate import batches
@@ -130,7 +131,7 @@ class _Part:
         """Relative output error, and the rounded weights, one above the other."""
         weight, gram = torch.cat(self.weights), self.moments.gram
         rounded = gptq.solve(weight, gram, scheme, self.options).qweight.dequantize()
-        return gptq.relative_error(weight, rounded, gram), rounded
+        return gptq.relative_error(weight, rounded, Factor(gram)), rounded
 
     def errors(self, schemes: Sequence[Scheme]) -> dict[Scheme, float]:
         """Relative output errors. What smaller groups gain is the same factor at all bits, within

@@ -33,6 +33,12 @@ def of(device: torch.device) -> GPU:
     return gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def early(device: torch.device) -> bool:
+    """Whether a kernel on this device may be launched while the one before it still runs, and wait
+    for it itself (programmatic dependent launch: Hopper and later)."""
+    return device.type == "cuda" and of(device).capability >= (9, 0)
+
+
 def gpu_why_not(found: GPU) -> str | None:
     """Why the kernels do not run on this GPU, or None."""
     if find_spec("triton") is None:

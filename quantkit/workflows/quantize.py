@@ -363,12 +363,17 @@ def _quantize_blocks(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    # threads read and write beside the computation; on a CPU they would only take cores from it
-    threaded = plan.cuda and plan.way.ahead
+    threaded = _threaded(plan)
     with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
         _walk_blocks(
             plan, states, writer, ledger, report, rides, strict, progress, ranks, behind, ahead
         )
+
+
+def _threaded(plan: Plan) -> bool:
+    """Whether threads read and write beside the computation: on a CPU they would only take cores
+    and memory from it."""
+    return plan.cuda and plan.way.ahead
 
 
 def _walk_blocks(

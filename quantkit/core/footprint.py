@@ -17,10 +17,10 @@ from typing import Literal
 Place = Literal["device", "ram"]
 Home = Literal["device", "ram", "disk"]  # of hidden states
 
-# Python, torch and transformers with a model's classes (470 MB, measured) and what the C library
-# keeps of freed memory (150 MB, measured); what the CUDA runtime adds to that, and what its context
+# Python, torch and transformers with a model's classes (430 MB, measured) and what the C library
+# keeps of freed memory (110 MB, measured); what the CUDA runtime adds to that, and what its context
 # takes on the GPU (usual values).
-PROCESS = 620_000_000
+PROCESS = 540_000_000
 CUDA_RAM, CUDA_CONTEXT = 1 << 30, 500 << 20
 # Share of a GPU's memory that torch's allocator holds and cannot use, in pieces between tensors.
 FRAGMENTS = 0.05

@@ -496,8 +496,9 @@ def _quantize_head(
     done = _described([job], outcome)
     if writer and ledger is not None:
         with report.timing("write"):
-            found = stored.write_linear(plan, job, outcome.linears[job.inner], writer)
-            done["layers"][job.disk]["digest"] = found
+            solved = outcome.linears[job.inner]
+            stored.write_linear(plan, job, solved, writer)
+            done["layers"][job.disk]["digest"] = stored.digest_of(solved)
             writer.sync()
         ledger.finish(job.name, done)
     return done

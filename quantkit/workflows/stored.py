@@ -1,6 +1,7 @@
 """Quantized linears between the plan and the output's files: each is read back as it is written."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +24,24 @@ def write(plan: Plan, index: int, outcome: Outcome, writer: ShardWriter) -> dict
     """Pack and write a block, and see that what is in the file unpacks to what was solved -> the
     digest of every linear, by its name on disk."""
     digests = {}
-    for job in plan.layout.jobs[index]:
-        digests[job.disk] = write_linear(plan, job, outcome.linears[job.inner], writer)
-    for name, tensor in outcome.others.items():
-        _put(writer, plan.disk_name(index, name), tensor)
-    writer.sync()
-    return digests
+    with ThreadPoolExecutor(thread_name_prefix="digest") as hashing:  # others are written meanwhile
+        for job in plan.layout.jobs[index]:
+            solved = outcome.linears[job.inner]
+            write_linear(plan, job, solved, writer)
+            digests[job.disk] = hashing.submit(digest_of, solved)
+        for name, tensor in outcome.others.items():
+            _put(writer, plan.disk_name(index, name), tensor)
+        writer.sync()
+    return {name: found.result() for name, found in digests.items()}
 
 
-def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> str:
-    """Pack and write one linear, and read it back -> its digest."""
+def digest_of(solved: Solved) -> str:
+    """The digest of a linear as verify will find it."""
+    return digest.of(solved.qweight.to(_CPU))
+
+
+def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> None:
+    """Pack and write one linear, and read it back."""
     try:
         fitted, _ = fit.fit(result.qweight, plan.packer.FORM)
     except fit.CannotHold as error:
@@ -45,7 +54,6 @@ def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> s
         _put(writer, f"{job.disk}.{suffix}", tensor)
     if not read(plan, job, writer, result.qweight.codes.device).identical(result.qweight):
         raise QuantkitError(f"{job.disk} was written, but reads back differently")
-    return digest.of(result.qweight.to(_CPU))
 
 
 def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError
 from quantkit.runtime.activation import scale_activations
 from quantkit.runtime.device import pick_device, pick_dtype
-from quantkit.runtime.linear import quantized_linear
+from quantkit.runtime.linear import QuantLinear, quantized_linear
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features
@@ -56,7 +56,7 @@ def put_together(opened: "Opened", device: torch.device, dtype: torch.dtype) -> 
     for prefix in opened.linears:
         _put_linear(skeleton, opened, prefix)
     if opened.linears:
-        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+        model.save_pretrained = _refuse_to_save
     skeleton.fill([name for name, _ in model.named_children()])
     model.tie_weights()
     if (source.folder / "generation_config.json").exists():
@@ -82,7 +82,7 @@ def _put_linear(skeleton: Skeleton, opened: "Opened", prefix: str) -> None:
     setattr(skeleton.model.get_submodule(parent), leaf, new)
 
 
-def _check_shape(old: nn.Module, new: nn.Module, prefix: str) -> None:
+def _check_shape(old: nn.Module, new: QuantLinear, prefix: str) -> None:
     found = (new.out_features, new.in_features)
     if features(old) != found:
         raise QuantkitError(

@@ -24,7 +24,8 @@ TORCH, LLAMA_CPP = "torch", "llama.cpp"
 
 
 class Engine(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def logits(self, ids: Tensor) -> Tensor:
         """int64 [tokens] -> what is predicted behind each of them, [tokens, vocabulary]."""

@@ -1,14 +1,17 @@
 """Time and memory of quantizing a model of weblab-10b's shape on a GPU, disk to sealed folder.
 
     python benchmarks/quantize_gpu.py --blocks 36 --run fast --run default --folder SCRATCH \\
-        --out results.json
+        --ranks 1 --ranks 2 --out results.json
 
 Makes a GPT-NeoX with random weights (hidden 4864, 38 heads, MLP 19456, vocabulary 50277, float16)
 and random calibration rows, then quantizes it once for every --run, each in a process of its own:
 
     fast, default        quantkit gptq --fast, quantkit gptq
-    low, low-default     the same within --low-memory of GPU memory
+    low, low-default     the same within --low-memory of GPU memory and --low-ram of RAM
     awq                  quantkit awq
+
+With --ranks N (repeatable) every run is started by torchrun as N processes, each on a GPU of its
+own; speed-ups are over the first N, whole and per block.
 
 Seconds by phase come from --profile, which waits for the GPU at every phase's ends and so takes a
 little longer. The floor is the arithmetic that cannot be avoided (a forward pass, the Hessians'
@@ -65,24 +68,42 @@ def main() -> None:
         "runs": {},
     }
     for run in args.run:
-        shutil.rmtree(args.folder / "out", ignore_errors=True)
-        shutil.rmtree(args.folder / "out.partial", ignore_errors=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", run]
-        start = time.perf_counter()
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        wall = time.perf_counter() - start
-        if process.returncode:
-            print(f"{run} failed with exit code {process.returncode}")
-            continue
-        found = json.loads(process.stdout.splitlines()[-1])
-        found |= {
-            "wall_s": round(wall, 2),
-            "s_per_block": round(found["blocks_s"] / args.blocks, 3),
-        }
-        result["runs"][run] = found
-        print(run, json.dumps(found), flush=True)
+        first = None
+        for ranks in args.ranks or [1]:
+            found = _measured(args, run, ranks)
+            if found is None:
+                continue
+            first = first or found
+            if ranks > 1:
+                found["speed_up"] = {
+                    key: round(first[key] / found[key], 2) for key in ("s_per_block", "wall_s")
+                }
+            name = run if ranks == 1 else f"{run}, {ranks} GPUs"
+            result["runs"][name] = found
+            print(name, json.dumps(found), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+def _measured(args: argparse.Namespace, run: str, ranks: int) -> dict[str, Any] | None:
+    """What a run by so many processes took, or None when it failed."""
+    shutil.rmtree(args.folder / "out", ignore_errors=True)
+    shutil.rmtree(args.folder / "out.partial", ignore_errors=True)
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *several, __file__, *sys.argv[1:], "--child", run]
+    threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun would leave one to each
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if several else {})}
+    start = time.perf_counter()
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    wall = time.perf_counter() - start
+    if process.returncode:
+        print(f"{run} on {ranks} failed with exit code {process.returncode}")
+        return None
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found | {
+        "wall_s": round(wall, 2),
+        "s_per_block": round(found["blocks_s"] / args.blocks, 3),
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -94,8 +115,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--run", action="append", required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--ranks", action="append", type=int, help="GPUs, 1 if not given")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--low-memory", default="6GB")
+    parser.add_argument("--low-ram", default="4GB")
     parser.add_argument("--tflops", type=float, default=750.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -180,10 +203,13 @@ def _make_rows(path: Path, rows: int, tokens: int) -> None:
 
 def _child(args: argparse.Namespace) -> None:
     """One run; prints what it took as a line of JSON."""
+    began = time.perf_counter()
     from quantkit.core import profile
     from quantkit.workflows.awq import quantize_awq
     from quantkit.workflows.quantize import quantize
 
+    torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    started = time.perf_counter()
     run = args.child
     options: dict[str, Any] = {
         "calib": str(args.folder / "rows.jsonl"),
@@ -191,7 +217,7 @@ def _child(args: argparse.Namespace) -> None:
         "calib_seqlen": args.tokens,
     }
     if run.startswith("low"):
-        options["max_gpu_memory"] = args.low_memory
+        options |= {"max_gpu_memory": args.low_memory, "max_memory": args.low_ram}
     if run in ("fast", "low"):
         options["fast"] = True
     measured = profile.start() if args.profile else None
@@ -199,9 +225,15 @@ def _child(args: argparse.Namespace) -> None:
         carry = quantize_awq if run == "awq" else quantize
         report = carry(str(args.folder / f"source-{args.blocks}"), args.folder / "out", **options)
     blocks = ("solve", "write", "propagate")
+    if not report.written:
+        return  # the first process speaks for all
     print(
         json.dumps(
             {
+                "mode": str(report.plan.way),
+                "backoffs": report.backoffs,
+                "start_s": round(started - began, 2),
+                "run_s": round(time.perf_counter() - started, 2),
                 "blocks_s": round(sum(report.seconds.get(name, 0.0) for name in blocks), 2),
                 "seconds": {name: round(spent, 2) for name, spent in report.seconds.items()},
                 "phases": {n: round(s, 2) for n, s in measured.seconds.items()} if measured else {},

@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import awq as mathematics
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.workflows.awq import quantize_awq
+from quantkit.workflows.verify import verify
 
 FEW = {key: value for key, value in QUICK.items() if key != "fast"}
 SMALL = {**FEW, "group": 32, "calib_seqlen": 32}
@@ -52,6 +53,10 @@ def test_every_scale_is_folded_right(name, tmp_path, monkeypatch):
     before, after = (load_file(f / "model.safetensors") for f in (model(name), out))
     norms = [n for n in after if n in before and not torch.equal(after[n], before[n].half())]
     assert norms  # scales have gone into them
+    small = {"rows": 1, "seqlen": 32, "samples": False, "write": False, "dtype": "float32"}
+    layers = verify(str(out), against=str(model(name)), **small).layers
+    assert len(layers) == len(report.layers)  # in the units of the original
+    assert all(layer["error"] < 0.001 and abs(layer["offset"]) < 0.2 for layer in layers.values())
 
 
 def test_the_file_is_awq_and_says_so(tmp_path):

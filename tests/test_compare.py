@@ -7,7 +7,7 @@ from tools import command, model, quantized, sentence
 
 from quantkit.core.metrics import shown as shown_with
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.runtime.walk import Walk
+from quantkit.runtime.skeleton import Skeleton
 from quantkit.workflows.compare import compare
 from quantkit.workflows.verify import verify
 
@@ -29,19 +29,22 @@ def test_each_is_what_verify_finds_best_first():
             assert found["layers"][name] == pytest.approx(layer, rel=1e-5)
 
 
-def test_all_rows_go_through_the_original_once(monkeypatch):
-    """For the layers of further models, only the rows that they are measured on."""
+def test_every_block_of_the_original_is_read_once(monkeypatch):
+    """Whatever the number of models, of which each block is read once too."""
     folders = [str(quantized()), str(quantized(bits=3))]  # made before anything is counted
-    embedded = []
-    embed = Walk.embed
+    read = []
+    fill = Skeleton.fill
 
-    def counting(self, batches):
-        embedded.append(len(batches))
-        return embed(self, batches)
+    def counting(self, prefixes):
+        wanted = list(prefixes)
+        read.extend((self.source.name, name) for name in wanted if ".layers." in name)
+        fill(self, wanted)
 
-    monkeypatch.setattr(Walk, "embed", counting)
+    monkeypatch.setattr(Skeleton, "fill", counting)
     compare(folders, rows=4, seqlen=16, samples=False)
-    assert embedded == [16, 4]
+    first, *others = (read.count(("demo", f"model.layers.{i}")) for i in range(4))
+    assert (first, others) == (2, [1, 1, 1])  # the first one also tells what blocks return
+    assert len(read) == 3 * 5
 
 
 def test_the_command(capsys):

@@ -105,7 +105,7 @@ def test_fewer_bits_may_lose_more():
 )
 def test_refused_before_anything_is_measured(limit, message, capsys, monkeypatch):
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
-    monkeypatch.setattr("quantkit.workflows.verify.put_together", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("quantkit.workflows.verify.Bench.measure", lambda *_: pytest.fail("run"))
     assert command("verify", quantized(), *SHORT, *limit) == 2
     assert sentence(capsys.readouterr().err)[0] == message
 

@@ -23,7 +23,7 @@ def threaded(monkeypatch):
         return read(self, prefix)
 
     monkeypatch.setattr(staging.Staging, "_read", noting)
-    monkeypatch.setattr(workflow, "_threaded", lambda device: True)
+    monkeypatch.setattr(workflow, "_threaded", lambda plan: True)
     return seen
 
 
@@ -33,7 +33,7 @@ def test_the_folder_is_the_same(tmp_path, threaded, monkeypatch, fast):
     settings = {**QUICK, "fast": fast, "group": 32}
     quantize(source, tmp_path / "threads", **settings)
     assert threaded == ["gpt_neox.layers.1"]  # the first one is not read ahead
-    monkeypatch.setattr(workflow, "_threaded", lambda device: False)
+    monkeypatch.setattr(workflow, "_threaded", lambda plan: False)
     quantize(source, tmp_path / "plain", **settings)
     assert len(threaded) == 1
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("threads", "plain"))

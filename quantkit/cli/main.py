@@ -11,6 +11,7 @@ import click
 from quantkit import __version__
 from quantkit.cli import misuse, process
 from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
+from quantkit.workflows import several
 
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {
@@ -78,6 +79,7 @@ def run() -> NoReturn:
     """The ``quantkit`` command: the command line in a process of its own."""
     process.prepare()
     try:
+        several.begin(sys.argv[1:], _say)
         main()
     except SystemExit as end:
         process.leave(int(end.code or 0))
@@ -115,6 +117,8 @@ def _warn(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 
 def _say(message: str, hint: str | None) -> None:
+    if not several.tells():
+        return
     click.secho("error: ", fg="red", bold=True, err=True, nl=False)
     click.echo(message, err=True)
     if hint:

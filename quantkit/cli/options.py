@@ -130,6 +130,25 @@ def calibration_text(command: Command) -> Command:
     return command
 
 
+def memory(command: Command) -> Command:
+    """How much of it a quantization may use."""
+    for option in (
+        click.option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Use at most so much RAM, such as 4GB.  [default: what is free]",
+        ),
+        click.option(
+            "--max-gpu-memory",
+            metavar="SIZE",
+            help="Use at most so much of the GPU's memory: what does not fit goes to RAM or to "
+            "disk.  [default: what is free]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def profiling(command: Command) -> Command:
     """``--profile``: the command is given what was measured, None where it was not asked for."""
 

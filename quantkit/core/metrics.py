@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # logits of a row are [tokens, vocabulary]: work on few tokens at a time
-_CHUNK = 512
+_CHUNK = 64
 _TOP = 5
 # edges of the histogram: 10 bins for every factor of ten from 1e-6 to 10 nats
 _LOWEST, _HIGHEST, _BINS = -6, 1, 70
@@ -138,6 +138,16 @@ class Comparison:
             )
         )
         return kl
+
+    @classmethod
+    def of(cls, parts: list["Comparison"]) -> "Comparison":
+        """The rows of all ``parts``, in their order."""
+        whole = cls()
+        for part in parts:
+            for label, rows in part._rows.items():
+                whole._rows[label] += rows
+                whole._tokens[label] += part._tokens[label]
+        return whole
 
     def sets(self) -> dict[str, SetResult]:
         return {label: self._set(label, rows) for label, rows in self._rows.items()}

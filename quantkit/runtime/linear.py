@@ -5,6 +5,8 @@ and device, and the reference for everything faster. ``CpuInt4Linear`` uses torc
 where few rows come at once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -53,6 +55,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.scheme, self.dtype = q.scheme, dtype
+        self.kept: dict[torch.dtype, Tensor] | None = None  # see multiplied_out
         self.bias = None
         if bias:
             empty = torch.empty(self.out_features, dtype=dtype, device="meta")
@@ -107,7 +110,14 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output for inputs in its own order."""
-        return functional.linear(x, self.weight_as(x.dtype), self.bias)
+        return functional.linear(x, self._dense(x.dtype), self.bias)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        if self.kept is None:
+            return self.weight_as(dtype)
+        if dtype not in self.kept:
+            self.kept[dtype] = self.weight_as(dtype)
+        return self.kept[dtype]
 
     def extra_repr(self) -> str:
         scheme = self.scheme
@@ -115,6 +125,20 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={scheme.bits}, group_size={scheme.group_size}, bias={self.bias is not None}"
         )
+
+
+@contextmanager
+def multiplied_out(module: nn.Module) -> Iterator[None]:
+    """While open, linears of ``module`` that dequantize for every call do it for the first alone.
+    What they compute stays the same, bit for bit; the weights that they keep take memory."""
+    linears = [part for part in module.modules() if isinstance(part, QuantLinear)]
+    for linear in linears:
+        linear.kept = {}
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.kept = None
 
 
 class CpuInt4Linear(QuantLinear):

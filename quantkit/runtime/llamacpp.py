@@ -34,6 +34,12 @@ def installed() -> bool:
     return find_spec("llama_cpp") is not None
 
 
+def refuse_missing() -> None:
+    """Raises QuantkitError where llama-cpp-python is not there."""
+    if not installed():
+        raise QuantkitError("llama-cpp-python is not installed", "pip install 'quantkit[llamacpp]'")
+
+
 class LlamaCpp:
     """The model in the GGUF file ``path``. Its context is ``context`` tokens long, or what the
     model was trained with, at most CONTEXT; ``threads`` compute, or torch's number of them.
@@ -47,10 +53,7 @@ class LlamaCpp:
     ) -> None:
         if context is not None and context < 1:
             raise UsageError(f"a context of {context} tokens holds nothing")
-        if not installed():
-            raise QuantkitError(
-                "llama-cpp-python is not installed", "pip install 'quantkit[llamacpp]'"
-            )
+        refuse_missing()
         import llama_cpp
 
         self._api: Any = llama_cpp

@@ -168,12 +168,12 @@ class Skeleton:
         """Give every parameter below ``prefixes`` its weights. Raises QuantkitError when the
         checkpoint lacks one, or holds one of another shape."""
         wanted = tuple(prefixes)
-
-        def below(name: str) -> bool:
-            return any(name == p or name.startswith(p + ".") for p in wanted)
-
-        tied = {place: source for place, source in self._tied.items() if below(place)}
-        names = [d for d, live in self.live_names.items() if below(live) or live in tied.values()]
+        tied = {place: source for place, source in self._tied.items() if under(place, wanted)}
+        names = [
+            disk
+            for disk, live in self.live_names.items()
+            if under(live, wanted) or live in tied.values()
+        ]
         load(
             self.model,
             {n: self.read(n) for n in names},
@@ -187,7 +187,7 @@ class Skeleton:
         self._refuse_missing(
             name
             for name, parameter in self.model.named_parameters()
-            if below(name) and parameter.device.type == "meta"
+            if under(name, wanted) and parameter.device.type == "meta"
         )
 
     def check(self) -> None:
@@ -218,6 +218,11 @@ class Skeleton:
                     part._parameters[name] = nn.Parameter(
                         torch.empty_like(parameter, device="meta"), requires_grad=False
                     )
+
+
+def under(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether ``name`` is one of the modules ``prefixes``, or of what is in them."""
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def load(

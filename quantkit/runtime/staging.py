@@ -15,7 +15,7 @@ class Staging:
 
     def __init__(self, skeleton: Skeleton, pool: ThreadPoolExecutor) -> None:
         self._skeleton, self._pool = skeleton, pool
-        # the same one for all blocks: what is freed can only be had again by the stream that took it
+        # one for all blocks: freed memory goes back to the stream that took it
         cuda = skeleton.device.type == "cuda"
         self._stream = torch.cuda.Stream(skeleton.device) if cuda else None
         self._coming: tuple[str, Future[dict[str, Tensor]]] | None = None

@@ -15,7 +15,7 @@ whatever transformers can build.
         ...
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -190,6 +190,14 @@ class Walk:
     def block_name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
 
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of the blocks, by its name in the model."""
+        return {
+            f"{self.prefix}.{name}": features(module)
+            for name, module in self._blocks.named_modules()
+            if is_linear(module)
+        }
+
     @contextmanager
     def block(self, index: int) -> Iterator[Block]:
         """Block ``index``, its weights in memory until the context ends."""
@@ -201,37 +209,42 @@ class Walk:
         finally:
             self.skeleton.empty(module)
 
-    @torch.no_grad()
     def embed(self, batches: list[Tensor]) -> list[Tensor]:
         """Hidden states in front of the first block, one tensor [rows, tokens, width] a batch.
         Also records what every block is called with."""
-        with self._surroundings():
+        return list(self.embedding(batches))
+
+    @torch.no_grad()
+    def embedding(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
+        """What :meth:`embed` gives, a batch at a time. Nothing else may be run before the end."""
+        with self.surroundings():
             self._tuples = self._returns_tuple(batches[0][:1, :4])
             self._refuse_text_arguments()
             # what Block.trace runs, whichever batch it is given a piece of
             pieces = {piece.shape: piece for piece in (b[:1, :_PROBE_TOKENS] for b in batches)}
             for piece in pieces.values():
                 self._record(piece)
-            return [self._record(batch) for batch in batches]
+            for batch in batches:
+                yield self._record(batch)
 
     @torch.no_grad()
     def logits(
         self,
         batches: list[Tensor],
-        hidden: list[Tensor],
+        hidden: Iterable[Tensor],
         head: dict[str, nn.Parameter] | None = None,
     ) -> Iterator[Tensor]:
         """The model's predictions [rows, tokens, vocabulary] from hidden states behind the last
         block, a batch at a time. ``head``: parameters that the output head has instead of its own.
         """
-        with self._surroundings(head=True):
+        with self.surroundings(head=True):
             for batch, state in zip(batches, hidden):
                 with self._headed(head or {}):
                     output = self._behind(batch, state)
                 yield output.logits
 
     @torch.no_grad()
-    def head_inputs(self, batches: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
+    def head_inputs(self, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """What the output head is given [rows, tokens, width], from hidden states behind the last
         block, a batch at a time. The head itself is not read."""
         seen: list[Tensor] = []
@@ -240,7 +253,7 @@ class Walk:
             seen.append(args[0])
             raise _Stop
 
-        with self._surroundings():
+        with self.surroundings():
             for batch, state in zip(batches, hidden):
                 handle = find_head(self.skeleton.model)[1].register_forward_pre_hook(stop)
                 try:
@@ -277,7 +290,7 @@ class Walk:
             head._parameters.update(own)
 
     @contextmanager
-    def _surroundings(self, head: bool = False) -> Iterator[None]:
+    def surroundings(self, head: bool = False) -> Iterator[None]:
         """Everything outside of the blocks in memory; the output head only when asked for."""
         model = self.skeleton.model
         skipped = None if head else model.get_output_embeddings()

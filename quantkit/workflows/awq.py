@@ -42,6 +42,8 @@ def quantize_awq(
     dry_run: bool = False,
     revision: str | None = None,
     low_disk: bool = False,
+    max_gpu_memory: str | None = None,
+    max_memory: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by AWQ and write it to ``out``.
@@ -90,6 +92,8 @@ def quantize_awq(
         low_disk=low_disk,
         rules=rules.parsed(rule),
         budget=wanted(target_bits, target_size),
+        max_gpu_memory=max_gpu_memory,
+        max_memory=max_memory,
     )
     progress = progress or Progress()
     report = carry_out(task, Awq(cast(Refine, refine), settings), progress)

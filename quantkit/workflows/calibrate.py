@@ -105,6 +105,26 @@ def _until(row: list[int], end: int | None) -> list[int]:
     return row[: row.index(end, 1) + 1] if end in row[1:] else row
 
 
+def shared(rows: list[list[int]], tokens: int, ranks: int) -> list[Tensor]:
+    """The micro-batches of so many ranks together: those of one, but smaller where there would not
+    be two for each."""
+    found = batches(rows, tokens)
+    while ranks > 1 and len(found) < min(2 * ranks, len(rows)):
+        tokens //= 2
+        found = batches(rows, tokens)
+    return found
+
+
+def check_enough(rows: Calibration, ranks: int) -> None:
+    """Raises UsageError when some of the ranks would have nothing to do."""
+    if len(rows.rows) < ranks:
+        raise UsageError(
+            f"{ranks} processes need at least {ranks} rows of calibration text, not "
+            f"{len(rows.rows)}",
+            "start fewer processes, or use more --calib-rows",
+        )
+
+
 def batches(rows: list[list[int]], tokens: int) -> list[Tensor]:
     """Rows as int64 [rows, tokens] micro-batches of about ``tokens`` tokens; a batch's rows are
     equally long."""

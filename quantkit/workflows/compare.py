@@ -48,8 +48,9 @@ def compare(
     progress: Progress | None = None,
 ) -> Ranking:
     """Measure each of ``models`` against the original (by default the one that the first of them
-    names). All rows go through the original once; one model at a time is in memory. Everything
-    else is as for ``verify``, but nothing is written.
+    names). All rows go through the original once, and through the models beside it; in memory are
+    one block of the original and one of a model, and the hidden states of all. Everything else is
+    as for ``verify``, but nothing is written.
 
     Raises QuantkitError when one of them cannot be loaded, or was not made from the original.
     """
@@ -60,7 +61,7 @@ def compare(
     refuse_engine(engine, sources)
     original = resolve(against) if against else recorded_original(sources[0])
     bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits, engine)
-    found = [bench.measure(source, progress or Progress()) for source in sources]
+    found = bench.measure(sources, progress or Progress())
     _tell_apart(found, [str(model) for model in models])
     return Ranking(original.name, sorted(found, key=_loss))
 

@@ -28,7 +28,6 @@ from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.rounded import Rounded
-from quantkit.workflows.seal import told
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
 _PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
@@ -140,6 +139,8 @@ def carry(
         else:
             content = provenance_of(opened, result, files)
         legacy.add(output.partial, legacy_name)
+        from quantkit.workflows.seal import told  # and transformers: 180 MB that nothing else needs
+
         told(content, opened.source, output.partial, opened.model_config)
         output.complete()
     result.written = True
@@ -255,18 +256,15 @@ def _move_linear(opened: Opened, target: Target, prefix: str) -> Moved:
 
 
 def _gather(ledger: Ledger, result: Conversion) -> None:
-    digests = {}
     for part in ledger:
         for name, moved in ledger.report(part).items():
             if "digest" in moved:
-                digests[name] = moved["digest"]
+                result.digests[name] = moved["digest"]
                 if "error" in moved:
                     result.errors[name] = moved["error"]
                 if "layer" in moved:
                     result.layers[name] = moved["layer"]
             result.dense = max(result.dense, moved.get("rounded", 0.0))
-    if digests:
-        result.digest = digest.together(digests)
 
 
 def _compare(
@@ -309,7 +307,6 @@ def _measure(
     """What somebody else's rounding did to every linear."""
     again = target.reopened(folder)
     result.linears, result.bytes = len(again.linears), sum(f.stat().st_size for f in again.files)
-    digests = {}
     progress.begin("measuring", len(again.linears))
     for index, prefix in enumerate(again.linears):
         started = time.perf_counter()
@@ -319,12 +316,11 @@ def _measure(
         else:
             original = opened.dense.get(f"{prefix}.weight").float()
         result.errors[prefix] = fit.relative_error(original, found.dequantize())
-        digests[prefix] = digest.of(found)
+        result.digests[prefix] = digest.of(found)
         opened.release()
         spent = time.perf_counter() - started
         progress.step(Step(index + 1, len(again.linears), prefix, result.errors[prefix], spent))
     progress.end()
-    result.digest = digest.together(digests)
 
 
 def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.core import provenance
+from quantkit.methods import digest
 from quantkit.runtime.opened import Opened, recorded
 from quantkit.workflows.rounded import Rounded
 from quantkit.workflows.sizes import bytes_of
@@ -15,7 +16,7 @@ class Conversion:
     """What came of it.
 
     exact    every weight means the very same number as before
-    digest   of all quantized weights' numbers, in any format that holds them exactly
+    digests  of every quantized weight's numbers, in any format that holds them exactly
     errors   relative error |W - W'|^2 / |W|^2 of each linear that was rounded to fit the target
     layers   the same against the original, of each linear that was quantized on the way
     measured the quantized model against the original on held-out text, where that was done
@@ -28,7 +29,7 @@ class Conversion:
     target: str
     linears: int = 0
     bytes: int = 0
-    digest: str | None = None
+    digests: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
     dense: float = 0.0
@@ -41,6 +42,11 @@ class Conversion:
     @property
     def exact(self) -> bool:
         return not self.errors and not self.dense
+
+    @property
+    def digest(self) -> str | None:
+        """Of all quantized weights together."""
+        return digest.together(self.digests) if self.digests else None
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -66,7 +72,10 @@ def made(rounded: Rounded, result: Conversion, files: dict[str, str]) -> dict[st
             "quantized_weights": sum(packed.out * packed.width for packed in linears),
             "linears": result.linears,
         },
-        "layers": {name: {"error": error} for name, error in result.layers.items()},
+        "layers": {
+            name: {"error": error, "digest": result.digests[name]}
+            for name, error in result.layers.items()
+        },
         "digest": result.digest,
         "versions": provenance.versions(),
         "seconds": {"convert": round(result.seconds, 2)},
@@ -100,6 +109,10 @@ def provenance_of(opened: Opened, result: Conversion, files: dict[str, str]) -> 
         record.pop("layers", None)
     if not record and not opened.linears:
         record["source"] = {"name": name, "revision": revision, "files": files}
+    layers = dict(record.get("layers") or {})
+    for linear, found in result.digests.items():
+        layers[linear] = {**layers.get(linear, {}), "digest": found}
+    record["layers"] = layers
     record.setdefault("versions", conversion["versions"])
     size = {"bytes": result.bytes, "linears": result.linears}
     return {**record, "size": size, "conversion": conversion}

@@ -1,6 +1,6 @@
 """What every linear of a model does to the original's inputs of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import log10, sqrt
 from typing import Any
 
@@ -8,34 +8,28 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.errors import QuantkitError
-from quantkit.runtime.linear import QuantLinear
-from quantkit.runtime.walk import Block, features, is_linear
+from quantkit.core.qweight import QWeight
+from quantkit.runtime.walk import Block, is_linear
+from quantkit.workflows.units import Units
 
-GIVE_IT = "give the model that was quantized with --against"
-_ROWS = 64  # of a weight are enough to see where it lies
 _EXACT = 200.0  # dB; what is closer counts as this close
 
 
 class LayerErrors:
-    """Compares the outputs of a block's linears with those of ``other``, given the original's
-    inputs. Linears with the very same weight are left out. Raises QuantkitError when the other
-    model does not have the block's linears; ``names``: what to call the two."""
+    """Compares the outputs of a block's linears with those of ``other``, the same block of another
+    model that computes in ``units``, given the original's inputs. Linears with the very same weight
+    are left out. ``tops``: the first rows of quantized weights, by their names in the block."""
 
-    def __init__(self, block: Block, other: nn.Module, names: tuple[str, str]) -> None:
-        self._block = block
+    def __init__(
+        self, block: Block, other: Block, units: Units, tops: Mapping[str, QWeight]
+    ) -> None:
+        self._block, self._units, self._tops = block, units, tops
         self._sums: dict[str, Tensor] = {}
         self._others: dict[str, nn.Module] = {}
-        theirs = dict(other.named_modules())
         for name, module in block.module.named_modules():
             if not is_linear(module):
                 continue
-            found = theirs.get(f"{block.name}.{name}")
-            if found is None or _shape(found) != features(module):
-                raise QuantkitError(
-                    f"{names[0]} was not made from {names[1]}: they differ in {block.name}.{name}",
-                    GIVE_IT,
-                )
+            found = other.linear(name)
             if not (is_linear(found) and torch.equal(found.weight, module.weight)):
                 self._others[name] = found
 
@@ -46,8 +40,10 @@ class LayerErrors:
         )
 
     def _hook(self, name: str, other: nn.Module) -> Callable[[Tensor, Tensor], None]:
+        units = self._units
+
         def see(x: Tensor, y: Tensor) -> None:
-            y, z = y.float(), other(x).float()
+            y, z = y.float(), units.answer(name, other(units.given(name, x)).float())
             found = [(z - y).square(), y.square(), z.square(), y * z]
             sums = torch.stack([part.sum(dtype=torch.float64) for part in found])
             self._sums[name] = self._sums.get(name, 0) + sums
@@ -61,32 +57,25 @@ class LayerErrors:
         return {
             f"{self._block.name}.{name}": {
                 **_numbers(*sums.tolist()),
-                "offset": _offset(self._others[name], self._block.linear(name)),
+                "offset": self._offset(name),
             }
             for name, sums in self._sums.items()
         }
 
-
-def _offset(other: nn.Module, linear: nn.Module) -> float | None:
-    """How far the weights of a group lie beside the original's as a whole, in steps: the median
-    over groups of the mean of (w' - w) / scale. Rounding leaves it near 0, whatever rounded; zero
-    points that are one off make it 1 or -1. None for what is not on an even grid."""
-    if not isinstance(other, QuantLinear) or other.scheme.grid != "int":
-        return None
-    q = other.rows(0, min(_ROWS, other.out_features))
-    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-    rows = weight[: len(q.codes)].float()
-    if other.order is not None:
-        rows = rows[:, other.order]
-    steps = (q.dequantize() - rows) / q.scale.float()[:, q.group_index()]
-    groups = steps.split(q.scheme.width(other.in_features), dim=1)
-    return float(torch.stack([group.mean(1) for group in groups]).median())
-
-
-def _shape(module: nn.Module) -> tuple[Any, Any]:
-    if is_linear(module):
-        return features(module)
-    return getattr(module, "out_features", None), getattr(module, "in_features", None)
+    def _offset(self, name: str) -> float | None:
+        """How far the weights of a group lie beside the original's as a whole, in steps: the median
+        over groups of the mean of (w' - w) / scale. Rounding leaves it near 0, whatever rounded;
+        zero points that are one off make it 1 or -1. None for what is not on an even grid."""
+        q = self._tops.get(name)
+        if q is None or q.scheme.grid != "int":
+            return None
+        linear = self._block.linear(name)
+        weight: Any = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+        wanted = self._units.weight(name, weight[: len(q.codes)].float()).cpu()
+        index = q.group_index()
+        steps = (q.dequantize() - wanted) / q.scale.float()[:, index]
+        groups = torch.zeros_like(q.scale, dtype=torch.float32).index_add_(1, index, steps)
+        return float((groups / torch.bincount(index)).median())
 
 
 def _numbers(lost: float, had: float, found: float, both: float) -> dict[str, float]:

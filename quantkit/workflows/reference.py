@@ -1,23 +1,19 @@
-"""The original of a verification: its predictions computed once, with a block in memory at a time.
+"""The original of a verification, with a block in memory at a time.
 
 Any checkpoint that quantkit loads can be one: quantized linears are multiplied out block by block.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.core.source import Source
-from quantkit.runtime.load import load_model
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.unpacked import unpacked_skeleton
-from quantkit.runtime.walk import Walk
-from quantkit.workflows import divergence
-from quantkit.workflows.layer_errors import LayerErrors
+from quantkit.runtime.walk import Block, Walk
+from quantkit.workflows import whole
+from quantkit.workflows.candidate import Candidate
 from quantkit.workflows.sizes import bytes_of
 
 _TRACED = 4  # rows whose inputs the layers' errors are measured on
@@ -34,55 +30,42 @@ class Reference:
         self.walk = Walk(self.skeleton)
         self.bytes = bytes_of(self.opened)
         self.batches: list[Tensor] = []
-        self._last: list[Tensor] = []  # hidden states behind the last block
-        self._written: list[list[int]] | None = None
+        self._hidden: list[Tensor] = []  # in front of the next block
+        self._written: list[list[int]] | str | None = None
 
-    def layers(
-        self, other: nn.Module, name: str, done: Callable[[int, str], None]
-    ) -> dict[str, dict[str, float | None]]:
-        """What the linears of ``other``, called ``name``, lose (see LayerErrors) on a few of the
-        rows. The first time all rows are taken along, for ``logits``."""
-        every = max(1, len(self.batches) // _TRACED)
-        traced = set(range(0, len(self.batches), every))
-        if self._last:
-            batches = [self.batches[i] for i in sorted(traced)]
-            traced = set(range(len(batches)))
-        else:
-            batches = self.batches
-        hidden = self.walk.embed(batches)
-        found: dict[str, dict[str, float | None]] = {}
+    def run(self, candidates: list[Candidate]) -> Iterator[str]:
+        """Take all rows through all blocks, the candidates beside; yields the name of each block
+        that is behind them. Of every model one block at most is in memory, and of the candidates
+        one at all."""
+        self._hidden = self.walk.embed(self.batches)
+        self.opened.release()
         for index in range(len(self.walk)):
             with self.walk.block(index) as block:
-                errors = LayerErrors(block, other, (name, self.source.name))
-                for i, state in enumerate(hidden):
-                    with errors.measuring() if i in traced else nullcontext():
-                        hidden[i] = block.forward(state)
-                found |= errors.described()
+                self._advance(index, block, candidates)
             self.opened.release()
-            done(index + 1, self.walk.block_name(index))
-        self._last = self._last or hidden
-        return found
+            yield self.walk.block_name(index)
+
+    def _advance(self, index: int, block: Block, candidates: list[Candidate]) -> None:
+        """Every candidate sees the few rows again that layers are compared on; the last one's are
+        taken along."""
+        every = max(1, len(self.batches) // _TRACED)
+        traced = {i: self._hidden[i] for i in range(0, len(self.batches), every)}
+        found: dict[int, Tensor] = {}
+        for candidate in candidates:
+            found = candidate.step(index, block, traced)
+        for i, state in enumerate(self._hidden):
+            state.copy_(found[i] if i in found else block.forward(state))
 
     def logits(self) -> Iterator[Tensor]:
-        """Predictions for every batch, [1, tokens, vocabulary]; behind ``layers``."""
-        return self.walk.logits(self.batches, self._last)
+        """Predictions for every batch, [tokens, vocabulary]; behind ``run``."""
+        for found in self.walk.logits(self.batches, self._hidden):
+            yield found[0]
 
     def written(self) -> list[list[int]] | str:
-        """Greedy continuations, or why there are none: they need the whole original, so they are
-        only made where there is room for it."""
+        """What it writes behind the prompts, or why there is nothing (see whole.py)."""
         if self._written is None:
-            needed = int(1.2 * self._in_memory())
-            free = psutil.virtual_memory().available
-            if self.skeleton.device.type == "cuda":
-                free = torch.cuda.mem_get_info(self.skeleton.device)[0]
-            if free < needed:
-                return (
-                    f"no continuations: the original needs {needed / 1e9:.1f} GB, "
-                    f"{free / 1e9:.1f} GB are free"
-                )
-            model: Any = load_model(self.source, self.skeleton.device, self.skeleton.dtype)
-            self._written = divergence.continued(
-                divergence.greedy(model, self.tokenizer), self.tokenizer
+            self._written = whole.continued(
+                "the original", self.opened, self._in_memory(), self.tokenizer, self.skeleton
             )
         return self._written
 

@@ -15,7 +15,9 @@ LEVELS = tuple((name, kl, top1) for name, (_, kl, top1, _) in zip(_NAMES, DEFAUL
 BROKEN = "broken"
 _SHOWN = 5  # findings of one kind
 _LOST = 0.5  # relative error of a layer's output that leaves nothing of it
-_UNPREDICTED = 3.0  # measured / predicted, beyond what is usual in this model
+_UNPREDICTED = 3.0  # measured / predicted, beyond what is usual for layers like it
+_COMPARABLE = 3  # layers of a kind that tell what is usual for it
+_THIN = 3.0  # the median of measured / predicted from which on the calibration text was thin
 _OUTLIER = 10.0  # times the median of the same kind of layer
 _OFFSET = 0.5  # steps that all weights of a layer lie beside the original's; rounding: under 0.1
 _SMALL = 0.01  # a layer's error that is no finding, whatever the others have
@@ -25,7 +27,8 @@ _SUFFERS = 2.0  # times the median KL of the other texts
 @dataclass(frozen=True)
 class Layer:
     """A linear of the model. block: its number, None outside of the blocks; kind: its name in the
-    block, the same in every block."""
+    block, the same in every block; held: whether the file holds what was computed, None where
+    nobody recorded that."""
 
     name: str
     block: int | None
@@ -35,6 +38,7 @@ class Layer:
     cosine: float | None = None
     predicted: float | None = None
     offset: float | None = None
+    held: bool | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -57,8 +61,8 @@ def layers(described: dict[str, Any]) -> list[Layer]:
     for name, one in (described.get("layers") or {}).items():
         one = one if isinstance(one, dict) else {"error": one}
         block, kind = _place(name)
-        values = (one.get(key) for key in ("error", "sqnr", "cosine", "predicted", "offset"))
-        found.append(Layer(name, block, kind, *values))
+        keys = ("error", "sqnr", "cosine", "predicted", "offset", "held")
+        found.append(Layer(name, block, kind, *(one.get(key) for key in keys)))
     return found
 
 
@@ -88,12 +92,14 @@ def findings(described: dict[str, Any]) -> list[Finding]:
     """What stands out, worst first; each layer once."""
     found = [Finding("find_nonfinite", {"name": name}) for name in described.get("nonfinite") or []]
     named = tuple(str(one.names["name"]) for one in found)
+    all_layers = layers(described)
     found += [
         one
-        for one in _layer_findings(layers(described))
+        for one in _layer_findings(all_layers)
         if not any(name.startswith(str(one.names["name"])) for name in named)
     ]
     found += _set_findings(described.get("sets") or {})
+    found += _thin(all_layers, (described.get("settings") or {}).get("quantization") or {})
     size = described.get("size") or {}
     before, after = size.get("original_bytes"), size.get("bytes")
     if before and after and after > before:
@@ -114,34 +120,63 @@ def shortened(found: list[Finding], most: int = _SHOWN) -> list[tuple[Finding, i
 
 
 def _layer_findings(all_layers: list[Layer]) -> list[Finding]:
+    """Of every layer the worst that there is to say."""
     by_kind = defaultdict(list)
     for layer in all_layers:
         if finite(layer.error):
             by_kind[layer.kind].append(layer.error)
     moved = [layer for layer in all_layers if finite(layer.offset) and abs(layer.offset) >= _OFFSET]
-    ratios = [layer.ratio for layer in all_layers if layer.ratio is not None]
-    usual = max(1.0, median(ratios)) if ratios else 1.0
     known = {layer.name for layer in moved}
-    dead, lost, unpredicted, outliers = [], [], [], []
+    usual = _usual_ratios(all_layers)
+    damaged, dead, lost, unpredicted, outliers = [], [], [], [], []
     for layer in sorted(all_layers, key=lambda one: -one.error if finite(one.error) else 0):
         name, error = layer.name, layer.error
+        if name in known:
+            continue
+        if layer.held is False:
+            damaged.append(Finding("find_damaged", {"name": name}))
+            continue
         if not finite(error):
             dead.append(Finding("find_nan_layer", {"name": name}))
-            continue
-        if name in known:
             continue
         middle = median(by_kind[layer.kind])
         if error >= _LOST:
             lost.append(Finding("find_lost", {"name": name, "error": percent(error)}))
         elif error < _SMALL:
             continue
-        elif layer.ratio is not None and layer.ratio > _UNPREDICTED * usual:
+        elif layer.held is None and (layer.ratio or 0) > _UNPREDICTED * usual.get(layer.kind, 1.0):
             names = {"predicted": percent(layer.predicted), "error": percent(error)}
             unpredicted.append(Finding("find_unpredicted", {"name": name, **names}))
         elif len(by_kind[layer.kind]) > 3 and error > _OUTLIER * middle:
             names = {"median": percent(middle), "error": percent(error)}
             outliers.append(Finding("find_outlier", {"name": name, **names}))
-    return _moved(moved, len(all_layers)) + dead + lost + unpredicted + outliers
+    return _moved(moved, len(all_layers)) + damaged + dead + lost + unpredicted + outliers
+
+
+def _usual_ratios(all_layers: list[Layer]) -> dict[str, float]:
+    """Measured / predicted as it is usual for layers of a kind: 1 at least.
+
+    On text that calibration did not see layers lose more, the more so the less of it there was: two
+    times or fifty, and wide inputs lose most. What layers of a kind have in common says nothing
+    about the file."""
+    by_kind = defaultdict(list)
+    for layer in all_layers:
+        if layer.ratio is not None:
+            by_kind[layer.kind].append(layer.ratio)
+    every = [ratio for some in by_kind.values() for ratio in some]
+    return {
+        kind: max(1.0, median(some if len(some) >= _COMPARABLE else every))
+        for kind, some in by_kind.items()
+    }
+
+
+def _thin(all_layers: list[Layer], made: dict[str, Any]) -> list[Finding]:
+    """What calibration promised of layers that are as they were computed, and was not kept."""
+    ratios = [one.ratio for one in all_layers if one.ratio is not None and one.held is not False]
+    tokens = made.get("calibration_tokens")
+    if not ratios or tokens is None or median(ratios) < _THIN:
+        return []
+    return [Finding("find_thin", {"ratio": number(median(ratios)), "tokens": f"{tokens:,}"})]
 
 
 def _moved(some: list[Layer], count: int) -> list[Finding]:

@@ -85,8 +85,9 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
         "layers": report.layers,
         **({"scaled": pairs} if (pairs := report.pairs()) else {}),
         "fallbacks": report.fallbacks,
+        "memory": {"mode": str(plan.way), "backoffs": report.backoffs},
         "dropped_tensors": plan.layout.dropped,
         "versions": provenance.versions(),
-        "machine": provenance.machine(plan.skeleton.device),
+        "machine": provenance.machine(plan.skeleton.device, report.ranks),
         "seconds": {phase: round(spent, 2) for phase, spent in report.seconds.items()},
     }

@@ -1,10 +1,11 @@
 """``quantkit verify``: a quantized model beside its original, in numbers and in words.
 
-The original is run block by block from its files; it is never in memory as a whole. The quantized
-model is loaded as it would be for use, so what is measured is what will run.
+Both are run block by block from their files, side by side; neither is ever in memory as a whole.
+The quantized model computes in the layers that it would be loaded into, so what is measured is what
+will run. Only continuations of prompts need whole models, one at a time (see whole.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,13 @@ from quantkit.core.progress import Progress, Step
 from quantkit.core.source import DEMO, Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device, pick_dtype
-from quantkit.runtime.load import put_together
-from quantkit.runtime.opened import Opened, open_checkpoint, recorded
-from quantkit.runtime.skeleton import read_config
 from quantkit.workflows import card, divergence, sizes, verdict
 from quantkit.workflows.calibrate import longest_row
+from quantkit.workflows.candidate import Candidate
 from quantkit.workflows.check import held_out
 from quantkit.workflows.divergence import Sample
-from quantkit.workflows.engine import TORCH, Engine, engine_for, refuse_engine
+from quantkit.workflows.engine import TORCH, refuse_engine
 from quantkit.workflows.gate import Gate, Given
-from quantkit.workflows.layer_errors import GIVE_IT
 from quantkit.workflows.passages import Passages
 from quantkit.workflows.reference import Reference
 
@@ -112,7 +110,7 @@ def verify(
     refuse_engine(engine, [source])
     original = resolve(against) if against else recorded_original(source)
     bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits, engine)
-    result = bench.measure(source, progress or Progress())
+    (result,) = bench.measure([source], progress or Progress())
     if write:
         verdict.write(result.described(), source, Path(model), result.notes)
     return result
@@ -142,7 +140,7 @@ def recorded_original(source: Source) -> Source:
 
 
 class Bench:
-    """An original with texts, on which any number of models is measured, one after another."""
+    """An original with texts, on which any number of models is measured together."""
 
     def __init__(
         self,
@@ -179,66 +177,78 @@ class Bench:
             "versions": provenance.versions(),
         }
 
-    def measure(self, source: Source, progress: Progress) -> Verification:
-        """Everything about one model. Raises QuantkitError when it cannot be loaded, or was not
-        made from the original."""
+    def measure(self, sources: list[Source], progress: Progress) -> list[Verification]:
+        """Everything about each model. Raises QuantkitError when one of them cannot be run, or was
+        not made from the original."""
+        reference = self.reference
+        candidates = [
+            Candidate(one, reference.source, reference.walk, reference.batches, self._engine)
+            for one in sources
+        ]
+        blocks, rows = len(reference.walk), len(self._labels)
+        total = blocks + rows * len(sources)
+        names = ", ".join(source.name for source in sources)
+        progress.begin(f"verifying {names}", total)
+        for candidate in candidates:
+            candidate.begin()
+        for index, name in enumerate(reference.run(candidates)):
+            progress.step(Step(index + 1, total, name, None, 0))
+        results = []
+        for source, candidate in zip(sources, candidates):
+            results.append(self._result(source, candidate))
+            for done, label in enumerate(self._predict(candidate, results[-1])):
+                at = blocks + rows * (len(results) - 1) + done + 1
+                progress.step(Step(at, total, f"text {label}", None, 0))
+        progress.end()
+        for candidate, result in zip(candidates, results):
+            if self._samples:
+                self._continue(candidate, result)
+            candidate.close()
+        return results
+
+    def _result(self, source: Source, candidate: Candidate) -> Verification:
+        """What is known behind the last block, before anything is predicted."""
         reference = self.reference
         result = Verification(source.name, reference.source.name, notes=list(self._notes))
-        opened = open_checkpoint(source)
-        described = opened.model_config if opened.format == "gguf" else None
-        words = read_config(source, described).get_text_config().vocab_size
-        if words != reference.skeleton.config.get_text_config().vocab_size:
-            raise QuantkitError(
-                f"{source.name} and {reference.source.name} have different vocabularies", GIVE_IT
-            )
-        model = put_together(opened, self._device, self._dtype)
-        engine = engine_for(self._engine, opened, model, reference.tokenizer)
-        self._compare(model, engine, result, progress)
+        result.layers = candidate.layers
         result.size = {
-            "bytes": sizes.bytes_of(opened),
+            "bytes": sizes.bytes_of(candidate.opened),
             "original_bytes": reference.bytes,
-            "bits_per_weight": sizes.bits_per_weight(opened),
-            "memory": sizes.memory_of(model),
+            "bits_per_weight": sizes.bits_per_weight(candidate.opened),
+            "memory": candidate.census.bytes,
         }
-        _add_record(opened, reference, result)
-        result.settings |= {**self._settings, "engine": engine.name}
-        result.nonfinite = _with_layers(sizes.nonfinite(model), result.layers)
-        if self._samples:
-            written = reference.written()
-            if isinstance(written, str):
-                result.notes.append(written)
-            else:
-                own = divergence.continued(engine.write, reference.tokenizer)
-                result.samples = divergence.compared(written, own, reference.tokenizer)
+        made = {"quantization": _made(candidate)}
+        result.settings = {**made, **self._settings, "engine": candidate.engine}
+        result.nonfinite = _with_layers(candidate.census.nonfinite, result.layers)
+        return result
+
+    def _predict(self, candidate: Candidate, result: Verification) -> Iterator[str]:
+        """Compare what both predict, row by row; yields the label of each."""
+        passages = Passages(self.reference.tokenizer)
+        rows = zip(
+            self._labels, self.reference.batches, self.reference.logits(), candidate.logits()
+        )
+        for label, batch, logits, other in rows:
+            other = other.to(logits.device)
+            kl = result.comparison.add(label, batch[0], logits, other)
+            if kl is not None:
+                passages.see(label, batch[0], kl, logits, other)
+            yield label
+        result.worst = passages.described()
         if self._limits:
             bits = result.size["bits_per_weight"]
             measured = result.comparison.described()
             result.gate = self._limits.judge(measured, bits, len(result.nonfinite))
-        return result
 
-    def _compare(
-        self, model: Any, engine: Engine, result: Verification, progress: Progress
-    ) -> None:
-        """Run both models on all rows; the original's layers are compared on the way."""
-        reference, passages = self.reference, Passages(self.reference.tokenizer)
-        blocks = len(reference.walk)
-        total = blocks + len(self._labels)
-
-        def done(index: int, name: str) -> None:
-            progress.step(Step(index, total, name, None, 0))
-
-        progress.begin(f"verifying {result.name}", total)
-        layers = reference.layers(model, result.name, done)
-        result.layers = {name: {**found, "predicted": None} for name, found in layers.items()}
-        rows = zip(self._labels, reference.batches, reference.logits())
-        for index, (label, batch, logits) in enumerate(rows):
-            other = engine.logits(batch[0]).to(logits.device)
-            kl = result.comparison.add(label, batch[0], logits[0], other)
-            if kl is not None:
-                passages.see(label, batch[0], kl, logits[0], other)
-            done(blocks + index + 1, f"text {label}")
-        result.worst = passages.described()
-        progress.end()
+    def _continue(self, candidate: Candidate, result: Verification) -> None:
+        """Let both continue the prompts, where there is room."""
+        tokenizer = self.reference.tokenizer
+        written = self.reference.written()
+        own = written if isinstance(written, str) else candidate.written(tokenizer)
+        if isinstance(written, str) or isinstance(own, str):
+            result.notes.append(str(own))
+        else:
+            result.samples = divergence.compared(written, own, tokenizer)
 
 
 def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str, list[list[int]]]:
@@ -256,20 +266,16 @@ def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str,
     return sets
 
 
-def _add_record(opened: Opened, reference: Reference, result: Verification) -> None:
-    """What quantkit.json says of how the model was made, and what its layers were to lose."""
-    record = recorded(opened)
-    said = record.get("layers")
-    for disk, layer in said.items() if isinstance(said, dict) else ():
-        live = reference.skeleton.live_name(f"{disk}.weight").removesuffix(".weight")
-        predicted = layer.get("error") if isinstance(layer, dict) else None
-        if live in result.layers and isinstance(predicted, int | float):
-            result.layers[live]["predicted"] = float(predicted)
-    made = record.get("settings")
-    result.settings["quantization"] = {
-        "format": opened.format,
+def _made(candidate: Candidate) -> dict[str, Any]:
+    """How the model was made, as far as quantkit.json says it."""
+    record = candidate.record
+    settings, rows = record.get("settings"), record.get("calibration")
+    tokens = rows.get("tokens") if isinstance(rows, dict) else None
+    return {
+        "format": candidate.opened.format,
         **({"method": record["method"]} if "method" in record else {}),
-        **(made if isinstance(made, dict) else {}),
+        **({"calibration_tokens": tokens} if isinstance(tokens, int) else {}),
+        **(settings if isinstance(settings, dict) else {}),
     }
 
 

@@ -202,7 +202,8 @@ def test_options_arrive(monkeypatch, tmp_path):
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
         "--format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
-        "--lm-head --low-disk --legacy-name old-4bit --dry-run --revision v1 -q"
+        "--lm-head --low-disk --legacy-name old-4bit --dry-run --revision v1 "
+        "--max-gpu-memory 6GB --max-memory 4GB -q"
     )
     assert command(*options.split()) == 130
     del heard["progress"]
@@ -226,6 +227,8 @@ def test_options_arrive(monkeypatch, tmp_path):
         "lm_head": True,
         "low_disk": True,
         "legacy_name": "old-4bit",
+        "max_gpu_memory": "6GB",
+        "max_memory": "4GB",
         "calib": ["a.txt=3", "self"],
         "calib_rows": 7,
         "calib_seqlen": 99,

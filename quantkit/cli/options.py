@@ -12,7 +12,7 @@ from quantkit.errors import UsageError
 Command = Callable[..., Any]
 
 
-class Limit(click.ParamType):
+class Limit(click.ParamType[str]):
     """A number, or SET=NUMBER; workflows/gate.py reads it."""
 
     name = "limit"

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from quantkit.core.checkpoint import write_json
+from quantkit.core.names import in_block
 from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import bnb
 from quantkit.methods import fit, nf4
-from quantkit.runtime.opened import in_block, open_checkpoint, refuse_scaled_activations
+from quantkit.runtime.opened import open_checkpoint, refuse_scaled_activations
 from quantkit.workflows.ahead import on_one_core
 from quantkit.workflows.convert import carry
 from quantkit.workflows.convert_record import Conversion

@@ -16,7 +16,7 @@ FILE = "README.md"
 HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 _METHODS = {"bnb": "bitsandbytes", "rtn": "rounded to nearest,"}
-_NOT_SAID = (None, "", [], {})
+_NOT_SAID: tuple[Any, ...] = (None, "", [], {})
 _LIBRARIES = {"gguf": "gguf", "mlx": "mlx"}  # all others are transformers'
 
 

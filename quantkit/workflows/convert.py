@@ -330,7 +330,7 @@ def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:
         found = again.dense.get(f"{name}.weight")
         return _same_bits(found, opened.qweight(name).dequantize(found.dtype))
     if "sha256" in report:  # a table in codes, as a plain tensor
-        return digest.of_plain(again.dense.get(name)) == report["sha256"]
+        return bool(digest.of_plain(again.dense.get(name)) == report["sha256"])
     return _same_numbers(opened, again, name)
 
 

@@ -219,7 +219,7 @@ def _calibrated(
     model: str,
     given: dict[str, Any],
     low_disk: bool,
-    limits: dict[str, str | None],
+    limits: dict[str, Any],
 ) -> Conversion:
     """GPTQ into the scratch folder, and that into the file. ``limits`` of memory change nothing in
     it."""

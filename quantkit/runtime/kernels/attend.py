@@ -242,7 +242,7 @@ def shares(heads: int, length: int, device: torch.device) -> int:
     processor of the GPU, a power of two."""
     if device.type != "cuda":
         return 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = max(1, min(5 * processors // heads, triton.cdiv(length, BLOCK), 32))
     return 1 << (wanted.bit_length() - 1)
 

@@ -90,7 +90,7 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "floor_s_per_block": round(
+        "floor_s_per_block": round(seconds, 3),
             floor(args.shape, args.rows * args.tokens) / args.tflops / 1e12, 3
         ),
         "runs": {},

@@ -18,7 +18,10 @@ from quantkit.core.profile import phase
 from quantkit.errors import QuantkitError
 
 MAX_DAMP = 1.0
-_BLOCK = 512  # columns that are factored at a time
+_BLOCK = 512  # columns that are factored at a time on a CPU
+# A GPU takes as long for a small block as for one of thousands of columns: Hessians up to this
+# width are factored at once, larger ones in blocks of so many.
+_WHOLE, _GPU_BLOCK = 8192, 1024
 _STRIP = 1024  # rows or columns that are moved at a time
 
 
@@ -49,9 +52,12 @@ def _factor(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
     upper), and a triangular solve gives what is above.
     """
     width = len(matrix)
+    step = _BLOCK
+    if matrix.is_cuda:
+        step = width if width <= _WHOLE else _GPU_BLOCK
     energy, failures = torch.empty_like(diagonal), []
-    for start in reversed(range(0, width, _BLOCK)):
-        stop = min(start + _BLOCK, width)
+    for start in reversed(range(0, width, step)):
+        stop = min(start + step, width)
         own, behind = slice(start, stop), slice(stop, width)
         weighed = matrix[own, behind] * energy[behind]
         block = matrix[own, own]

@@ -498,7 +498,7 @@ def _quantize_head(
         with report.timing("write"):
             solved = outcome.linears[job.inner]
             stored.write_linear(plan, job, solved, writer)
-            done["layers"][job.disk]["digest"] = stored.digest_of(solved)
+            done["layers"][job.disk]["digest"] = stored.digest_of(plan, job, solved, writer)
             writer.sync()
         ledger.finish(job.name, done)
     return done

@@ -91,8 +91,6 @@ def main() -> None:
             "torch": torch.__version__,
         },
         "floor_s_per_block": round(seconds, 3),
-            floor(args.shape, args.rows * args.tokens) / args.tflops / 1e12, 3
-        ),
         "runs": {},
     }
     for run in args.run:

@@ -73,7 +73,7 @@ def main() -> None:
     tokens = 2 * args.rows * args.seqlen
     one = pairs[most][0]
     result = {
-        "command": " ".join(["verify_speed.py", *sys.argv[1:]]),
+        "command": _command(args),
         "machine": {"device": provenance.machine(torch.device("cpu")), "cores": os.cpu_count()},
         "versions": {**provenance.versions(), "platform": platform.platform()},
         "model_mb": {count: [_megabytes(folder) for folder in pairs[count]] for count in counts},
@@ -87,6 +87,13 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         args.out.with_suffix(".md").write_text(table, "utf-8")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What was called, without the folders of this machine."""
+    told = {"folder": "SCRATCH", "out": "OUT.json"}
+    options = (f"--{name} {told.get(name, value)}" for name, value in vars(args).items())
+    return " ".join(["verify_speed.py", *options])
 
 
 def _pair(args: argparse.Namespace, blocks: int) -> tuple[Path, Path]:
@@ -111,8 +118,7 @@ def _table(result: dict[str, Any], counts: list[int]) -> str:
         "# Memory and speed of `quantkit verify`",
         "",
         f"`{result['command']}` on {result['machine']['device']}, "
-        f"{result['machine']['cores']} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} of them "
-        "used. A block has "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} used. A block has "
         f"{result['largest_file_mb']} MB in the file; the hidden states of both models together "
         f"{result['hidden_states_mb']} MB.",
         "",
@@ -124,13 +130,17 @@ def _table(result: dict[str, Any], counts: list[int]) -> str:
         own, all_of_it = (max(run[key] for run in runs) for key in ("anon_mb", "rss_mb"))
         sizes = ", ".join(f"{size:,.0f}" for size in result["model_mb"][count])
         lines.append(f"| {count} | {sizes} | {own:.0f} | {all_of_it:.0f} |")
-    speed, whole = result["tokens_per_s"], result["runs"]["forwards"]
+    speed, runs = result["tokens_per_s"], result["runs"]
+    seconds = {name: min(run["seconds"] for run in some) for name, some in runs.items()}
+    own, all_of_it = (max(run[key] for run in runs["forwards"]) for key in ("anon_mb", "rss_mb"))
     lines += [
         "",
-        f"Tokens a second, both models together, {counts[-1]} blocks: verify {speed['verify']}, "
-        f"plain forward passes with both models in memory {speed['forwards']} "
-        f"(RssAnon {max(run['anon_mb'] for run in whole):.0f} MB, "
-        f"with RssFile {max(run['rss_mb'] for run in whole):.0f} MB).",
+        f"Tokens a second, both models together, {counts[-1]} blocks: verify {speed['verify']} "
+        f"({seconds[f'verify {counts[-1]}']:.0f} s in all, {seconds['start']:.0f} s of them to "
+        "start and to read both models), plain forward passes with both models in memory "
+        f"{speed['forwards']} ({seconds['forwards']:.0f} s without loading; RssAnon {own:.0f} MB, "
+        f"with RssFile {all_of_it:.0f} MB). The loaded model multiplies its weights out for every "
+        "row, verify once for all rows.",
     ]
     return "\n".join(lines) + "\n"
 

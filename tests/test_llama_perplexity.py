@@ -107,7 +107,7 @@ def test_llama_cpp_as_our_engine_measures_what_its_own_tool_measures(files, thei
     assert len(windows) >= ROWS
     assert kl == pytest.approx(said["kl"], rel=5e-3)
     assert found.reference_perplexity == pytest.approx(said["f16"], rel=1e-3)
-    # its last layer only computes the scored half: other batches, other kernels for 4 bits
+    # measured: 0.24 % apart for Q4_0, where the KL above is within 0.5 %; why is not known
     assert found.perplexity == pytest.approx(said["q4_0"], rel=5e-3)
     assert found.top1.mean == pytest.approx(said["top"], abs=0.01)
 

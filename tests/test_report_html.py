@@ -272,7 +272,7 @@ def test_the_first_difference_is_marked():
     assert "the same for 3 of 32 tokens" in written
     same = [{"prompt": "a", "original": "b c", "quantized": "b c"}]
     written = page(described(samples=same), Words("en"))
-    assert "the same to the end" in written.split("<h2>What both write")[1]
+    assert "the same to the end" in written.split("<h2>What they write")[1]
     assert "<span>b c</span></p>" in written
     longer = [{"prompt": "a", "original": "b c", "quantized": "b c d"}]
     assert "<span>b c</span><mark> d</mark></p>" in page(described(samples=longer), Words("en"))

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import quantkit
 from quantkit import data
+from quantkit.core.metrics import Comparison
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import quant_skeleton
@@ -28,6 +30,7 @@ from quantkit.workflows.check import held_out
 from quantkit.workflows.convert import convert
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.report_verdict import findings
+from quantkit.workflows.sizes import memory_of
 from quantkit.workflows.verify import verify
 
 FEW = {"rows": 2, "seqlen": 64, "write": False}
@@ -124,6 +127,27 @@ def test_layer_errors_are_those_of_their_outputs_on_the_original_s_inputs(found,
         for row in rows:
             original(input_ids=torch.tensor([row]))
     assert found.layers[name]["error"] == pytest.approx(sums[0] / sums[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("seqlen", [64, 160])  # int4 kernels, and weights that are multiplied out
+def test_what_is_measured_is_what_runs(seqlen, monkeypatch):
+    """Bit for bit the predictions of the loaded model, and its memory."""
+    seen = []
+    add = Comparison.add
+
+    def noting(self, label, ids, reference, other):
+        seen.append((ids, other.clone()))
+        return add(self, label, ids, reference, other)
+
+    monkeypatch.setattr(Comparison, "add", noting)
+    options = {"rows": 1, "seqlen": seqlen, "samples": False, "write": False}
+    found = verify(str(quantized()), dtype="bfloat16", device="cpu", **options)
+    loaded, _ = quantkit.load(str(quantized()), dtype="bfloat16", device="cpu")
+    with torch.no_grad():
+        for ids, other in seen:
+            assert torch.equal(loaded(input_ids=ids[None]).logits[0], other)
+    assert len(seen) == 4
+    assert found.size["memory"] == memory_of(loaded)
 
 
 def test_layers_of_a_gpu_are_looked_at_too(monkeypatch, tmp_path):
@@ -440,6 +464,8 @@ def test_a_gguf_file_on_either_side(tmp_path):
     assert one.comparison.described()["kl"] > 0.01
     assert one.size["bytes"] == file.stat().st_size
     assert abs(two.comparison.described()["kl"]) < 1e-3  # the same codes
+    made = verify(str(file), against="demo", rows=1, seqlen=8, samples=False, write=False).settings
+    assert (made["quantization"]["format"], made["quantization"]["method"]) == ("gguf", "gptq")
 
 
 def test_gpt2_has_its_weights_the_other_way_round():

@@ -94,6 +94,7 @@ class Candidate:
         hidden, self._hidden = self._hidden, States([])
         for found in self.walk.logits(self._batches, hidden):
             yield found[0]
+        self.opened.release()
 
     def written(self, tokenizer: Any) -> list[list[int]] | str:
         """What it writes behind the prompts, or why there is nothing (see whole.py)."""

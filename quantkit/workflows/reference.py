@@ -60,6 +60,7 @@ class Reference:
         """Predictions for every batch, [tokens, vocabulary]; behind ``run``."""
         for found in self.walk.logits(self.batches, self._hidden):
             yield found[0]
+        self.opened.release()
 
     def written(self) -> list[list[int]] | str:
         """What it writes behind the prompts, or why there is nothing (see whole.py)."""

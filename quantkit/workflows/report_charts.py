@@ -19,6 +19,18 @@ from quantkit.workflows.report_words import (
 )
 
 COLOURS = 10  # of series, see style.css
+_ARM, _TIP = 0.4, 1.25  # half the width of a plus's arms, and their ends
+_PLUS = ((-_ARM, -_TIP), (_ARM, -_TIP), (_ARM, -_ARM), (_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM))
+_PLUS += tuple((-x, -y) for x, y in _PLUS)
+# what marks the points of a series, behind the circle of the first one
+_SHAPES = (
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+    ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
+    ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
+    _PLUS,
+    tuple(((x - y) * 0.7, (x + y) * 0.7) for x, y in _PLUS),
+)
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
 
 
@@ -212,15 +224,10 @@ def kinds(layers: list[Layer]) -> dict[str, list[Layer]]:
 
 def marker(index: int, x: float, y: float, r: float) -> str:
     """The shape of a series, as a path: colours alone would leave some readers out."""
-    if index % 5 == 0:
+    which = index % (len(_SHAPES) + 1)
+    if which == 0:
         return f"M{x - r},{y}a{r},{r} 0 1,0 {2 * r},0a{r},{r} 0 1,0 {-2 * r},0z"
-    shapes = (
-        ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
-        ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
-        ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
-        ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
-    )
-    corners = shapes[index % 5 - 1]
+    corners = _SHAPES[which - 1]
     return "M" + "L".join(f"{x + a * r:.1f},{y + b * r:.1f}" for a, b in corners) + "z"
 
 

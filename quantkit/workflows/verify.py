@@ -225,10 +225,9 @@ class Bench:
     def _predict(self, candidate: Candidate, result: Verification) -> Iterator[str]:
         """Compare what both predict, row by row; yields the label of each."""
         passages = Passages(self.reference.tokenizer)
-        rows = zip(
-            self._labels, self.reference.batches, self.reference.logits(), candidate.logits()
-        )
-        for label, batch, logits, other in rows:
+        rows = zip(self._labels, self.reference.batches, strict=True)
+        both = zip(self.reference.logits(), candidate.logits(), strict=True)  # run to their ends
+        for (logits, other), (label, batch) in zip(both, rows, strict=True):
             other = other.to(logits.device)
             kl = result.comparison.add(label, batch[0], logits, other)
             if kl is not None:
@@ -267,15 +266,19 @@ def _texts(text: list[str], tokenizer: Any, rows: int, seqlen: int) -> dict[str,
 
 
 def _made(candidate: Candidate) -> dict[str, Any]:
-    """How the model was made, as far as quantkit.json says it."""
-    record = candidate.record
+    """How the model was made, as far as quantkit.json says it. The format is that of the files,
+    which may have been converted."""
+    record, found = candidate.record, candidate.opened.format
     settings, rows = record.get("settings"), record.get("calibration")
+    made = dict(settings) if isinstance(settings, dict) else {}
+    if not str(made.get("format")).startswith(found):  # gptq_v2 is a gptq
+        made["format"] = found
     tokens = rows.get("tokens") if isinstance(rows, dict) else None
     return {
-        "format": candidate.opened.format,
+        "format": made.pop("format"),
         **({"method": record["method"]} if "method" in record else {}),
         **({"calibration_tokens": tokens} if isinstance(tokens, int) else {}),
-        **(settings if isinstance(settings, dict) else {}),
+        **made,
     }
 
 

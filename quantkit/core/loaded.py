@@ -26,19 +26,19 @@ class Loaded:
 
 def verifying(shapes: Shapes, model: Loaded, rows: int, row: int) -> list[Phase]:
     """Measuring ``model`` against its original on ``rows`` rows of ``row`` tokens
-    (workflows/verify.py): the original is there one block at a time."""
-    states = rows * row * shapes.hidden * model.item
+    (workflows/verify.py): of both, one block at a time, its weights multiplied out."""
+    states = 2 * rows * row * shapes.hidden * model.item
     block = max(block.numbers for block in shapes.blocks)
     outs = max(sum(group.outs) for kind in shapes.blocks for group in kind.groups)
-    layer = {"block of the original": block * model.item, "outputs compared": 24 * row * outs}
+    layer = {"a block of each": 2 * block * model.item, "outputs compared": 24 * row * outs}
     embedding = 0 if model.mapped else shapes.embedding * model.item  # a page for each token
     head = {
-        "embedding and head of the original": embedding
-        + shapes.hidden * shapes.vocabulary * model.item,
+        "embedding and head of each": 2
+        * (embedding + shapes.hidden * shapes.vocabulary * model.item),
         "logits": footprint.logits(shapes, row, model.item),
     }
     return [
-        _running(shapes, model, name, row, {"activations": states, **parts})
+        _running(shapes, model, name, row, {"activations of both": states, **parts})
         for name, parts in (("layers", layer), ("predictions", head))
     ]
 
@@ -47,14 +47,15 @@ def generating(shapes: Shapes, model: Loaded, context: int, sequences: int = 1) 
     """``sequences`` texts of ``context`` tokens, prompt included, at once; the whole context may be
     the prompt."""
     cache = sequences * context * shapes.cache * len(shapes.blocks) * model.item
-    return [_running(shapes, model, "prompt", context, {"keys and values": cache})]
+    whole = {"model": model.weights - (0 if model.cuda else model.mapped)}
+    parts = whole | {"keys and values": cache}
+    return [_running(shapes, model, "prompt", context, parts)]
 
 
 def _running(shapes: Shapes, model: Loaded, name: str, tokens: int, parts: dict[str, int]) -> Phase:
-    """The whole model, while ``tokens`` tokens go through it."""
+    """``parts``, and what else is there while ``tokens`` tokens go through a block."""
     working = max(block.working for block in shapes.blocks)
     parts = {
-        "model": model.weights - (0 if model.cuda else model.mapped),
         **parts,
         "micro-batch": int(tokens * (working + shapes.hidden) * model.item),
     }

@@ -1,30 +1,45 @@
-"""Text from a 10B GPT-NeoX on this GPU, end to end: 512 new tokens after 512, and bfloat16 too.
+"""Text from a 10B GPT-NeoX on this GPU, as quantkit generates it: 512 new tokens after 512.
 
     python benchmarks/generate_gpu.py [--layers 36] [--batches 1,16,64] [--new 512]
+    python benchmarks/generate_gpu.py --llama [--layers 20]
 
-The model has the shape of weblab-10b (hidden 4864, feed-forward 19456, 38 heads, 50277 tokens) and
-random weights, which cost as much to compute with as trained ones. Tokens are drawn greedily.
+The model has the shape of weblab-10b (hidden 4864, feed-forward 19456, 38 heads, 50277 tokens), or
+with --llama that of deepseek-llm-67b (hidden 8192, feed-forward 22016, 64 heads and 8 of keys,
+102400 tokens) and zero points in its groups, as AWQ has. Weights are random, which cost as much to
+compute with as trained ones. Tokens are drawn greedily. Where a model has fewer layers than the one
+whose shape it has, half of them are taken out and the rest measured too, for what all would take.
 """
 
 import argparse
+import gc
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.sampling import Sampling
-from quantkit.runtime.decode import Captured, Plain, decode
+from quantkit.runtime import decode
 from quantkit.runtime.linear import quantized_linear
+from quantkit.runtime.torch_engine import CacheState, TorchEngine
 
 GPU = torch.device("cuda:0")
 GREEDY = Sampling(temperature=0)
+PROMPT = 512
 
 
-def model_of(layers: int) -> PreTrainedModel:
+def neox_of(layers: int) -> PreTrainedModel:
     config = GPTNeoXConfig(
         vocab_size=50277,
         hidden_size=4864,
@@ -36,33 +51,64 @@ def model_of(layers: int) -> PreTrainedModel:
         use_parallel_residual=False,
         tie_word_embeddings=False,
     )
+    return made(GPTNeoXForCausalLM, config)
+
+
+def llama_of(layers: int) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=102400,
+        hidden_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=22016,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    return made(LlamaForCausalLM, config)
+
+
+def made(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
     torch.set_default_dtype(torch.bfloat16)
     with GPU:
-        model = GPTNeoXForCausalLM(config)
+        model = kind(config)
     torch.set_default_dtype(torch.float32)
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+class NoText:
+    """In place of a tokenizer, where tokens are all there is."""
+
+    eos_token_id = None
+
+
+def engine_of(model: PreTrainedModel) -> TorchEngine:
+    """As generate has it, but nothing ends a text early."""
+    engine = TorchEngine(model, NoText())
+    vars(engine)["end_ids"] = frozenset()
+    return engine
 
 
 @torch.inference_mode()
 def agreement(model: PreTrainedModel) -> str:
     """Relative difference of the logits of a captured step to those of the model as transformers
     runs it, and how far two of its own ways are apart: random weights amplify rounding."""
-    prompt = torch.randint(0, 50000, (1, 300), generator=torch.Generator().manual_seed(1)).tolist()
-    token = torch.tensor([7], device=GPU)
-
-    def logits(stepper: Plain) -> torch.Tensor:
-        stepper.begin(prompt)
-        return stepper.step(token)[0].float().clone()
+    prompt = torch.randint(0, 50000, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 
     def apart(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).norm() / b.norm())
 
-    before = model.config._attn_implementation
-    captured = logits(Captured(model, 1, 512))
-    found = {}
+    step = decode.captured(model, [prompt])
+    if step is None:
+        return "nothing was captured"
+    step.begin([prompt], 1)
+    captured = step.step(torch.tensor([7], device=GPU))[0].float().clone()
+    before, found = model.config._attn_implementation, {}
     for way in ("sdpa", "eager"):
         model.set_attn_implementation(way)
-        found[way] = logits(Plain(model, DynamicCache(config=model.config)))
+        state = CacheState(model)
+        state.compute(prompt)
+        found[way] = state.compute([7]).float()
     model.set_attn_implementation(before)
     return (
         f"{apart(captured, found['sdpa']):.4f} from torch's attention, which is "
@@ -70,16 +116,17 @@ def agreement(model: PreTrainedModel) -> str:
     )
 
 
-def quantize(model: nn.Module) -> float:
+def quantize(model: nn.Module, symmetric: bool) -> float:
     """Give every linear of a block a random 4-bit weight; seconds for laying them out."""
-    took = 0.0
+    took, scheme = 0.0, Scheme(symmetric=symmetric)
     for name, old in list(model.named_modules()):
         if not isinstance(old, nn.Linear) or "layers" not in name:
             continue
         out, width = old.weight.shape
         codes = torch.randint(0, 16, (out, width), dtype=torch.uint8, device=GPU)
         scale = torch.full((out, width // 128), 0.004, dtype=torch.float16, device=GPU)
-        q = QWeight(Scheme(), codes, scale)
+        zero = None if symmetric else torch.randint(6, 10, scale.shape, device=GPU).byte()
+        q = QWeight(scheme, codes, scale, zero)
         torch.cuda.synchronize()
         started = time.perf_counter()
         new = quantized_linear(q, old.bias is not None, GPU, torch.bfloat16)
@@ -91,23 +138,65 @@ def quantize(model: nn.Module) -> float:
     return took
 
 
-def measured(model: PreTrainedModel, texts: int, new: int) -> str:
-    """Speed of the second run (the first captures): tokens of all texts."""
-    prompts = torch.randint(0, 50000, (texts, 512), generator=torch.Generator().manual_seed(0))
-    for _ in range(2):
+@dataclass(frozen=True)
+class Speed:
+    """first: seconds to the first tokens, prompt included; step: the median from there on; rate and
+    whole: tokens a second of all texts, without and with the prompt."""
+
+    first: float
+    step: float
+    rate: float
+    whole: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rate:8.1f} tokens/s, {self.whole:8.1f} with the prompt; "
+            f"prefill {self.first:.3f} s, then a step every {self.step * 1e3:.2f} ms"
+        )
+
+
+def measured(model: PreTrainedModel, texts: int, new: int) -> Speed:
+    """Speed of the third run (the first captures, the second may have more room), each with other
+    prompts."""
+    engine = engine_of(model)
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(0, 50000, (texts, PROMPT), generator=random).tolist()
         torch.cuda.synchronize()
         started = time.perf_counter()
-        times = [time.perf_counter() for _ in decode(model, prompts.tolist(), GREEDY, new)]
-    step = median(b - a for a, b in pairwise(times))
+        steps: Iterator[object] = (
+            engine.stream(prompts[0], GREEDY, new)
+            if texts == 1
+            else engine.batch(prompts, [GREEDY] * texts, new)
+        )
+        times = [time.perf_counter() for _ in steps]
     rate = texts * (new - 1) / (times[-1] - times[0])
+    step = median(b - a for a, b in pairwise(times))
+    return Speed(times[0] - started, step, rate, texts * new / (times[-1] - started))
+
+
+def of_all(model: PreTrainedModel, whole: Speed, layers: int, new: int) -> str:
+    """What ``layers`` would take: what the half of them does not take less, is not of layers."""
+    here = model.config.num_hidden_layers
+    half = here // 2
+    decode.release(model)
+    model.base_model.layers = model.base_model.layers[:half]
+    model.config.num_hidden_layers = half
+    less = measured(model, 1, new)
+
+    def longer(many: float, few: float) -> float:
+        return many + (many - few) / (here - half) * (layers - here)
+
+    first, step = longer(whole.first, less.first), longer(whole.step, less.step)
     return (
-        f"{rate:8.1f} tokens/s, {texts * new / (times[-1] - started):8.1f} with the prompt; "
-        f"first after {times[0] - started:.3f} s, then one every {step * 1e3:.2f} ms"
+        f"extrapolated from {half} and {here} to {layers} layers, not measured: "
+        f"{1 / step:.1f} tokens/s, prefill {first:.3f} s"
     )
 
 
 def plainly(model: PreTrainedModel, texts: int, new: int) -> str:
     """transformers' generate as it comes."""
+    model.set_attn_implementation("sdpa")
     prompts = torch.randint(0, 50000, (texts, 512), device=GPU)
     mask = torch.ones_like(prompts)
 
@@ -133,7 +222,7 @@ def kernels_of(model: PreTrainedModel, layers: int) -> None:
     """What a step consists of."""
     from torch.profiler import ProfilerActivity, profile
 
-    steps = decode(model, [list(range(512))], GREEDY, 24)
+    steps = engine_of(model).stream(list(range(PROMPT)), GREEDY, 24)
     for _ in range(4):
         next(steps)
     torch.cuda.synchronize()
@@ -152,30 +241,39 @@ def kernels_of(model: PreTrainedModel, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--llama", action="store_true")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--batches", default="1,16,64")
     parser.add_argument("--new", type=int, default=512)
     arguments = parser.parse_args()
     batches = [int(text) for text in arguments.batches.split(",")]
+    make, full = (llama_of, 95) if arguments.llama else (neox_of, 36)
+    layers = arguments.layers or (20 if arguments.llama else full)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     started = time.perf_counter()
-    model = model_of(arguments.layers)
-    print(f"model made in {time.perf_counter() - started:.1f} s", flush=True)
+    model = make(layers)
+    print(f"{layers} layers made in {time.perf_counter() - started:.1f} s", flush=True)
     with torch.inference_mode():
         print("bfloat16, transformers' generate:", plainly(model, 1, 64), flush=True)
-    print("bfloat16, quantkit's decode:     ", measured(model, 1, 128), flush=True)
-    took = quantize(model)
+    print("bfloat16, quantkit's engine:     ", measured(model, 1, 128), flush=True)
+    decode.release(model)  # it would keep the memory of the weights that go now
+    took = quantize(model, symmetric=not arguments.llama)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     print(f"4 bits: laid out in {took:.1f} s, {torch.cuda.memory_allocated() / 2**30:.2f} GiB")
     with torch.inference_mode():
         print("4 bits, transformers' generate:  ", plainly(model, 1, 64), flush=True)
     for texts in batches:
-        print(f"4 bits, batch {texts:3d}:", measured(model, texts, arguments.new), flush=True)
+        found = measured(model, texts, arguments.new)
+        print(f"4 bits, quantkit's engine, batch {texts:3d}:", found, flush=True)
         if texts == 1:
+            one = found
             print("  captured against plain:", agreement(model))
-            kernels_of(model, arguments.layers)
+            kernels_of(model, layers)
     print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if layers < full and 1 in batches:
+        print("4 bits, batch 1:", of_all(model, one, full, arguments.new))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Time and memory of quantizing a model of weblab-10b's shape on a GPU, disk to sealed folder.
 
     python benchmarks/quantize_gpu.py --blocks 36 --run fast --run default --folder SCRATCH \\
-        --out results.json
+        --ranks 1 --ranks 2 --out results.json
 
-Makes a GPT-NeoX with random weights (hidden 4864, 38 heads, MLP 19456, vocabulary 50277, float16)
-and random calibration rows, then quantizes it once for every --run, each in a process of its own:
+Makes a model with random weights (float16; --shape: neox-10b, that of weblab-10b, or llama-67b,
+that of deepseek-llm-67b) and random calibration rows, then quantizes it once for every --run, each
+in a process of its own:
 
     fast, default        quantkit gptq --fast, quantkit gptq
-    low, low-default     the same within --low-memory of GPU memory
+    low, low-default     the same within --low-memory of GPU memory and --low-ram of RAM
     awq                  quantkit awq
+
+With --ranks N (repeatable) every run is started by torchrun as N processes, each on a GPU of its
+own; speed-ups are over the first N, whole and per block.
 
 Seconds by phase come from --profile, which waits for the GPU at every phase's ends and so takes a
 little longer. The floor is the arithmetic that cannot be avoided (a forward pass, the Hessians'
@@ -28,17 +32,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantkit import data
-from quantkit.core.checkpoint import ShardWriter, TensorSpec, write_json
+from quantkit.core.checkpoint import ShardWriter, TensorSpec
 
-HIDDEN, MLP, HEADS, VOCABULARY = 4864, 19456, 38, 50277
 IDS = 8192  # what the tokenizer that is lent to the model knows
-LINEARS = {
-    "attention.query_key_value": (3 * HIDDEN, HIDDEN),
-    "attention.dense": (HIDDEN, HIDDEN),
-    "mlp.dense_h_to_4h": (MLP, HIDDEN),
-    "mlp.dense_4h_to_h": (HIDDEN, MLP),
+COMMON = {"max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float16"}
+# weblab-10b and deepseek-llm-67b: their configurations, and the widths of the inputs in a block
+# that linears have in common
+SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "neox-10b": (
+        {
+            "model_type": "gpt_neox",
+            "hidden_size": 4864,
+            "intermediate_size": 19456,
+            "num_attention_heads": 38,
+            "vocab_size": 50277,
+            "use_parallel_residual": True,
+            "tie_word_embeddings": False,
+        },
+        (4864, 4864, 4864, 19456),
+    ),
+    "llama-67b": (
+        {
+            "model_type": "llama",
+            "hidden_size": 8192,
+            "intermediate_size": 22016,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 102400,
+            "tie_word_embeddings": False,
+        },
+        (8192, 8192, 8192, 22016),
+    ),
 }
 
 
@@ -47,12 +75,13 @@ def main() -> None:
     if args.child:
         _child(args)
         return
-    source, rows = args.folder / f"source-{args.blocks}", args.folder / "rows.jsonl"
+    source, rows = _source(args), args.folder / "rows.jsonl"
     made = time.perf_counter()
     if not source.exists():
-        make(source, args.blocks)
+        make(source, args.shape, args.blocks)
     _make_rows(rows, args.rows, args.tokens)
     print(f"model of {args.blocks} blocks made in {time.perf_counter() - made:.0f} s", flush=True)
+    seconds = floor(args.shape, args.rows * args.tokens) / args.tflops / 1e12
     result: dict[str, Any] = {
         "command": " ".join(["quantize_gpu.py", *sys.argv[1:]]),
         "machine": {
@@ -61,28 +90,46 @@ def main() -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "floor_s_per_block": round(floor(args.rows * args.tokens) / args.tflops / 1e12, 3),
+        "floor_s_per_block": round(seconds, 3),
         "runs": {},
     }
     for run in args.run:
-        shutil.rmtree(args.folder / "out", ignore_errors=True)
-        shutil.rmtree(args.folder / "out.partial", ignore_errors=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", run]
-        start = time.perf_counter()
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        wall = time.perf_counter() - start
-        if process.returncode:
-            print(f"{run} failed with exit code {process.returncode}")
-            continue
-        found = json.loads(process.stdout.splitlines()[-1])
-        found |= {
-            "wall_s": round(wall, 2),
-            "s_per_block": round(found["blocks_s"] / args.blocks, 3),
-        }
-        result["runs"][run] = found
-        print(run, json.dumps(found), flush=True)
+        first = None
+        for ranks in args.ranks or [1]:
+            found = _measured(args, run, ranks)
+            if found is None:
+                continue
+            first = first or found
+            if ranks > 1:
+                found["speed_up"] = {
+                    key: round(first[key] / found[key], 2) for key in ("s_per_block", "wall_s")
+                }
+            name = run if ranks == 1 else f"{run}, {ranks} GPUs"
+            result["runs"][name] = found
+            print(name, json.dumps(found), flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+def _measured(args: argparse.Namespace, run: str, ranks: int) -> dict[str, Any] | None:
+    """What a run by so many processes took, or None when it failed."""
+    shutil.rmtree(args.folder / "out", ignore_errors=True)
+    shutil.rmtree(args.folder / "out.partial", ignore_errors=True)
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *several, __file__, *sys.argv[1:], "--child", run]
+    threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun would leave one to each
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if several else {})}
+    start = time.perf_counter()
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    wall = time.perf_counter() - start
+    if process.returncode:
+        print(f"{run} on {ranks} failed with exit code {process.returncode}")
+        return None
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found | {
+        "wall_s": round(wall, 2),
+        "s_per_block": round(found["blocks_s"] / args.blocks, 3),
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -90,83 +137,72 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES, default="neox-10b")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--run", action="append", required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--ranks", action="append", type=int, help="GPUs, 1 if not given")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--low-memory", default="6GB")
+    parser.add_argument("--low-ram", default="4GB")
     parser.add_argument("--tflops", type=float, default=750.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def floor(tokens: int) -> float:
+def _source(args: argparse.Namespace) -> Path:
+    folder: Path = args.folder
+    return folder / f"{args.shape}-{args.blocks}"
+
+
+def floor(shape: str, tokens: int) -> float:
     """FLOP of a block."""
-    weights = sum(out * width for out, width in LINEARS.values())
-    forward = 2 * tokens * weights
-    hessians = sum(tokens * width * (width + 1) for _, width in LINEARS.values())
-    factors = sum(width**3 / 3 for _, width in LINEARS.values())
-    rounding = sum(out * width * width for out, width in LINEARS.values())
+    model, widths = _model(shape, 1), SHAPES[shape][1]
+    linears = [
+        module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    ]
+    forward = 2 * tokens * sum(out * width for out, width in linears)
+    hessians = sum(tokens * width * (width + 1) for width in widths)
+    factors = sum(width**3 / 3 for width in widths)
+    rounding = sum(out * width * width for out, width in linears)
     return forward + hessians + factors + rounding
 
 
-def make(folder: Path, blocks: int) -> None:
-    """A GPT-NeoX of random weights, made on the GPU."""
+def _model(shape: str, blocks: int) -> PreTrainedModel:
+    """Without weights."""
+    settings = dict(SHAPES[shape][0])
+    kind = settings.pop("model_type")
+    config = AutoConfig.for_model(kind, **settings, **COMMON, num_hidden_layers=blocks)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+
+
+def make(folder: Path, shape: str, blocks: int) -> None:
+    """A checkpoint of random weights, made on the GPU."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True)
-    matrices = {
-        "gpt_neox.embed_in.weight": (VOCABULARY, HIDDEN),
-        "embed_out.weight": (VOCABULARY, HIDDEN),
+    model = _model(shape, blocks)
+    specs = {
+        name: TensorSpec(torch.float16, tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
     }
-    vectors = {"gpt_neox.final_layer_norm": HIDDEN}
-    biases = {}
-    for block in range(blocks):
-        prefix = f"gpt_neox.layers.{block}"
-        vectors |= dict.fromkeys(
-            (f"{prefix}.input_layernorm", f"{prefix}.post_attention_layernorm"), HIDDEN
-        )
-        for name, (out, width) in LINEARS.items():
-            matrices[f"{prefix}.{name}.weight"] = (out, width)
-            biases[f"{prefix}.{name}.bias"] = out
-    half = torch.float16
-    specs = {name: TensorSpec(half, shape) for name, shape in matrices.items()}
-    specs |= {name: TensorSpec(half, (out,)) for name, out in biases.items()}
-    for name, width in vectors.items():
-        specs |= {f"{name}.{kind}": TensorSpec(half, (width,)) for kind in ("weight", "bias")}
     writer = ShardWriter(partial, specs, 4_000_000_000)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    for name, shape in matrices.items():
-        weight = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-        writer.write(name, (weight * 0.02).half())
     for name, spec in specs.items():
-        if name not in matrices:
+        if len(spec.shape) == 2:
+            weight = torch.randn(spec.shape, generator=generator, device=device)
+            writer.write(name, (weight * 0.02).half())
+        else:
             is_scale = name.endswith("norm.weight")
             writer.write(name, (torch.ones if is_scale else torch.zeros)(spec.shape).half())
     writer.close()
-    write_json(
-        partial / "config.json",
-        {
-            "architectures": ["GPTNeoXForCausalLM"],
-            "model_type": "gpt_neox",
-            "hidden_size": HIDDEN,
-            "intermediate_size": MLP,
-            "num_attention_heads": HEADS,
-            "num_hidden_layers": blocks,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 2048,
-            "rotary_pct": 0.25,
-            "rotary_emb_base": 10000,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
-    )
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(partial)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(data.demo() / file, partial / file)
     partial.rename(folder)
@@ -180,10 +216,13 @@ def _make_rows(path: Path, rows: int, tokens: int) -> None:
 
 def _child(args: argparse.Namespace) -> None:
     """One run; prints what it took as a line of JSON."""
+    began = time.perf_counter()
     from quantkit.core import profile
     from quantkit.workflows.awq import quantize_awq
     from quantkit.workflows.quantize import quantize
 
+    torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    started = time.perf_counter()
     run = args.child
     options: dict[str, Any] = {
         "calib": str(args.folder / "rows.jsonl"),
@@ -191,17 +230,23 @@ def _child(args: argparse.Namespace) -> None:
         "calib_seqlen": args.tokens,
     }
     if run.startswith("low"):
-        options["max_gpu_memory"] = args.low_memory
+        options |= {"max_gpu_memory": args.low_memory, "max_memory": args.low_ram}
     if run in ("fast", "low"):
         options["fast"] = True
     measured = profile.start() if args.profile else None
     with _host_memory() as peak:
         carry = quantize_awq if run == "awq" else quantize
-        report = carry(str(args.folder / f"source-{args.blocks}"), args.folder / "out", **options)
+        report = carry(str(_source(args)), args.folder / "out", **options)
     blocks = ("solve", "write", "propagate")
+    if not report.written:
+        return  # the first process speaks for all
     print(
         json.dumps(
             {
+                "mode": str(report.plan.way),
+                "backoffs": report.backoffs,
+                "start_s": round(started - began, 2),
+                "run_s": round(time.perf_counter() - started, 2),
                 "blocks_s": round(sum(report.seconds.get(name, 0.0) for name in blocks), 2),
                 "seconds": {name: round(spent, 2) for name, spent in report.seconds.items()},
                 "phases": {n: round(s, 2) for n, s in measured.seconds.items()} if measured else {},

@@ -4,6 +4,7 @@ a Hub on this machine in the place of the real one."""
 import os
 import shutil
 import socket
+import threading
 
 # before torch looks: results are the same on every machine
 if not os.environ.get("QUANTKIT_TEST_GPU"):
@@ -51,6 +52,9 @@ def hub(monkeypatch, tmp_path):
     found = Hub()
     with serving(found, _PORT):
         yield found
+        for thread in threading.enumerate():  # a download that failed leaves some behind
+            if thread.name.startswith("fetch"):
+                thread.join()
         close_session()  # its connections belong to this server
 
 

@@ -13,6 +13,7 @@ import uvicorn
 from quantkit.serve.app import create_app
 from quantkit.serve.guard import local_hosts
 from quantkit.serve.model import Served
+from quantkit.workflows.serve import configuration
 from quantkit.workflows.serve_models import Settings, open_model
 
 
@@ -38,9 +39,8 @@ def demo(name: str = "demo", model: str = "demo", **settings: Any) -> Served:
 @contextmanager
 def running(*models: Served, **options: Any) -> Iterator[Running]:
     app = create_app(models, **{"hosts": local_hosts(()), **options})
-    config = uvicorn.Config(
-        app, port=0, log_level="warning", http="h11", ws="none", timeout_graceful_shutdown=1
-    )
+    config = configuration(app, drain_seconds=1)
+    config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -29,7 +29,7 @@ ONLY_IN = {
     "datasets": {"core"},
     "fastapi": {"serve"},
     "starlette": {"serve"},
-    "uvicorn": {"workflows"},
+    "uvicorn": {"serve", "workflows"},
     "httpx2": {"core", "serve"},
 }
 

@@ -90,6 +90,40 @@ def test_every_command_is_listed_with_its_help(capsys):
     assert quantkit.__version__ in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("line", "told", "hint"),
+    [
+        ("serve --port", "option '--port' requires an argument", "see 'quantkit serve --help'"),
+        ("serve", "missing argument 'MODEL...'", "see 'quantkit serve --help'"),
+        ("gptq demo --bits x", "'x' is not a valid integer", "see 'quantkit gptq --help'"),
+        ("gptq demo --bitz 3", "no such option '--bitz'", "did you mean --bits or --quiet?"),
+        (
+            "bnb demo --type q",
+            "'q' is not one of 'nf4', 'fp4', 'int8'",
+            "see 'quantkit bnb --help'",
+        ),
+        ("gtpq demo", "there is no command 'gtpq'", "did you mean gptq?"),
+        ("zzz", "there is no command 'zzz'", "see 'quantkit --help'"),
+        ("cache wipe", "no such command 'wipe'", "see 'quantkit cache --help'"),
+        ("--bitz", "no such option '--bitz'", "see 'quantkit --help'"),
+        ("generate demo", "there is no prompt", "--in FILE"),
+        ("generate demo --in x", "--in has no file for the answers", "add --out"),
+        ("generate demo --out x", "--out is for the answers", "add --in"),
+        ("generate demo hello --in x --out y", "both a prompt and --in", "leave one"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_told_in_a_sentence(capsys, line, told, hint):
+    assert command(*line.split()) == 2
+    sentence_, hint_ = sentence(capsys.readouterr().err)
+    assert told in sentence_ and not sentence_.endswith(".")
+    assert hint in hint_
+
+
+def test_without_arguments_there_is_help(capsys):
+    assert command() == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
 # options are parameters
 
 ONLY_HERE = {"quiet", "push", "profile", "as_json", "report", "lang", "junit", "github"}
@@ -168,7 +202,8 @@ def test_options_arrive(monkeypatch, tmp_path):
         "--tokens-per-input 12 "
         "--calib-rows 7 --calib-seqlen 99 --seed 5 --device cpu --dtype float32 "
         "--format gptq_v2 --max-shard-size 1GB --no-check --strict --overwrite "
-        "--lm-head --low-disk --legacy-name old-4bit --dry-run --revision v1 -q"
+        "--lm-head --low-disk --legacy-name old-4bit --dry-run --revision v1 "
+        "--max-gpu-memory 6GB --max-memory 4GB -q"
     )
     assert command(*options.split()) == 130
     del heard["progress"]
@@ -192,6 +227,8 @@ def test_options_arrive(monkeypatch, tmp_path):
         "lm_head": True,
         "low_disk": True,
         "legacy_name": "old-4bit",
+        "max_gpu_memory": "6GB",
+        "max_memory": "4GB",
         "calib": ["a.txt=3", "self"],
         "calib_rows": 7,
         "calib_seqlen": 99,

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -1114,3 +1115,20 @@ def test_k_types_need_llama_cpp(tmp_path, monkeypatch):
         convert(str(quantized()), "gguf:q4_k_m", tmp_path / "out")
     assert "quantkit[llamacpp]" in caught.value.hint
     assert untouched(tmp_path / "out")
+
+
+def test_tensors_move_without_transformers_in_memory(tmp_path):
+    """It takes 180 MB; only the look at the finished folder needs it."""
+    program = (
+        "import sys\n"
+        "from quantkit.workflows import convert\n"
+        "seal = convert.legacy.add\n"  # the last call before that look
+        "def noting(*args):\n"
+        "    print('LOADED' if 'transformers.modeling_utils' in sys.modules else 'LIGHT')\n"
+        "    return seal(*args)\n"
+        "convert.legacy.add = noting\n"
+        f"convert.convert({str(quantized())!r}, 'awq', {str(tmp_path / 'out')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LIGHT"]

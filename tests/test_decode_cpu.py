@@ -53,7 +53,7 @@ def test_quantized_linears_of_all_kinds(settings):
 def test_joined_linears_share_their_memory():
     loaded, tokenizer = load(str(quantized("demo")), dtype="bfloat16")
     attention = loaded.model.layers[0].self_attn
-    TorchEngine(loaded, tokenizer)._decoder.begin(IDS, 64)
+    TorchEngine(loaded, tokenizer)._decoder.begin([IDS])
     places = [
         one.packed.untyped_storage().data_ptr()
         for one in (attention.q_proj, attention.k_proj, attention.v_proj)

@@ -24,8 +24,10 @@ def test_versions_and_device(capsys):
     assert found["versions"]["vllm"] is None
     assert found["device"]["device"] == "cpu"
     assert {choice["scheme"] for choice in found["kernels"]} == {str(s) for s in env.SCHEMES}
+    assert "GPU" in found["decoding"]["reason"]
     text = shown(capsys)
     assert "not installed" in text
+    assert found["decoding"]["kernel"] in text and found["decoding"]["reason"] in text
     assert found["cache"] in text
 
 
@@ -39,11 +41,13 @@ def test_reasons_on_a_gpu(monkeypatch):
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(support, "gpu", lambda index: support.GPU("Tesla T4", 40, (7, 5)))
     assert "8.0" in env._choice(Scheme(4), gpu).reason
+    assert "8.0" in env._decoding(gpu).reason
     monkeypatch.setattr(support, "gpu", lambda index: support.GPU("H200", 132, (9, 0)))
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     assert "Triton" in env._choice(Scheme(4), gpu).reason
     monkeypatch.setattr(support, "find_spec", lambda name: object())
     assert env._choice(Scheme(4), gpu).reason is None
+    assert env._decoding(gpu).reason is None and "replayed" in env._decoding(gpu).kernel
     assert "nf4" in env._choice(Scheme(4, 64, grid="nf4"), gpu).reason
 
 

@@ -10,7 +10,7 @@ import tiny
 from tools import model, quantized
 
 from quantkit.core import footprint
-from quantkit.core.footprint import Block, Group, Mode, Run, Shapes
+from quantkit.core.footprint import Block, Group, Mode, Room, Run, Shapes
 from quantkit.runtime.load import load
 from quantkit.runtime.outline import outlined
 from quantkit.workflows.forecast import forecast
@@ -71,7 +71,7 @@ NEOX = Block(
         Group(("dense_h_to_4h",), 4864, (19456,)),
         Group(("dense_4h_to_h",), 19456, (4864,), writes=True),
     ),
-    working=50000,
+    working=48640,
 )
 WEBLAB = Shapes(4864, 50432, 2 * 4864 * 50432, False, 2 * 4864, (NEOX,) * 36)
 
@@ -92,28 +92,28 @@ def run(**changes):
     return Run(**(given | changes))
 
 
-@pytest.mark.parametrize(
-    ("changes", "measured"), [({}, 18.5), ({"aligned": False, "rounds": 0}, 12.4)]
-)
-def test_a_block_of_weblab_10b_on_a_gpu(changes, measured):
-    """Against figures of an H200 (docs/plan.md), without the CUDA context that they leave out."""
-    phases = footprint.quantizing(WEBLAB, run(**changes), footprint.GPU_MODES[0])
-    found = footprint.peak(phases, "device").bytes("device") - footprint.CUDA_CONTEXT
-    assert found / 1e9 == pytest.approx(measured, rel=0.1)
+@pytest.mark.parametrize("changes", [{}, {"aligned": False, "rounds": 0}])
+def test_weblab_10b_on_a_small_gpu(changes):
+    """6 GB of GPU memory and 4 GB of RAM are enough."""
+    mode = footprint.choose(WEBLAB, run(**changes), Room(6 * 10**9, 4 * 10**9))
+    assert mode and mode.states == "disk"
 
 
-def test_every_mode_takes_less_of_the_gpu_than_the_one_before():
-    sizes = []
-    for mode in footprint.GPU_MODES:
-        phases = footprint.quantizing(WEBLAB, run(), mode)
-        sizes.append(footprint.peak(phases, "device").bytes("device"))
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[1] < 0.7 * sizes[0]
+def on_device(mode, **changes):
+    phases = footprint.quantizing(WEBLAB, run(**changes), mode)
+    return footprint.peak(phases, "device").bytes("device")
+
+
+def test_modes_of_one_home_take_less_of_the_gpu_with_fewer_tokens():
+    for home in ("ram", "disk"):
+        sizes = [on_device(mode) for mode in footprint.GPU_MODES if mode.states == home]
+        assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
+    assert on_device(footprint.GPU_MODES[1]) < 0.8 * on_device(footprint.GPU_MODES[0])
 
 
 def test_activations_are_where_the_mode_puts_them():
     def places(states):
-        mode = Mode("", states, 2048)
+        mode = Mode(states, 2048)
         phases = [p for p in footprint.quantizing(WEBLAB, run(), mode) if p.name == "statistics"]
         phase = max(phases, key=lambda p: p.bytes("device") + p.bytes("ram") + p.disk)
         return [part.get("activations", 0) for part in (phase.device, phase.ram)] + [phase.disk]
@@ -121,17 +121,37 @@ def test_activations_are_where_the_mode_puts_them():
     streams = 3 * 128 * 2048 * 4864 * 2
     assert places("device") == [streams, 0, 0]
     assert places("ram") == [0, streams, 0]
-    assert places("disk") == [0, 0, streams]
+    assert places("disk") == [0, 0, streams + 2 * 8192 * 4864 * 2]  # and the held-out rows
 
 
-def test_the_fastest_mode_that_fits_is_chosen(monkeypatch):
-    monkeypatch.setattr(footprint, "_CARRIED_OUT", footprint.GPU_MODES)
+def test_the_fastest_mode_that_fits_is_chosen():
     gigabyte = 10**9
-    choices = [
-        footprint.choose(WEBLAB, run(), device * gigabyte, ram * gigabyte)
-        for device, ram in ((40, 64), (14, 64), (14, 4), (2, 64))
-    ]
-    assert choices == [*footprint.GPU_MODES[:2], footprint.GPU_MODES[3], None]
+
+    def chosen(device, ram, tokens=None, **changes):
+        room = Room(device * gigabyte, ram * gigabyte)
+        return footprint.choose(WEBLAB, run(**changes), room, tokens)
+
+    assert chosen(40, 64) == Mode("device", 16384)
+    assert chosen(10, 64) == Mode("ram", 16384)
+    assert chosen(10, 4) == Mode("disk", 16384)
+    assert chosen(6, 4) == Mode("disk", 4096)
+    assert chosen(40, 64, tokens=2048) == Mode("ram", 2048)
+    assert chosen(2, 64) is None
+    assert chosen(0, 64, cuda=False) == Mode("device", 2048)
+    assert chosen(0, 8, cuda=False) == Mode("disk", 2048)
+
+
+def test_the_next_mode_takes_less_of_what_was_short():
+    def after(mode, place):
+        return footprint.smaller(WEBLAB, run(), mode, place)
+
+    assert after(Mode("device", 16384), "device") == Mode("ram", 16384)
+    assert after(Mode("ram", 16384), "device") == Mode("ram", 4096)
+    assert after(Mode("ram", 16384), "ram") == Mode("disk", 16384)
+    assert after(Mode("ram", 4096), "device") == Mode("ram", 2048)
+    assert after(Mode("ram", 2048), "device") is None
+    assert after(Mode("disk", 4096), "device") == Mode("disk", 2048)
+    assert after(Mode("disk", 2048), "ram") is None
 
 
 MEASURED = """
@@ -172,7 +192,7 @@ def test_predicted_and_measured_memory(name, way, inner, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     predicted, most, files = json.loads(result.stdout.splitlines()[-1])
-    assert most > 0.7e9, "too little to say anything"
+    assert most > 0.6e9, "too little to say anything"
     assert 0.8 < predicted / (most - files) < 1.3, (predicted, most, files)
 
 

@@ -14,8 +14,9 @@ import torch
 
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.methods import gptq, rtn, scales, search
-from quantkit.methods.gptq import Options, factor, relative_error, solve, visiting_order
+from quantkit.methods import factor, gptq, rtn, scales, search
+from quantkit.methods.factor import factored
+from quantkit.methods.gptq import Options, relative_error, solve, visiting_order
 
 OUT, WIDTH, DAMP = 12, 256, 0.01
 
@@ -275,13 +276,42 @@ def test_damping_grows_tenfold_until_it_is_enough(lowest, needed):
     assert solution.damp == pytest.approx(needed)
 
 
-def test_factor_reports_the_damping_that_it_used():
+@pytest.mark.parametrize("block", [16, 24, 512])
+def test_factor_reports_the_damping_that_it_used(block, monkeypatch):
+    monkeypatch.setattr(factor, "_BLOCK", block)
     hessian = with_lowest_eigenvalue(-0.05)
-    unit, energy, damp = factor(hessian, 0.001)
-    assert damp == pytest.approx(0.1)
-    assert torch.equal(unit, unit.triu())
-    torch.testing.assert_close(unit.diagonal(), torch.ones(64).double())
-    torch.testing.assert_close(unit * energy @ unit.T, damped(hessian, damp))
+    hessian = (hessian + hessian.T) / 2
+    before = hessian.clone()
+    with factored(hessian, 0.001) as (energy, damp):
+        assert damp == pytest.approx(0.1)
+        assert torch.equal(hessian.tril(), before.tril())
+        unit = hessian.triu(1) + torch.eye(64)
+        torch.testing.assert_close(unit * energy @ unit.T, damped(before, damp))
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize("strip", [16, 24, 1024])
+def test_a_permutation_in_place(strip, monkeypatch):
+    monkeypatch.setattr(factor, "_STRIP", strip)
+    hessian = with_lowest_eigenvalue(0.5)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    moved = hessian.clone()
+    factor.permute(moved, order)
+    assert torch.equal(moved, hessian[order][:, order])
+    factor.permute(moved, torch.argsort(order))
+    assert torch.equal(moved, hessian)
+
+
+@pytest.mark.parametrize("act_order", ["static", "group", "none"])
+def test_the_hessian_is_given_back(act_order):
+    """Bit for bit, with inputs that were dead, and after refinement."""
+    weight, hessian = problem(8, 64)
+    hessian = (hessian + hessian.T) / 2
+    hessian[:3] = 0
+    hessian[:, :3] = 0
+    before = hessian.clone()
+    solve(weight, hessian, Scheme(4, 16), Options(act_order))
+    assert torch.equal(hessian, before)
 
 
 def test_a_singular_hessian_is_solved():
@@ -327,7 +357,7 @@ def test_relative_error_is_that_of_the_outputs():
     x = activations(64)
     rounded = rtn.quantize(weight, Scheme(3, 16)).dequantize().double()
     expected = ((x @ (weight - rounded).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
-    found = relative_error(weight, rounded, x.T @ x / len(x))
+    found, _ = relative_error(weight, rounded, x.T @ x / len(x))
     assert found == pytest.approx(float(expected), rel=1e-9)
 
 

@@ -134,7 +134,7 @@ def said(capsys, *arguments: object) -> tuple[str, str]:
 @needs_llamacpp
 def test_a_gguf_file_on_a_cpu_is_run_by_llamacpp(file, capsys):
     found, told = said(capsys, file)
-    assert "llama.cpp runs this GGUF file" in told
+    assert "llama.cpp runs this model: GGUF on a CPU" in told
     ours, told = said(capsys, file, "--engine", "torch", "--dtype", "float32")
     assert "llama.cpp" not in told
     assert found == ours == said(capsys, file, "--engine", "llama.cpp")[0]
@@ -143,7 +143,7 @@ def test_a_gguf_file_on_a_cpu_is_run_by_llamacpp(file, capsys):
 def test_without_llamacpp_a_gguf_file_runs_too(file, capsys, monkeypatch):
     monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
     found, told = said(capsys, file, "--dtype", "float32")
-    assert "torch runs this GGUF file; pip install" in told
+    assert "torch runs this model: GGUF; pip install" in told
     assert found == said(capsys, "demo", "--dtype", "float32")[0]
     assert command("generate", file, "hello", "--engine", "llama.cpp") == 1
     assert "not installed" in sentence(capsys.readouterr().err)[0]
@@ -151,11 +151,11 @@ def test_without_llamacpp_a_gguf_file_runs_too(file, capsys, monkeypatch):
 
 @needs_llamacpp
 def test_what_llamacpp_cannot_open_goes_to_torch_and_this_is_said(file, capsys, monkeypatch):
-    def fails(path):
+    def fails(path, context):
         raise QuantkitError("llama.cpp does not open it")
 
     monkeypatch.setattr("quantkit.runtime.engine.LlamaCpp", fails)
-    assert "torch runs this GGUF file: llama.cpp does not open it" in said(capsys, file)[1]
+    assert "torch runs this model: GGUF, and llama.cpp does not open it" in said(capsys, file)[1]
 
 
 def test_only_gguf_files_go_to_llamacpp(capsys):

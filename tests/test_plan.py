@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from tools import command, model, quantized, sentence
 
-from quantkit.core import machines
+from quantkit.core import footprint, machines
 from quantkit.core.headers import look
 from quantkit.errors import QuantkitError
 from quantkit.workflows import forecast as forecasting
@@ -62,7 +62,8 @@ def test_too_little_is_told_with_changes_that_help(capsys):
 
 @pytest.mark.parametrize("task", ["quantize", "generate"])
 def test_every_change_that_is_told_was_tried(task, monkeypatch, capsys):
-    """A GPU on which only a part of what is wished fits."""
+    """A GPU on which only a part of what is wished fits, activations beside it."""
+    monkeypatch.setattr(footprint, "GPU_MODES", footprint.GPU_MODES[:1])
     need = forecast("demo", gpu="t4", tasks=[task], calib=("self",), context=2048).needs[0]
     small = machines.Gpu("small", "small", (need.device - 1) / 2**30, 65, 8, 320, (7, 5))
     monkeypatch.setitem(machines.GPUS, "small", small)
@@ -80,6 +81,11 @@ def test_little_ram(capsys):
     assert command("plan", "demo", "--gpu", "cpu", "--ram", "300MB", "--for", "generate") == 3
     out = capsys.readouterr().out
     assert "not enough RAM" in out and "nothing that was tried" in out
+
+
+def test_a_size_that_is_none(capsys):
+    assert command("plan", "demo", "--ram", "12QB") == 2
+    assert sentence(capsys.readouterr().err)[0] == "'12QB' is not a size"
 
 
 def test_a_full_disk(monkeypatch, capsys):

@@ -48,6 +48,7 @@ def test_a_branch_for_each_variant(writer, made, tmp_path):
     push(other, REPO, branch=branch)
     assert without_attributes(writer) == files(made)
     assert without_attributes(writer, branch) == files(other)
+    assert ".gitattributes" in writer.repositories[REPO].files(branch)  # what is stored as LFS
     # and in a repository that is not there yet
     push(other, "my-lab/new", branch=branch)
     assert without_attributes(writer, branch, "my-lab/new") == files(other)
@@ -171,11 +172,13 @@ def test_who_may_not_push(hub, made, monkeypatch, capsys, token, repository, cod
 # faults
 
 
-@pytest.mark.parametrize("place", ["repos/create", "preupload", "objects/batch", "lfs/", "commit/"])
+@pytest.mark.parametrize(
+    "place", ["repos/create", "preupload", "objects/batch", "^lfs/", "commit/"]
+)
 def test_a_push_that_fails_publishes_nothing_and_goes_on(writer, made, place, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    writer.instead = faults(place, 401, message=f"Invalid credentials, {WRITER}")
-    with pytest.raises(QuantkitError) as caught:
+    writer.instead = faults(place, 400, message=f"Invalid credentials, {WRITER}")
+    with pytest.raises(QuantkitError, match="Invalid credentials, hf_") as caught:
         push(made, REPO)
     assert WRITER not in caught.value.message + (caught.value.hint or "")
     if REPO in writer.repositories:
@@ -265,11 +268,14 @@ def test_a_push_behind_a_quantization_fails_and_says_how_to_go_on(writer, tmp_pa
     assert without_attributes(writer) == files(out)
 
 
-def test_push_is_refused_before_anything_is_quantized(hub, tmp_path, capsys):
+def test_push_is_refused_before_anything_is_quantized(hub, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     for name, message in ((REPO, "needs a token"), ("x", "no name of a repository")):
         assert command("gptq", "demo", "--out", out, "--push", name) == 2
         assert message in sentence(capsys.readouterr().err)[0]
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
+    assert command("gptq", "demo", "--out", out, "--push", REPO) == 1
+    assert "does not accept the token" in sentence(capsys.readouterr().err)[0]
     assert not list(tmp_path.iterdir())
 
 

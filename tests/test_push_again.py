@@ -25,6 +25,15 @@ def test_a_push_into_a_new_branch_breaks_off_and_goes_on(writer, made):
     assert writer.repositories[REPO].files() == before
 
 
+def test_a_new_branch_is_made_when_all_files_are_there(writer, made):
+    """A copy of main under the variant's name is shown for a moment, not for an upload's hours."""
+    writer.add(REPO, {"README.md": b"r"})
+    writer.instead = faults("^lfs/", 403)  # where the contents of large files go
+    with pytest.raises(QuantkitError, match="no right"):
+        push(made, REPO, branch="variant")
+    assert list(writer.repositories[REPO].branches) == ["main"]
+
+
 @pytest.mark.parametrize("branch", ["main", "variant"])
 def test_the_answer_to_the_commit_gets_lost(writer, made, branch):
     """The commit was made: asking for it once more must not look like somebody else's."""

@@ -233,7 +233,7 @@ def test_all_steps_are_checked_before_the_first_one_runs(tmp_path, capsys):
     file = write(tmp_path / "r.toml", TWO.replace("prompt", "#") % "x")
     assert command("run", file) == 2
     message, _ = sentence(capsys.readouterr().err)
-    assert message == "step 1 (generate): Missing argument 'PROMPT' (or --in FILE)."
+    assert message == "step 1 (generate): there is no prompt"
     file = write(tmp_path / "r.toml", (TWO % "x") + 'rows = "1"\n')
     assert command("run", file) == 2
     captured = capsys.readouterr()

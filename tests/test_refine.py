@@ -8,7 +8,6 @@ import torch
 from quantkit.core.qweight import Scheme
 from quantkit.methods import refine, scales
 from quantkit.methods.gptq import Options, solve
-from quantkit.methods.products import Factor
 
 OUT, WIDTH = 8, 192
 
@@ -81,7 +80,7 @@ def test_every_round_lowers_the_objective(bits, group, symmetric, act_order):
 
 
 def refit(columns, hessian, levels, grid):
-    return refine.refit(hessian @ columns, Factor(hessian), levels, grid)
+    return refine.refit(hessian @ columns, hessian, levels, grid)
 
 
 @every_scheme
@@ -145,7 +144,7 @@ def test_refit_is_the_same_in_pieces(monkeypatch):
 def test_polish_makes_no_row_worse(scheme):
     columns, hessian, levels, grid = start(scheme)
     before = row_objectives(columns, hessian, levels, grid)
-    refine.polish(columns, Factor(hessian), levels, grid)
+    refine.polish(columns, hessian, levels, grid)
     assert_not_worse(row_objectives(columns, hessian, levels, grid), before)
     assert bool((levels >= spread(grid.low)).all())
     assert bool((levels <= spread(grid.high)).all())
@@ -163,7 +162,7 @@ def test_polish_is_coordinate_descent(scheme):
         wanted = columns[i] + (hessian[i] @ error) / hessian[i, i]
         code = (wanted / scale[i] - low[i]).round().clamp(0, scheme.max_code)
         expected[i] = code + low[i]
-    refine.polish(columns, Factor(hessian), levels, grid)
+    refine.polish(columns, hessian, levels, grid)
     assert torch.equal(levels, expected)
 
 
@@ -173,7 +172,7 @@ def test_after_enough_polish_no_single_code_can_improve(symmetric):
     columns, hessian, levels, grid = start(scheme)
     for _ in range(50):
         before = levels.clone()
-        refine.polish(columns, Factor(hessian), levels, grid)
+        refine.polish(columns, hessian, levels, grid)
         if torch.equal(levels, before):
             break
     else:

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx2
 import pytest
@@ -16,6 +18,8 @@ from serving import demo, running, until
 from tools import command, sentence
 
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.serve import arriving
+from quantkit.serve.guard import TAKING
 from quantkit.workflows.serve import serve
 from quantkit.workflows.serve_models import names_of
 
@@ -132,6 +136,64 @@ def test_a_bad_request_beside_a_good_one(idle):
         assert good.result().json()["choices"] == alone
 
 
+# requests that arrive slowly
+
+
+def connected(server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10)
+
+
+def trickled(connection: socket.socket, content: bytes) -> bytes:
+    """What comes back when one byte is sent after the other, up to the end of the connection."""
+    for byte in content:
+        with suppress(OSError):  # closed on the other side
+            connection.sendall(bytes([byte]))
+        if select.select([connection], [], [], 0.05)[0]:
+            break
+    received = b""
+    with suppress(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            received += part
+    return received
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("size", [b"Content-Length: 1000\r\n", b"Transfer-Encoding: chunked\r\n"])
+def test_a_body_that_is_slow_is_answered_and_not_waited_for(idle, monkeypatch, size):
+    monkeypatch.setattr(arriving, "SECONDS", 0.5)
+    started = time.monotonic()
+    with connected(idle) as connection:
+        connection.sendall(HEAD + size + b"\r\n" + b"3e8\r\n" * (b"chunked" in size))
+        received = trickled(connection, b" " * 1000)
+    assert 0.4 < time.monotonic() - started < 5
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"connection: close" in received.lower()
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"].endswith("seconds")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_a_head_that_is_slow_ends_the_connection(idle, monkeypatch, before):
+    """The first of a connection, and one behind another request."""
+    monkeypatch.setattr(arriving, "SECONDS", 0.5)
+    with connected(idle) as connection:
+        connection.sendall(before)
+        if before:
+            while b"}" not in connection.recv(1 << 16):
+                pass
+        started = time.monotonic()
+        assert trickled(connection, HEAD * 10) == b""
+        assert 0.4 < time.monotonic() - started < 5
+
+
+def test_an_answer_may_take_longer_than_a_request(idle, monkeypatch):
+    monkeypatch.setattr(arriving, "SECONDS", 0.2)
+    started = time.monotonic()
+    answer = idle.post("/v1/completions", **{**LONG, "max_tokens": 200})
+    assert answer.status_code == 200 and time.monotonic() - started > 0.4
+
+
 # an engine that fails
 
 
@@ -234,8 +296,17 @@ def test_other_names_and_other_sites_are_refused(server):
         ):
             assert http.get("/v1/models", headers=headers).status_code == code, headers
         assert "access-control-allow-origin" not in http.get("/v1/models").headers
-        simple = http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
-        assert simple.status_code == 415
+
+
+def test_what_a_page_may_send_to_other_sites_is_taken_nowhere(server):
+    """Every path that there is takes JSON, or no body."""
+    with server.client() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+        for path, methods in paths.items():
+            for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+                sent = http.post(path, content=b"{}", headers={"content-type": kind})
+                assert sent.status_code == (415 if "post" in methods else 405), path
+    assert {path for path, methods in paths.items() if "post" in methods} == set(TAKING)
 
 
 def test_a_key_is_needed_where_there_is_one():

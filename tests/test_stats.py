@@ -5,6 +5,7 @@ import torch
 
 from quantkit.core.stats import InputStats
 from quantkit.runtime import gather
+from quantkit.runtime.states import States
 
 OUT = 10
 
@@ -167,10 +168,10 @@ def test_thinned_statistics_are_those_of_every_third_token(centred):
 
 
 def test_spacing_leaves_enough_tokens_for_the_width():
-    hidden = [torch.empty(2, 50, 8)] * 10  # 1000 tokens
+    hidden = States([torch.empty(2, 50, 8)] * 10)  # 1000 tokens
     assert gather.spacing(hidden, 20, None) == 1
     assert gather.spacing(hidden, 20, 10) == 5
     assert gather.spacing(hidden, 20, 11) == 4
     assert gather.spacing(hidden, 2000, 10) == 1  # never more than there are
-    short = [*hidden, torch.empty(1, 3, 8)]
+    short = States([*hidden, torch.empty(1, 3, 8)])
     assert gather.spacing(short, 20, 10) == 3  # and one of every batch

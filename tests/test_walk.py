@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +27,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
 from quantkit.runtime import gather
 from quantkit.runtime.skeleton import Skeleton, read_config
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, Walk, is_linear
 from quantkit.workflows.gptq_block import Gptq, solve_block
 from quantkit.workflows.layout import Layout, lay_out
@@ -72,7 +73,7 @@ def walked(skeleton: Skeleton, batches: list[Tensor]) -> list[Tensor]:
     hidden = walk.embed(batches)
     for index in range(len(walk)):
         with walk.block(index) as block:
-            gather.advance(block, hidden)
+            gather.advance(block, States(hidden))
     return list(walk.logits(batches, hidden))
 
 
@@ -115,7 +116,7 @@ def test_groups_of_linears(name: str, folder: Callable[[str], Path]) -> None:
         with walk.block(index) as block:
             groups = block.trace(hidden[0])
             linears = {n for n, module in block.module.named_modules() if is_linear(module)}
-            gather.advance(block, hidden)
+            gather.advance(block, States(hidden))
         assert [group.names for group in groups] == expected.groups
         assert {n for group in groups for n in group.names} == linears
         assert tuple(g.names[0] for g in groups if g.writes) == expected.writers
@@ -159,7 +160,7 @@ def test_one_block_in_memory_at_a_time(
         with walk.block(index) as block:
             assert resident(skeleton) == {str(index)}
             assert all(p.device.type == "cpu" for p in block.module.parameters())
-            gather.advance(block, hidden)
+            gather.advance(block, States(hidden))
     assert resident(skeleton) == set()
     for _ in walk.logits(batches, hidden):
         assert resident(skeleton) == {"outside"}
@@ -489,7 +490,7 @@ def moments_by_hand(xs: list[Tensor], ds: list[Tensor]) -> tuple[Tensor, Tensor]
     return d.T @ x / len(x), d.mean(0)
 
 
-def record(block: Block, name: str, hidden: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def record(block: Block, name: str, hidden: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs of a linear while all batches run."""
     xs: list[Tensor] = []
     ys: list[Tensor] = []
@@ -499,7 +500,7 @@ def record(block: Block, name: str, hidden: list[Tensor]) -> tuple[list[Tensor],
         ys.append(y)
 
     with block.watching({name: see}, outputs=True):
-        gather.advance(block, [x.clone() for x in hidden])
+        gather.advance(block, States([x.clone() for x in hidden]))
     return xs, ys
 
 
@@ -511,7 +512,7 @@ def test_observe_and_drift_are_plain_sums(name: str, folder: Callable[[str], Pat
         groups = block.trace(start[0])
         writers = [group for group in groups if group.writes]
         inner, closing = writers[-2:]
-        full = [x.clone() for x in start]
+        full = States([x.clone() for x in start])
         stats, wanted = gather.observe(block, full, groups, keep=[inner])
         for group in groups:
             xs, _ = record(block, group.names[-1], start)
@@ -522,11 +523,11 @@ def test_observe_and_drift_are_plain_sums(name: str, folder: Callable[[str], Pat
         assert len(wanted[inner]) == len(start)
 
         # the same rows, drifted, through a block whose first linear is off
-        moved = [x * 1.1 + 0.1 for x in start]
+        moved = States([x * 1.1 + 0.1 for x in start])
         first = block.linear(groups[0].names[0])
         first.weight = torch.nn.Parameter(first.weight * 0.9)
         kept = [x.clone() for x in moved]
-        drifted = gather.observe_drift(block, moved, {**wanted, closing: []}, full)
+        drifted = gather.observe_drift(block, moved, wanted, closing, full)
         assert all(torch.equal(a, b) for a, b in zip(moved, kept))
         xs, ys = record(block, inner.names[0], moved)
         wants = [w.reshape(y.shape) - y for w, y in zip(wanted[inner], ys)]
@@ -574,8 +575,8 @@ def solve(
         def biases(name: str) -> Tensor | None:
             return block.linear(name).bias
 
-        full = [x.clone() for x in start]
-        quantized = [x.clone() for x in start] if aligned else None
+        full = States([x.clone() for x in start])
+        quantized = full.copy() if aligned else None
         settings = Gptq(gptq.Options())
         if names is None:
             names = [n for n, module in block.module.named_modules() if is_linear(module)]
@@ -643,11 +644,12 @@ def test_linears_that_no_token_reaches_are_rounded(
         block.module.add_module("spare", spare)
         wanted = [block.forward(x) for x in hidden]
         settings = Gptq(gptq.Options())
-        second = [x.clone() for x in hidden] if aligned else None
+        first = States(hidden)
+        second = first.copy() if aligned else None
         originals = Originals(
             {"spare": SCHEME}, lambda _: original, lambda _: spare.bias, _no_other
         )
-        solved = solve_block(block, originals, hidden, second, settings)
+        solved = solve_block(block, originals, first, second, settings)
         assert set(solved) == {"spare"}
         assert solved["spare"].method == "rtn"
         assert torch.equal(spare.weight, solved["spare"].qweight.dequantize())

@@ -34,6 +34,7 @@ from quantkit.cli.published import publishing
 )
 @options.shard
 @options.carrying
+@options.low_disk
 @options.quiet
 @publishing
 def command(quiet: bool, **settings: Any) -> Path | None:

@@ -40,7 +40,7 @@ def _print(found: "Environment") -> None:
         console.print(f"{name:18} {text}", markup=False)
     console.print(f"{'cache':18} {found.cache}", markup=False)
     console.print()
-    for choice in found.kernels:
+    for choice in [*found.kernels, found.decoding]:
         console.print(f"{choice.scheme:42} {choice.kernel}", markup=False)
         if choice.reason:
             console.print(f"{'':42} [dim]{choice.reason}[/]")

@@ -16,12 +16,16 @@ class _Asked(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
         prompt, questions, out = (ctx.params.get(name) for name in ("prompt", "in", "answers"))
-        if (questions is None) != (out is None):
-            raise click.UsageError("--in and --out belong together.", ctx)
+        if questions is not None and out is None:
+            raise UsageError("--in has no file for the answers", "add --out FILE.csv")
+        if questions is None and out is not None:
+            raise UsageError("--out is for the answers to a file's rows", "add --in FILE.csv")
         if prompt is None and questions is None:
-            raise click.UsageError("Missing argument 'PROMPT' (or --in FILE).", ctx)
+            raise UsageError(
+                "there is no prompt", "give one in quotes, or --in FILE and --out FILE"
+            )
         if prompt is not None and questions is not None:
-            raise click.UsageError("Give either a PROMPT or --in FILE.", ctx)
+            raise UsageError("both a prompt and --in were given", "leave one of them out")
         return rest
 
 

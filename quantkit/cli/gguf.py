@@ -53,8 +53,10 @@ from quantkit.cli.published import publishing
 )
 @options.pre_tokenizer
 @options.carrying
+@options.low_disk
 @click.option("--dtype", default="auto", show_default=True, help="Precision to calibrate in.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@options.memory
 @options.quiet
 @publishing
 def command(quiet: bool, calib: tuple[str, ...], **settings: Any) -> Path | None:

@@ -72,6 +72,7 @@ from quantkit.cli.published import publishing
 )
 @options.calibrating
 @options.running
+@options.memory
 @click.option(
     "--format",
     type=click.Choice(["auto", "gptq", "gptq_v2", "awq", "compressed-tensors"]),

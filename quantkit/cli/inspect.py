@@ -119,8 +119,8 @@ def _rows(found: "Inspection") -> list[tuple[str, str]]:
     rows.append(("tokenizer", chat if found.tokenizer else "none"))
     rows += [("made from", found.made_from)] if found.made_from else []
     rows += [("made by", found.made_by)] if found.made_by else []
-    if found.measured:
-        rows.append(("measured KL", shown(found.measured["kl"], found.measured["kl_error"])))
+    if found.measured and (kl := found.measured["kl"]) is not None:
+        rows.append(("measured KL", shown(kl, found.measured["kl_error"])))
     return rows
 
 

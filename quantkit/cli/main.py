@@ -3,13 +3,15 @@
 import importlib
 import sys
 import warnings
+from difflib import get_close_matches
 from typing import NoReturn
 
 import click
 
 from quantkit import __version__
-from quantkit.cli import process
-from quantkit.errors import QuantkitError, QuantkitWarning
+from quantkit.cli import misuse, process
+from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
+from quantkit.workflows import several
 
 # one file per command; the help is here so that showing it imports nothing
 _COMMANDS = {
@@ -49,6 +51,15 @@ class _Lazy(click.Group):
         command: click.Command = importlib.import_module(f"quantkit.cli.{name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not ctx.resilient_parsing:
+            near = get_close_matches(args[0], _COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else "see 'quantkit --help'"
+            raise UsageError(f"there is no command '{args[0]}'", hint)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
@@ -68,6 +79,7 @@ def run() -> NoReturn:
     """The ``quantkit`` command: the command line in a process of its own."""
     process.prepare()
     try:
+        several.begin(sys.argv[1:], _say)
         main()
     except SystemExit as end:
         process.leave(int(end.code or 0))
@@ -77,15 +89,20 @@ def run() -> NoReturn:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit."""
     warnings.showwarning = _warn
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
     try:
-        sys.exit(cli.main(arguments, standalone_mode=False) or 0)
+        sys.exit(cli.main(arguments, "quantkit", standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
-        command = (sys.argv[1:] if arguments is None else arguments)[:1]
-        resumes = command and command[0] in _RESUMING
+        resumes = command in _RESUMING
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        wrong = misuse.told(error, f"quantkit {command}".rstrip())
+        _say(wrong.message, wrong.hint)
         sys.exit(error.exit_code)
     except QuantkitError as error:
         _say(error.message, error.hint)
@@ -100,6 +117,8 @@ def _warn(message: Warning | str, category: type[Warning], *_: object, **__: obj
 
 
 def _say(message: str, hint: str | None) -> None:
+    if not several.tells():
+        return
     click.secho("error: ", fg="red", bold=True, err=True, nl=False)
     click.echo(message, err=True)
     if hint:

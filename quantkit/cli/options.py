@@ -12,7 +12,7 @@ from quantkit.errors import UsageError
 Command = Callable[..., Any]
 
 
-class Limit(click.ParamType):
+class Limit(click.ParamType[str]):
     """A number, or SET=NUMBER; workflows/gate.py reads it."""
 
     name = "limit"
@@ -124,6 +124,25 @@ def calibration_text(command: Command) -> Command:
             help="Calibration text, repeatable: bundled, bundled:ja=64,en=64, FILE "
             "(.txt .jsonl .csv .parquet), FILE:column, hf:DATASET:CONFIG:SPLIT:COLUMN, wikitext2, "
             "c4, c4-ja, wikipedia-ja, self; =N for N rows of it.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def memory(command: Command) -> Command:
+    """How much of it a quantization may use."""
+    for option in (
+        click.option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Use at most so much RAM, such as 4GB.  [default: what is free]",
+        ),
+        click.option(
+            "--max-gpu-memory",
+            metavar="SIZE",
+            help="Use at most so much of the GPU's memory: what does not fit goes to RAM or to "
+            "disk.  [default: what is free]",
         ),
     ):
         command = option(command)

@@ -27,6 +27,8 @@ def tell(report: "Report", model: str) -> None:
         console.print(line, markup=False)
     for text in report.fallbacks:
         console.print(f"[yellow]fallback:[/] {escape(text)}")
+    for text in report.backoffs:
+        console.print(f"[yellow]memory:[/] {escape(text)}")
     size, seconds = report.plan.output_bytes / 1e6, sum(report.seconds.values())
     folder = escape(str(report.folder))
     console.print(f"wrote [bold]{folder}[/], {size:,.1f} MB, in {seconds:.0f} s")

@@ -32,6 +32,7 @@ from quantkit.cli.published import publishing
 @options.shard
 @options.pre_tokenizer
 @options.carrying
+@options.low_disk
 @options.quiet
 @publishing
 def command(quiet: bool, **settings: Any) -> Path | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from quantkit.cli import options
+from quantkit.cli import misuse, options
 from quantkit.cli.options import Limit
 from quantkit.core import recipe as recipes
 from quantkit.core.recipe import Key, Step, Vocabulary
@@ -182,6 +182,7 @@ def _check(where: str, command: click.Command, step: Step, line: list[str]) -> N
     try:
         command.make_context(f"quantkit {step.command}", list(line))
     except click.UsageError as error:
-        raise UsageError(f"{where} ({step.command}): {error.format_message()}") from error
+        wrong = misuse.told(error, f"quantkit {step.command}")
+        raise UsageError(f"{where} ({step.command}): {wrong.message}", wrong.hint) from error
     except UsageError as error:
         raise UsageError(f"{where} ({step.command}): {error.message}", error.hint) from error

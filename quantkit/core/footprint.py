@@ -6,8 +6,8 @@ with what they are and their bytes; the largest one is what has to fit. docs/pla
 these figures were from measured ones.
 
     phases = quantizing(shapes, run, mode)
-    peak(phases, "device")                           bytes on the GPU
-    choose(shapes, run, free_on_gpu, free_ram)       the fastest mode that fits, or None
+    peak(phases, "device")                    bytes on the GPU
+    choose(shapes, run, room)                 the fastest mode that fits, or None
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,18 +15,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["device", "ram"]
+Home = Literal["device", "ram", "disk"]  # of hidden states
 
-# Python, torch and transformers with a model's classes (470 MB, measured) and what the C library
-# keeps of freed memory (150 MB, measured); what the CUDA runtime adds to that, and what its context
+# Python, torch and transformers with a model's classes (430 MB, measured) and what the C library
+# keeps of freed memory (110 MB, measured); what the CUDA runtime adds to that, and what its context
 # takes on the GPU (usual values).
-PROCESS = 620_000_000
+PROCESS = 540_000_000
 CUDA_RAM, CUDA_CONTEXT = 1 << 30, 500 << 20
 # Share of a GPU's memory that torch's allocator holds and cannot use, in pieces between tensors.
 FRAGMENTS = 0.05
-_SYSTEM_BYTES, _SYSTEM_COPIES = 256 << 20, 5  # refine.py's normal equations
+_SYSTEM_BYTES, _SYSTEM_COPIES = 128 << 20, 3  # refine.py's normal equations
 _STRIPS = 8  # of stats.py
+_SLOTS = 2  # micro-batches of a stream on their way to the device (states.py)
 _AWAY = 16  # micro-batches from which on stats.py multiplies in the activations' dtype
 _COMPARED = 6  # float32 copies of the logits of a row while metrics.py compares two models
+COMPARED = 4096  # tokens whose predictions a GPU makes at once
 
 
 @dataclass(frozen=True)
@@ -91,26 +94,43 @@ class Mode:
     """A way to quantize: where the activations of all calibration rows are, and how many tokens are
     run at once (at least a row)."""
 
-    name: str
-    states: Literal["device", "ram", "disk"]
+    states: Home
     tokens: int
 
+    def __str__(self) -> str:
+        where = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}[self.states]
+        return f"activations {where}, {self.tokens:,} tokens at once"
 
-# The fastest first; each needs less memory on the GPU than the one before.
+    @property
+    def ahead(self) -> bool:
+        """Whether a GPU has room for the block to come, and for the packing of the one before."""
+        return self.states == "device"
+
+
+# The fastest first.
 GPU_MODES = (
-    Mode("activations on the GPU", "device", 16384),
-    Mode("activations in RAM", "ram", 16384),
-    Mode("activations in RAM, few tokens at once", "ram", 2048),
-    Mode("activations on disk, few tokens at once", "disk", 2048),
+    Mode("device", 16384),
+    Mode("ram", 16384),
+    Mode("ram", 4096),
+    Mode("ram", 2048),
+    Mode("disk", 16384),
+    Mode("disk", 4096),
+    Mode("disk", 2048),
 )
-CPU_MODES = (Mode("on the CPU", "ram", 2048),)
-# What workflows/quantize.py carries out so far.
-_CARRIED_OUT = GPU_MODES[:1]
+CPU_MODES = (Mode("device", 2048), Mode("disk", 2048))
 
 
 def modes(cuda: bool) -> tuple[Mode, ...]:
     """Those that there are."""
-    return _CARRIED_OUT if cuda else CPU_MODES
+    return GPU_MODES if cuda else CPU_MODES
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be used of the GPU's memory and of RAM; None: as many as it takes."""
+
+    device: int | None
+    ram: int | None
 
 
 @dataclass(frozen=True)
@@ -161,19 +181,31 @@ def peak(phases: Iterable[Phase], place: Place) -> Phase:
     return max(phases, key=lambda phase: phase.bytes(place))
 
 
-def fits(phases: Sequence[Phase], device: int | None, ram: int | None) -> bool:
-    """Whether all phases do, in so many bytes (None: as many as it takes)."""
-    limits: list[tuple[Place, int | None]] = [("device", device), ("ram", ram)]
+def fits(phases: Sequence[Phase], room: Room) -> bool:
+    """Whether all phases do."""
+    limits: list[tuple[Place, int | None]] = [("device", room.device), ("ram", room.ram)]
     return all(
         limit is None or peak(phases, place).bytes(place) <= limit for place, limit in limits
     )
 
 
-def choose(shapes: Shapes, run: Run, device: int | None, ram: int | None) -> Mode | None:
-    """The fastest mode that fits into ``device`` bytes of the GPU and ``ram`` of RAM; None when not
-    even the smallest does."""
-    found = (m for m in modes(run.cuda) if fits(quantizing(shapes, run, m), device, ram))
-    return next(found, None)
+def choose(shapes: Shapes, run: Run, room: Room, tokens: int | None = None) -> Mode | None:
+    """The fastest mode that fits, of those that run ``tokens`` at once if it is given; None when
+    not even the smallest does."""
+    found = (m for m in modes(run.cuda) if tokens in (None, m.tokens))
+    return next((m for m in found if fits(quantizing(shapes, run, m), room)), None)
+
+
+def smaller(shapes: Shapes, run: Run, mode: Mode, place: Place) -> Mode | None:
+    """The fastest mode behind ``mode`` that takes less there or, of a GPU's memory, as much at most
+    and has fewer tokens at once. None when there is none."""
+
+    def taken(some: Mode) -> tuple[int, int]:
+        most = peak(quantizing(shapes, run, some), place).bytes(place)
+        return most, some.tokens if place == "device" else 0
+
+    known = modes(run.cuda)
+    return next((m for m in known[known.index(mode) + 1 :] if taken(m) < taken(mode)), None)
 
 
 def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
@@ -181,7 +213,13 @@ def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
     stream = run.tokens * shapes.hidden * run.item
     aside = 2 * run.aside * shapes.hidden * run.item
     found = [
-        _phase(run, mode, "embed", 2 * stream, {"embedding": shapes.embedding * run.item}),
+        _phase(
+            run,
+            mode,
+            "embed",
+            stream * (2 if run.aligned else 1),
+            {"embedding": shapes.embedding * run.item},
+        ),
         _phase(
             run,
             mode,
@@ -191,7 +229,8 @@ def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
                 "held-out rows": aside,
                 "embedding": shapes.embedding * run.item,
                 "head": shapes.hidden * shapes.vocabulary * run.item,
-                "logits": logits(shapes, min(run.row, 512), run.item),
+                "logits": logits(shapes, min(run.row, 512), run.item)
+                + (2 * COMPARED * shapes.vocabulary * run.item if run.cuda else 0),
             },
         ),
     ]
@@ -202,7 +241,12 @@ def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
         weights = {"held-out rows": aside, "block": block.numbers * run.item}
         if run.copies:
             weights["block in float32"] = 4 * block.numbers
-        for name, parts in _of_block(block, run, mode):
+        if run.cuda and mode.ahead:
+            weights["blocks before and behind"] = block.numbers * run.item + block.linears
+        slots = 0
+        if mode.states != "device":
+            slots = _SLOTS * streams * _at_once(run, mode) * shapes.hidden * run.item
+        for name, parts in _of_block(block, run, mode, slots):
             found.append(_phase(run, mode, name, streams * stream, weights | parts))
     if run.head:
         pieces = _solving(
@@ -218,13 +262,19 @@ def _phase(run: Run, mode: Mode, name: str, streams: int, parts: dict[str, int])
     if not run.cuda:
         if run.mapped:  # a page for each token that occurs
             parts = {key: size for key, size in parts.items() if key != "embedding"}
+        if mode.states == "disk":
+            streams += parts.pop("held-out rows", 0)
+            return Phase(name, {}, {"program": PROCESS, **parts}, streams)
         return Phase(name, {}, {"program": PROCESS, "activations": streams, **parts})
     ram = {"program": PROCESS + CUDA_RAM, "weights on their way": parts.get("block", 0)}
     device = dict(parts)
     if mode.states == "device":
         device["activations"] = streams
-    elif mode.states == "ram":
-        ram["activations"] = streams
+    else:
+        aside = device.pop("held-out rows", 0)
+        if mode.states == "ram":
+            ram |= {"activations": streams, "held-out rows": aside}
+        streams += aside
     device["pieces between tensors"] = int(FRAGMENTS * sum(device.values()))
     return Phase(
         name,
@@ -234,9 +284,12 @@ def _phase(run: Run, mode: Mode, name: str, streams: int, parts: dict[str, int])
     )
 
 
-def _of_block(block: Block, run: Run, mode: Mode) -> list[tuple[str, dict[str, int]]]:
-    """What is in memory beside weights and activations while statistics are gathered, and while
-    each group is solved. With alignment readers and writers have their turns one after another."""
+def _of_block(block: Block, run: Run, mode: Mode, slots: int) -> list[tuple[str, dict[str, int]]]:
+    """What is in memory beside weights and activations while statistics are gathered (``slots``:
+    bytes of micro-batches on their way to the device), and while each group is solved. With
+    alignment readers and writers have their turns one after another."""
+    # codes, and weights made of them; where nothing is read ahead these take the place of others
+    result = 1 if run.cuda and not mode.ahead else 1 + run.item
     readers = [group for group in block.groups if not group.writes]
     writers = [group for group in block.groups if group.writes]
     turns = [(readers, False), (writers, True)] if run.aligned else [(block.groups, False)]
@@ -246,14 +299,14 @@ def _of_block(block: Block, run: Run, mode: Mode) -> list[tuple[str, dict[str, i
         if not groups:
             continue
         held = [_statistics(group, drift) for group in groups]
-        results = {"results": solved * (1 + run.item)}
+        results = {"results": solved * result}
         widest = max(groups, key=lambda group: group.width)
-        passing = _passing(block, widest, run, mode)
+        passing = _passing(block, widest, run, mode, drift) | {"on their way": slots}
         found.append(("statistics", results | {"statistics": sum(held)} | passing))
         for index, group in reversed(list(enumerate(groups))):  # the last one is taken first
             others = sum(held) if run.copies else sum(held[:index])
             solved += group.numbers
-            results = {"results": solved * (1 + run.item)}
+            results = {"results": solved * result}
             for name, parts in _solving(group, run, drift):
                 found.append((name, results | {"statistics": others} | parts))
     return found
@@ -264,40 +317,38 @@ def _statistics(group: Group, drift: bool) -> int:
     return 4 * group.width**2 + (4 * group.numbers if drift else 0)
 
 
-def _passing(block: Block, widest: Group, run: Run, mode: Mode) -> dict[str, int]:
+def _at_once(run: Run, mode: Mode) -> int:
+    """Tokens of a micro-batch."""
+    return min(run.tokens, max(run.row, mode.tokens))
+
+
+def _passing(block: Block, widest: Group, run: Run, mode: Mode, drift: bool) -> dict[str, int]:
     """A micro-batch on its way through the block, and in the statistics of its widest input."""
-    tokens = min(run.tokens, max(run.row, mode.tokens))
+    tokens = _at_once(run, mode)
     inputs = tokens * widest.width
     exact = not run.cuda and run.item < 4 and run.tokens < _AWAY * tokens
-    product = 4 * widest.width**2 // _STRIPS
+    product = 4 * max(widest.width**2 // _STRIPS, widest.numbers if drift else 0)
     return {
         "micro-batch": int(tokens * block.working * run.item),
         "sums": inputs * run.item + product + (8 * inputs if exact else 0),
     }
 
 
-# What is alive at each step of methods/gptq.py, align.py and refine.py, float32: so many matrices
-# [in, in] and so many [out, in] beside the original weights and the target.
-_STEPS = {
-    "align": (3, 3),
-    "factor": (4, 1),
-    "round": (3, 4),
-    "refit": (2, 4),
-    "polish": (2, 4),
-    "assemble": (2, 5),
-}
+# What is alive at each step of methods/gptq.py, align.py and refine.py beside one matrix [in, in]:
+# so many matrices [out, in], float32. The Hessian and its factor share one (factor.py).
+_STEPS = {"align": 4, "factor": 2, "round": 4, "refit": 4, "polish": 5, "assemble": 5, "error": 4}
 
 
 def _solving(group: Group, run: Run, drift: bool) -> list[tuple[str, dict[str, int]]]:
-    """The steps of solving one group. Its own statistics are among the matrices; those that pair
-    outputs with inputs (``drift``) stay until the end."""
+    """The steps of solving one group."""
     found = []
-    for step, (square, wide) in _STEPS.items():
+    for step, wide in _STEPS.items():
         if (step == "align" and not drift) or (step in ("refit", "polish") and not run.rounds):
             continue
+        split = run.cuda and step == "polish"  # into two parts of half the size (products.py)
         parts = {
-            "matrices in x in": 4 * square * group.width**2,
-            "matrices out x in": 4 * (wide + 2 + drift) * group.numbers,
+            "matrix in x in": 4 * group.width**2,
+            "matrices out x in": 4 * (wide + split) * group.numbers,
         }
         if step == "refit":
             width = group.width if run.group == -1 else run.group

@@ -99,8 +99,10 @@ def _worth_waiting(error: BaseException, wait: float) -> float | None:
 
 
 def short(error: BaseException) -> str:
-    """The first line of an error, without anything that looks like a token."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """What the Hub has said, or the first line of an error, without anything that looks like a
+    token."""
+    told = getattr(error, "server_message", None) or str(error)
+    lines = told.strip().splitlines() or [type(error).__name__]
     return _TOKEN.sub("hf_...", lines[0])
 
 

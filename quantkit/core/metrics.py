@@ -139,6 +139,16 @@ class Comparison:
         )
         return kl
 
+    @classmethod
+    def of(cls, parts: list["Comparison"]) -> "Comparison":
+        """The rows of all ``parts``, in their order."""
+        whole = cls()
+        for part in parts:
+            for label, rows in part._rows.items():
+                whole._rows[label] += rows
+                whole._tokens[label] += part._tokens[label]
+        return whole
+
     def sets(self) -> dict[str, SetResult]:
         return {label: self._set(label, rows) for label, rows in self._rows.items()}
 

@@ -24,11 +24,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: torch.device) -> str:
-    """The processor that did the work."""
+def machine(device: torch.device, processes: int = 1) -> str:
+    """The processor that did the work, or those of several processes."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return name if processes == 1 else f"{processes} processes on {name}"
+
+
+def identity(path: Path, remote: Mapping[str, Remote]) -> str:
+    """What changes when the file does; ``remote`` are those that are still on the Hub, by name."""
+    if there := remote.get(path.name):
+        return f"{there.size} bytes, sha256 {there.sha256}"
+    return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
 
 
 def hash_files(

@@ -16,5 +16,5 @@ def size_in_bytes(text: str) -> int:
         else int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
     )
     if size < 1000:
-        raise UsageError(f"'{text}' is not a size of a file", "write 5GB or 500MB")
+        raise UsageError(f"'{text}' is not a size", "write 5GB or 500MB")
     return size

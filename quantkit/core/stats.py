@@ -10,7 +10,7 @@ For the inputs x [tokens, in] that a group of linears shares:
 Sums are float32 whatever the activations' dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class InputStats:
 
     ``out_features`` asks for ``cross`` and ``drift`` too; ``calls`` is how often ``add`` will be
     called. ``every``: use one token in so many, evenly spaced, at other places in each call.
+
+    Several of them may see the tokens of one input in parts (runtime/ranks.py): ``calls`` are then
+    those of all, and ``first`` is how many of them come before this one's.
     """
 
     def __init__(
@@ -38,9 +41,10 @@ class InputStats:
         out_features: int | None = None,
         calls: int = 1,
         every: int = 1,
+        first: int = 0,
     ) -> None:
         self.width = width
-        self._every, self._offset = every, -1
+        self._every, self._offset = every, (first - 1) % every
         self._exact = calls < _AVERAGED
         self.count = 0
         self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -91,6 +95,31 @@ class InputStats:
         return x - self._shift
 
     @property
+    def shift(self) -> Tensor | None:
+        """What all sums are about, float32 [width]; None before the first ``add``."""
+        return None if self._shift is None else self._shift.float()
+
+    def move(self, shift: Tensor) -> None:
+        """Make all sums those about another ``shift``, float32 [width]: with y = x - old and
+        by = old - new, the sum of (y + by) (y + by)^T, and so on. Both are means of a batch, so
+        what is added is small and no digits are lost."""
+        if self._shift is not None:
+            by = self._shift.float() - shift
+            self._upper.addr_(self._total, by).addr_(by, self._total)
+            self._upper.addr_(by, by, alpha=self.count)
+            self._total.add_(by, alpha=self.count)
+            if self._cross is not None and self._drift is not None:
+                self._cross.addr_(self._drift, by)
+        self._shift = shift
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """Everything that is summed over tokens: to be added, in place, to what others have found
+        about the same shift."""
+        found = [self._upper, self._total, self._cross, self._drift]
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
     def finite(self) -> bool:
         """Whether all inputs were."""
         return bool(self._upper.diagonal().isfinite().all())
@@ -107,14 +136,14 @@ class InputStats:
             gram.addr_(mean, mean)
         _mirror(gram)
         if self._cross is None or self._drift is None:
-            return Moments(gram, mean, None, None)
+            return Moments(gram, mean, None, None, centred)
         drift = self._drift / self.count
-        cross = self._cross.div_(self.count)
+        cross, self._cross = self._cross.div_(self.count), None
         if centred:
             cross.addr_(drift, rest, alpha=-1)
         else:
             cross.addr_(drift, shift)
-        return Moments(gram, mean, cross, drift)
+        return Moments(gram, mean, cross, drift, centred)
 
 
 @dataclass(frozen=True)
@@ -122,14 +151,20 @@ class Moments:
     """Means over tokens: ``gram`` [in, in], ``mean`` [in], and, if asked for, ``cross`` [out, in]
     and ``drift`` [out] (see the module's text). All float32.
 
-    Centred, ``gram`` and ``cross`` are about the means: what is left to minimise when a bias takes
-    up the mean error.
+    ``centred``: ``gram`` and ``cross`` are about the means: what is left to minimise when a bias
+    takes up the mean error.
     """
 
     gram: Tensor
     mean: Tensor
     cross: Tensor | None = None
     drift: Tensor | None = None
+    centred: bool = False
+
+    def of_rows(self, rows: slice) -> "Moments":
+        """Those that concern some outputs."""
+        cross = None if self.cross is None else self.cross[rows]
+        return replace(self, cross=cross, drift=None if self.drift is None else self.drift[rows])
 
 
 def _mirror(upper: Tensor) -> None:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from quantkit.core.stats import Moments
-from quantkit.methods.gptq import factor
+from quantkit.methods.factor import factored
 
 
 def aligned_target(weight: Tensor, moments: Moments, fraction: float, damp: float) -> Tensor:
     """``weight`` [out, in] float32 -> T, same shape. ``moments`` must carry ``cross``."""
     assert moments.cross is not None
-    unit, energy, _ = factor(moments.gram, damp)
-    # (U D U^T) Z^T = P^T, solved from the outside in
-    step = torch.linalg.solve_triangular(unit, moments.cross.T, upper=True, unitriangular=True)
-    step.div_(energy[:, None])
-    step = torch.linalg.solve_triangular(unit.T, step, upper=False, unitriangular=True)
+    unit = moments.gram
+    with factored(unit, damp) as (energy, _):
+        # (U D U^T) Z^T = P^T, solved from the outside in
+        step = torch.linalg.solve_triangular(unit, moments.cross.T, upper=True, unitriangular=True)
+        step.div_(energy[:, None])
+        step = torch.linalg.solve_triangular(unit.T, step, upper=False, unitriangular=True)
     return weight.add(step.T, alpha=fraction)
 
 

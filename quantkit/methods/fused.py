@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from quantkit.core.qweight import Scheme
-from quantkit.methods import scales
+from quantkit.methods import products, scales
 from quantkit.methods.scales import Grid
 
 _ROWS, _WARPS = 32, 1  # of a program of the column loops
 _SEARCH_ROWS, _SEARCH_WARPS = 64, 8
-_PRECISION = "tf32x3"
 _SYSTEM_ROWS, _SYSTEM_WARPS = 128, 8
+_SYSTEM_GROUPS = 16  # whose part of H is split at a time
 _GROUPS = (32, 64, 128)  # inputs of a group that programs can hold
 
 
@@ -124,7 +124,6 @@ def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> 
         SYMMETRIC=scheme.symmetric,
         GROUP=group,
         ROWS=_SEARCH_ROWS,
-        PRECISION=_PRECISION,
         num_warps=_SEARCH_WARPS,
     )
     if scheme.symmetric:
@@ -132,25 +131,31 @@ def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> 
     return Grid(scale, low, low + scheme.max_code)
 
 
-def equations(high: Tensor, low: Tensor, levels: Tensor, groups: int) -> Tensor:
-    """L_g^T H L_h for all pairs of groups and all rows: [groups, groups, out]. ``high`` and ``low``
-    are the two bfloat16 parts of H."""
+def equations(hessian: Tensor, levels: Tensor, groups: int) -> Tensor:
+    """L_g^T H L_h for all pairs of groups and all rows: [groups, groups, out]. H is split into two
+    bfloat16 parts (products.py), some groups at a time."""
     from quantkit.methods import fused_kernels as kernels
 
     width, out = levels.shape
+    size = width // groups
     system = levels.new_empty(groups, groups, out)
-    kernels.equations[(-(-out // _SYSTEM_ROWS), groups)](
-        high,
-        low,
-        levels.bfloat16(),
-        system,
-        out,
-        width,
-        GROUPS=groups,
-        GROUP=width // groups,
-        ROWS=_SYSTEM_ROWS,
-        num_warps=_SYSTEM_WARPS,
-    )
+    exact = levels.bfloat16()
+    for first in range(0, groups, _SYSTEM_GROUPS):
+        stop = min(first + _SYSTEM_GROUPS, groups)
+        high, low = products.split(hessian[: stop * size, first * size : stop * size])
+        kernels.equations[(-(-out // _SYSTEM_ROWS), stop - first)](
+            high,
+            low,
+            exact,
+            system,
+            out,
+            high.stride(0),
+            first,
+            GROUPS=groups,
+            GROUP=size,
+            ROWS=_SYSTEM_ROWS,
+            num_warps=_SYSTEM_WARPS,
+        )
     return system
 
 

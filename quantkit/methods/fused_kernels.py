@@ -109,13 +109,13 @@ def _candidate(
 @triton.jit
 def _consider(
     factor, direction, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
-    SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """The best of the candidates so far and one more, for every row: its cost, factor and sign."""
     s, least, most = _candidate(floor, reach, factor, direction, middle, top, zero_min, SYMMETRIC)
     level = _whole(_within(x / s[None, :], least[None, :], most[None, :]))
     error = level * s[None, :] - x
-    cost = tl.sum(tl.dot(k, error, input_precision=PRECISION) * error, 0)
+    cost = tl.sum(tl.dot(k, error, input_precision="tf32x3") * error, 0)
     better = cost < best
     best = tl.where(better, cost, best)
     return best, tl.where(better, factor, shrink), tl.where(better, direction, side)
@@ -127,7 +127,6 @@ def search(
     out, middle, top, zero_min, start, step,
     FINE_0: tl.constexpr, FINE_1: tl.constexpr, FINE_2: tl.constexpr, FINE_3: tl.constexpr,
     COARSE: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scale [out] (and the lowest level [out]) with the least e^T K e of every row, among the
     candidates of search._search. ``target`` [group, out], ``curvature`` [group, group]."""
@@ -148,19 +147,19 @@ def search(
         factor = one * (start + i * step)
         best, shrink, side = _consider(
             factor, one, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
-            SYMMETRIC, PRECISION,
+            SYMMETRIC,
         )  # fmt: skip
         if SYMMETRIC:
             best, shrink, side = _consider(
                 factor, -one, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
-                SYMMETRIC, PRECISION,
+                SYMMETRIC,
             )  # fmt: skip
     centre = shrink
     for i in tl.static_range(4):
         offset = FINE_0 if i == 0 else FINE_1 if i == 1 else FINE_2 if i == 2 else FINE_3
         best, shrink, side = _consider(
             centre + offset * step, side, x, k, floor, reach, best, shrink, side, middle, top,
-            zero_min, SYMMETRIC, PRECISION,
+            zero_min, SYMMETRIC,
         )  # fmt: skip
     s, least, _ = _candidate(floor, reach, shrink, side, middle, top, zero_min, SYMMETRIC)
     tl.store(scale + rows, s, inside)
@@ -170,21 +169,23 @@ def search(
 @triton.jit
 def equations(
     high, low, levels, system,
-    out, width,
+    out, stride, first,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """L_g^T H L_h [groups, groups, out] for one g and all h up to it; ``high`` + ``low`` is H
-    [width, width], ``levels`` [width, out], all bfloat16."""
+    """L_g^T H L_h [groups, groups, out] for one g and all h up to it. ``levels`` [width, out];
+    ``high`` + ``low`` are the columns of H from group ``first`` on, rows ``stride`` apart; all
+    bfloat16."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out
-    g = tl.program_id(1)
+    g = first + tl.program_id(1)
     index = tl.arange(0, GROUP)
-    columns = g * GROUP + index
-    own = tl.load(levels + columns[:, None] * out + rows[None, :], inside[None, :], other=0.0)
+    columns = tl.program_id(1) * GROUP + index
+    at = (g * GROUP + index)[:, None] * out + rows[None, :]
+    own = tl.load(levels + at, inside[None, :], other=0.0)
     for h in range(GROUPS):
         if h <= g:
             others = h * GROUP + index
-            place = others[:, None] * width + columns[None, :]
+            place = others[:, None] * stride + columns[None, :]
             pull = tl.dot(tl.load(high + place), own)
             pull = tl.dot(tl.load(low + place), own, pull)
             at = others[:, None] * out + rows[None, :]

@@ -33,13 +33,13 @@ from torch import Tensor
 
 from quantkit.core.profile import phase
 from quantkit.core.qweight import QWeight, Scheme
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import UsageError
 from quantkit.methods import fused, products, refine, scales, search
+from quantkit.methods.factor import MAX_DAMP, factored, permute
 from quantkit.methods.scales import Grid
 
 ActOrder = Literal["static", "none", "group"]
 TILE, BLOCK = 128, 512
-_MAX_DAMP = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Options:
             raise UsageError(
                 f"act-order '{self.act_order}' is unknown", "use static, none or group"
             )
-        if not 0 < self.damp <= _MAX_DAMP:
+        if not 0 < self.damp <= MAX_DAMP:
             raise UsageError(f"damp {self.damp} is out of range", "use more than 0, at most 1")
         if self.rounds < 0:
             raise UsageError("refine rounds cannot be negative")
@@ -81,44 +81,44 @@ class Solution:
 
 def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> Solution:
     """Round ``target`` [out, in] under ``hessian`` [in, in], both float32 (or both float64: all
-    computation is done in their dtype).
+    computation is done in their dtype). The work is done in the Hessian's own memory; in the end it
+    is as it was.
 
     Raises QuantkitError when the Hessian cannot be factored at any damping, UsageError when the
     group does not divide the input width.
     """
     scheme.groups(target.shape[1])
-    hessian, dead = _revive(hessian)
-    order = visiting_order(hessian.diagonal(), scheme, options.act_order)
+    energy = hessian.diagonal().clone()
+    alive = energy > 0
+    dead = len(alive) - int(alive.sum())
+    revived = _revived(energy, alive) if dead else energy
+    order = visiting_order(revived, scheme, options.act_order)
     columns = target.T[order].contiguous()
-    hessian = hessian[order][:, order]
-    with phase("factor"):
-        unit, weight, damp = factor(hessian, options.damp)
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
-    rounding = _Rounding(columns, unit, weight, scheme, options)
-    with phase("round"):
-        levels, grid = rounding.run()
-    del unit, rounding
+    hessian.diagonal().copy_(revived)
+    permute(hessian, order)
+    with factored(hessian, options.damp) as (weight, damp), phase("round"):
+        levels, grid = _Rounding(columns, hessian, weight, scheme, options).run()
     if options.rounds:
+        hessian.diagonal().add_(damp * revived.mean())
         with phase("refine"):
             grid = refine.refined(columns, hessian, levels, grid, options.rounds)
+    del columns
+    hessian.diagonal().copy_(energy[order])
+    permute(hessian, torch.argsort(order))
     return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
 
 
-def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``."""
-    factor = products.Factor(hessian)
-    return products.energy(factor, target - rounded) / products.energy(factor, target)
+def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``, and what it is relative
+    to. There is no error where that is nothing."""
+    energy = products.energy(hessian, target)
+    return products.energy(hessian, target - rounded) / energy if energy else 0.0, energy
 
 
-def _revive(hessian: Tensor) -> tuple[Tensor, int]:
-    """Give inputs that were always zero an energy of their own, so that they are simply rounded."""
-    dead = hessian.diagonal() <= 0
-    count = int(dead.sum())
-    if count:
-        alive = hessian.diagonal()[~dead]
-        hessian = hessian.clone()
-        hessian.diagonal()[dead] = alive.mean() if len(alive) else 1.0
-    return hessian, count
+def _revived(energy: Tensor, alive: Tensor) -> Tensor:
+    """Inputs that were always zero get an energy of their own, so that they are simply rounded."""
+    usual = energy[alive].mean() if bool(alive.any()) else torch.ones_like(energy[0])
+    return torch.where(alive, energy, usual)
 
 
 def visiting_order(energy: Tensor, scheme: Scheme, act_order: ActOrder) -> Tensor:
@@ -135,33 +135,9 @@ def visiting_order(energy: Tensor, scheme: Scheme, act_order: ActOrder) -> Tenso
     return columns[torch.argsort(grouped.mean(1), descending=True, stable=True)].reshape(-1)
 
 
-def factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, float]:
-    """H + damping = U diag(D) U^T -> U (unit upper), D, and the damping that it took.
-
-    A Cholesky factor of the matrix flipped along both axes, flipped back, is upper. When it does
-    not exist the damping grows tenfold, up to the mean of the diagonal itself.
-    """
-    mean = hessian.diagonal().mean()
-    while True:
-        flipped = hessian.flip(0, 1)
-        flipped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
-        if not failed and bool(torch.isfinite(lower.diagonal()).all()):
-            break
-        if damp >= _MAX_DAMP:
-            raise QuantkitError(
-                "the Hessian has no factorisation, even with heavy damping",
-                "calibrate with more or more varied text (--calib, --calib-rows)",
-            )
-        damp = min(_MAX_DAMP, damp * 10)
-    del flipped
-    upper = lower.flip(0, 1)
-    diagonal = upper.diagonal().clone()
-    return upper.div_(diagonal), diagonal.square_(), damp
-
-
 class _Rounding:
-    """One pass over the columns; all matrices in visiting order and transposed.
+    """One pass over the columns; all matrices in visiting order and transposed. Of ``unit`` only
+    what is above the diagonal is read (see factor.py).
 
     Errors are passed on in three steps, so that most of the work is in large products: to a block
     of columns from all columns before it, inside the block tile by tile, inside a tile one by one.
@@ -228,7 +204,8 @@ class _Rounding:
         w + p (I + M)^-1, M the group's own strictly upper part, and their curvature is
         (I + M) D (I + M)^T."""
         group = slice(first, first + self.group)
-        own = self.unit[group, group]
+        own = self.unit[group, group].triu(1)
+        own.diagonal().fill_(1.0)
         shown = torch.linalg.solve_triangular(own.T, passed, upper=False, unitriangular=True)
         shown += self.columns[group]
         if not self.options.search:

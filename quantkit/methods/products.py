@@ -13,6 +13,9 @@ On a CPU both are float32 products.
 import torch
 from torch import Tensor
 
+_STRIP = 2048  # rows that are split at a time
+_NUMBERS = 1 << 25  # of a matrix whose energy is taken, at a time
+
 
 def add(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """``sums`` += a b, factors rounded to 11 bits where the device has TF32."""
@@ -29,50 +32,69 @@ def add(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Factor:
-    """A matrix as a factor of products; ``matrix`` [n, m] float32 (or float64)."""
+    """A matrix that others are multiplied by from the left; ``matrix`` [n, m] float32 (or float64).
+    ``parts`` are the two that it is split into, where it is."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
-        exact = matrix.is_cuda and matrix.dtype == torch.float32
-        self.parts = _split(matrix) if exact else None
+        self.parts = split(matrix) if splits(matrix) else None
 
     def update(self, rows: slice, change: Tensor) -> None:
         """Add ``change`` to some rows."""
         self.matrix[rows] += change
         if self.parts:
-            for whole, part in zip(self.parts, _split(self.matrix[rows])):
+            for whole, part in zip(self.parts, split(self.matrix[rows])):
                 whole[rows] = part
 
 
-def times(a: Factor, b: Factor, rows: slice = slice(None)) -> Tensor:
-    """``a.matrix[rows] @ b.matrix``"""
-    if not (a.parts and b.parts):
-        return a.matrix[rows] @ b.matrix
-    high, low = a.parts[0][rows], a.parts[1][rows]
-    result = _mm(high, b.parts[0])
-    result += _mm(low, b.parts[0])
-    result += _mm(high, b.parts[1])
+def times(a: Tensor, b: Factor) -> Tensor:
+    """``a @ b.matrix``. ``a`` is split in strips, so that it is never in memory twice."""
+    if not b.parts:
+        return a @ b.matrix
+    result = b.matrix.new_empty(len(a), b.matrix.shape[1])
+    for into, strip in zip(torch.split(result, _STRIP), torch.split(a, _STRIP)):
+        into.copy_(_times(strip, *b.parts))
     return result
 
 
-def times_whole(a: Factor, columns: slice, rows: slice, whole: Tensor) -> Tensor:
-    """``a.matrix[rows, columns] @ whole`` for whole numbers of up to 8 bits."""
-    if not a.parts:
-        return a.matrix[rows, columns] @ whole
+def _times(a: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:
+    high, low = split(a)
+    result = _mm(high, b_high)
+    result += _mm(low, b_high)
+    result += _mm(high, b_low)
+    return result
+
+
+def times_whole(a: Tensor, whole: Tensor) -> Tensor:
+    """``a @ whole`` for whole numbers of up to 8 bits."""
+    if not splits(a):
+        return a @ whole
+    high, low = split(a)
     exact = whole.bfloat16()
-    result = _mm(a.parts[0][rows, columns], exact)
-    result += _mm(a.parts[1][rows, columns], exact)
+    result = _mm(high, exact)
+    result += _mm(low, exact)
     return result
 
 
-def energy(hessian: Factor, rows: Tensor) -> float:
-    """The sum of r H r^T over the rows r of a matrix [out, in]."""
-    return float(times(hessian, Factor(rows.T)).mul_(rows.T).sum())
+def energy(hessian: Tensor, rows: Tensor) -> float:
+    """The sum of r H r^T over the rows r of a matrix [out, in], some rows at a time."""
+    at_once = max(1, _NUMBERS // rows.shape[1])
+    sums = [
+        times(hessian, Factor(part.T)).mul_(part.T).sum().double()
+        for part in torch.split(rows, at_once)
+    ]
+    return float(torch.stack(sums).sum())
 
 
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as a sum of two bfloat16 parts, but for its last bits."""
     high = x.bfloat16()
     return high, (x - high).bfloat16()
+
+
+def splits(matrix: Tensor) -> bool:
+    """Whether products with it are made of two parts."""
+    return matrix.is_cuda and matrix.dtype == torch.float32
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -10,27 +10,26 @@ from torch import Tensor
 
 from quantkit.core.profile import phase
 from quantkit.methods import fused
-from quantkit.methods.products import Factor, add, times, times_whole
+from quantkit.methods.products import Factor, add, splits, times, times_whole
 from quantkit.methods.scales import Grid, stored
 
 TILE, BLOCK = 128, 512  # columns whose changes are passed on one by one, and in small products
-_SYSTEM_BYTES = 256 << 20  # how large the batch of normal equations may grow
+_SYSTEM_BYTES = 128 << 20  # how large the batch of normal equations may grow
 _RIDGE = 1e-6
 
 
 def refined(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid, rounds: int) -> Grid:
     """``rounds`` times both steps. Changes ``levels`` in place, returns the new grid."""
-    factor = Factor(hessian)
-    wanted = times(factor, Factor(columns))
+    wanted = times(hessian, Factor(columns))
     for _ in range(rounds):
         with phase("refit"):
-            grid = refit(wanted, factor, levels, grid)
+            grid = refit(wanted, hessian, levels, grid)
         with phase("polish"):
-            polish(columns, factor, levels, grid)
+            polish(columns, hessian, levels, grid)
     return grid
 
 
-def refit(wanted: Tensor, hessian: Factor, levels: Tensor, grid: Grid) -> Grid:
+def refit(wanted: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> Grid:
     """The best scales for the levels as they are: per row, the least-squares solution over all
     groups at once (a groups x groups system). A row keeps its old scales where rounding the new
     ones to their stored form would make it worse. ``wanted`` [in, out] is the Hessian times the
@@ -45,12 +44,15 @@ def refit(wanted: Tensor, hessian: Factor, levels: Tensor, grid: Grid) -> Grid:
     return grid._replace(scale=torch.cat(parts, 1))
 
 
-def _refit_rows(wanted: Tensor, hessian: Factor, levels: Tensor, scale: Tensor) -> Tensor:
+def _refit_rows(wanted: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     with phase("refit equations"):
         system, right = _normal_equations(wanted, hessian, levels, scale.shape[0])
     ridge = system.diagonal(dim1=1, dim2=2).mean(1) * _RIDGE + torch.finfo(torch.float32).tiny
-    damped = system + torch.diag_embed(ridge[:, None].expand(right.shape))
-    solution, _ = torch.linalg.solve_ex(damped, right)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    undamped = diagonal.clone()
+    diagonal += ridge[:, None]
+    solution, _ = torch.linalg.solve_ex(system, right)
+    diagonal.copy_(undamped)
     fitted = stored(torch.nan_to_num(solution).T)
 
     def cost(candidate: Tensor) -> Tensor:
@@ -61,36 +63,36 @@ def _refit_rows(wanted: Tensor, hessian: Factor, levels: Tensor, scale: Tensor) 
 
 
 def _normal_equations(
-    wanted: Tensor, hessian: Factor, levels: Tensor, groups: int
+    wanted: Tensor, hessian: Tensor, levels: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Per row, with L_g the levels of group g and w the row: L_g^T H L_h [out, groups, groups] and
     L_g^T H w [out, groups]."""
     out = levels.shape[1]
     width = levels.shape[0] // groups
     right = (wanted * levels).reshape(groups, width, out).sum(1).T
-    if hessian.parts and fused.groupable(levels, width):
-        return fused.equations(*hessian.parts, levels, groups).permute(2, 0, 1), right
+    if splits(hessian) and fused.groupable(levels, width):
+        return fused.equations(hessian, levels, groups).permute(2, 0, 1), right
     system = levels.new_empty(groups, groups, out)
     for g in range(groups):
         own = slice(g * width, (g + 1) * width)
         stop = own.stop
         # symmetric: only the groups up to this one
-        pull = times_whole(hessian, own, slice(stop), levels[own]).mul_(levels[:stop])
+        pull = times_whole(hessian[:stop, own], levels[own]).mul_(levels[:stop])
         system[g, : g + 1] = system[: g + 1, g] = pull.reshape(g + 1, width, out).sum(1)
     return system.permute(2, 0, 1), right
 
 
-def polish(columns: Tensor, hessian: Factor, levels: Tensor, grid: Grid) -> None:
+def polish(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> None:
     """One sweep of coordinate descent: each level in turn becomes the best one given all others.
     Changes ``levels`` in place."""
     width, out = levels.shape
     group = width // grid.scale.shape[0]
-    rounded = levels.reshape(-1, group, out) * grid.scale[:, None]
-    errors = Factor(columns - rounded.reshape(width, out))
+    rounded = (levels.reshape(-1, group, out) * grid.scale[:, None]).reshape(width, out)
+    errors = Factor(torch.sub(columns, rounded, out=rounded))
     for first in range(0, width, BLOCK):
         block = slice(first, min(first + BLOCK, width))
-        pulls = times(hessian, errors, block)
-        own, levels_here = hessian.matrix[block, block], levels[block]
+        pulls = times(hessian[block], errors)
+        own, levels_here = hessian[block, block], levels[block]
         changes = torch.empty_like(pulls)
         for start in range(0, len(pulls), TILE):
             tile, behind = slice(start, start + TILE), slice(start + TILE, None)

@@ -26,7 +26,8 @@ class ScaledActivation(nn.Module):
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) / self.scales
+        result: Tensor = self.act(x) / self.scales
+        return result
 
 
 def scale_activations(skeleton: Skeleton, opened: "Opened") -> None:

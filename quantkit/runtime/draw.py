@@ -5,6 +5,7 @@ the numbers as it goes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,27 +13,31 @@ from torch import Tensor
 from quantkit.core.sampling import Sampling
 
 
+def alike(sampling: Sequence[Sampling]) -> bool:
+    """Whether these settings differ in their seeds at most, so that Draw can take them."""
+    return len({replace(one, seed=None) for one in sampling}) == 1
+
+
 class Draw:
-    """Chooses tokens int64 [texts] from logits [texts, vocab], step after step."""
+    """Chooses tokens int64 [texts] from logits [texts, vocab], step after step, behind the prompts
+    ``ids``. The settings are :func:`alike`; every text has chances of its own, so that its seed
+    gives the same tokens whatever runs beside it."""
 
     def __init__(
-        self, sampling: Sampling, ids: Sequence[Sequence[int]], vocab: int, device: torch.device
+        self, sampling: Sequence[Sampling], ids: Sequence[Sequence[int]], device: torch.device
     ) -> None:
-        self.sampling = sampling
-        self._seen = None
-        if sampling.repetition_penalty != 1:
-            self._seen = torch.zeros(len(ids), vocab, dtype=torch.bool, device=device)
-            for row, prompt in zip(self._seen, ids):
-                row[torch.tensor(sorted(set(prompt)), device=device)] = True
-        self._random = torch.Generator(device)
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(sampling.seed)
+        self.sampling = sampling[0]
+        self._ids = [sorted(set(prompt)) for prompt in ids]
+        self._seen: Tensor | None = None  # bool [texts, vocab], with a repetition penalty
+        self._random: list[torch.Generator] = []
+        if not self.sampling.greedy:
+            self._random = [_random(one.seed, device) for one in sampling]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        if self._seen is not None:
-            penalty = self.sampling.repetition_penalty
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1:
+            if self._seen is None:
+                self._seen = self._prompts(logits)
             less = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self._seen, less, logits)
         token = logits.argmax(-1) if self.sampling.greedy else self._drawn(logits)
@@ -40,12 +45,29 @@ class Draw:
             self._seen.scatter_(1, token[:, None], True)
         return token
 
+    def _prompts(self, logits: Tensor) -> Tensor:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for row, ids in zip(seen, self._ids):
+            row[torch.tensor(ids, device=logits.device)] = True
+        return seen
+
     def _drawn(self, logits: Tensor) -> Tensor:
         shares, ids = candidates(logits, self.sampling)
         # argmax(p / e) with e exponential is a draw from p
-        noise = torch.empty_like(shares).exponential_(generator=self._random)
+        noise = torch.empty_like(shares)
+        for row, random in zip(noise, self._random):
+            row.exponential_(generator=random)
         best = (shares / noise).argmax(-1, keepdim=True)
         return (best if ids is None else ids.gather(1, best))[:, 0]
+
+
+def _random(seed: int | None, device: torch.device) -> torch.Generator:
+    found = torch.Generator(device)
+    if seed is None:
+        found.seed()
+    else:
+        found.manual_seed(seed)
+    return found
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

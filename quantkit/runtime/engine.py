@@ -5,18 +5,19 @@ Two programs do: this process with torch (torch_engine.py), for every format, an
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 from quantkit.core.sampling import Sampling
-from quantkit.core.source import resolve
+from quantkit.core.source import Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import llamacpp
-from quantkit.runtime.device import pick_device
+from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.llamacpp import LlamaCpp
-from quantkit.runtime.opened import gguf_file
+from quantkit.runtime.opened import gguf_file, open_checkpoint
 
-NAMES = ("auto", "torch", "llama.cpp")
+TORCH, LLAMA_CPP = "torch", "llama.cpp"
+NAMES = ("auto", TORCH, LLAMA_CPP)
 
 
 class Tokenizing(Protocol):
@@ -35,7 +36,7 @@ class Tokenizing(Protocol):
         """Token ids; with ``special``, as the model wants a text to begin."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Text without special tokens; half a character at an end is U+FFFD."""
 
 
 class Engine(Tokenizing, Protocol):
@@ -57,6 +58,50 @@ class Engine(Tokenizing, Protocol):
         """Tokens that follow; an end token is given out too, as the last one."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The engine that runs a model, and why; ``llama``: the model in it, if it is llama.cpp."""
+
+    name: str
+    why: str
+    llama: LlamaCpp | None = None
+
+
+def choose(
+    source: Source,
+    engine: str,
+    device: str,
+    *,
+    basename: str | None = None,
+    context: int | None = None,
+) -> Choice:
+    """What ``engine`` stands for. ``auto`` is llama.cpp for a GGUF file on a CPU, where it is
+    installed and opens the file (``context`` tokens long), else torch; any other name is itself.
+
+    Raises UsageError when llama.cpp was asked for and ``source`` is no GGUF file, QuantkitError
+    when it does not open it."""
+    file = gguf_file(source, basename)
+    if engine == LLAMA_CPP:
+        if file is None:
+            raise UsageError(
+                f"llama.cpp runs GGUF files, and {source.name} is none",
+                "quantkit convert --to gguf:q4_0 makes one",
+            )
+        return Choice(engine, "as asked for", LlamaCpp(file, context=context))
+    if engine != "auto":
+        return Choice(engine, "as asked for")
+    if file is None:
+        return Choice(TORCH, "quantkit's own loader")
+    if pick_device(device).type != "cpu":
+        return Choice(TORCH, "GGUF on a GPU")
+    if not llamacpp.installed():
+        return Choice(TORCH, "GGUF; pip install 'quantkit[llamacpp]' would be faster")
+    try:
+        return Choice(LLAMA_CPP, "GGUF on a CPU", LlamaCpp(file, context=context))
+    except QuantkitError as error:
+        return Choice(TORCH, f"GGUF, and {error.message}")
+
+
 def open_engine(
     model: str,
     *,
@@ -67,42 +112,20 @@ def open_engine(
     model_basename: str | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Engine:
-    """Load ``model`` into the engine of that name. ``auto`` is llama.cpp for a GGUF file on a CPU,
-    where it is installed and can open it, else torch; ``note`` is told which, and why."""
+    """Load ``model`` into the engine of that name; ``note`` is told which ``auto`` has chosen for a
+    GGUF file, and why. Raises and chooses as :func:`choose` does."""
     if engine not in NAMES:
         raise UsageError(f"there is no engine '{engine}'", f"use {', '.join(NAMES)}")
-    source = resolve(model, revision)
-    file = gguf_file(source, model_basename)
-    if engine == "llama.cpp" and file is None:
-        raise UsageError(
-            f"llama.cpp runs GGUF files, and {model} is none", "quantkit convert --to gguf"
-        )
-    if file is not None and engine != "torch":
-        found = _llamacpp(file, engine, device, note)
-        if found is not None:
-            return found
-    from quantkit.runtime.load import load
+    source = resolve(model, revision, model_basename)
+    chosen = choose(source, engine, device, basename=model_basename)
+    if engine == "auto" and gguf_file(source, model_basename):
+        note(f"{chosen.name} runs this model: {chosen.why}")
+    if chosen.llama is not None:
+        return chosen.llama
+    from quantkit.runtime.load import put_together
     from quantkit.runtime.torch_engine import TorchEngine
 
-    loaded, tokenizer = load(
-        model, device=device, dtype=dtype, revision=revision, model_basename=model_basename
-    )
-    return TorchEngine(loaded, tokenizer)
-
-
-def _llamacpp(file: Path, engine: str, device: str, note: Callable[[str], None]) -> LlamaCpp | None:
-    """llama.cpp with this file; None, with the reason as a note, where torch is to run it."""
-    if engine == "llama.cpp":
-        return LlamaCpp(file)
-    if pick_device(device).type != "cpu":
-        return None
-    if not llamacpp.installed():
-        note("torch runs this GGUF file; pip install 'quantkit[llamacpp]' would be faster")
-        return None
-    try:
-        found = LlamaCpp(file)
-    except QuantkitError as error:
-        note(f"torch runs this GGUF file: {error.message}")
-        return None
-    note("llama.cpp runs this GGUF file (--engine torch for quantkit's own loader)")
-    return found
+    on = pick_device(device)
+    opened = open_checkpoint(source, model_basename)
+    tokenizer = opened.tokenizer()
+    return TorchEngine(put_together(opened, on, pick_dtype(dtype, on)), tokenizer)

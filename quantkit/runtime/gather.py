@@ -1,11 +1,10 @@
 """Statistics of a block's linears, gathered while calibration rows run through it.
 
-Hidden states are lists of tensors [rows, tokens, width], one a micro-batch. A block's outputs take
-the place of its inputs in the same memory, and what is kept for long is one large piece of memory:
-small lasting tensors among all the short-lived ones would leave the heap in pieces.
+A block's outputs take the place of its inputs (see states.py).
 """
 
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from torch import Tensor
 from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
+from quantkit.runtime.ranks import ALONE, Ranks
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 
 Stats = dict[InputGroup, InputStats]
@@ -20,71 +21,79 @@ Stats = dict[InputGroup, InputStats]
 
 def observe(
     block: Block,
-    hidden: list[Tensor],
+    hidden: States,
     groups: list[InputGroup],
     keep: list[InputGroup],
     every: int = 1,
-) -> tuple[Stats, dict[InputGroup, list[Tensor]]]:
+    ranks: Ranks = ALONE,
+) -> tuple[Stats, dict[InputGroup, States]]:
     """Run all rows once. Returns the statistics of the inputs of ``groups``, from one token in
     ``every``, and every output of the linears ``keep``; ``hidden`` then holds the block's outputs.
+    On several ranks the statistics are those of this one's rows.
     """
-    device, calls = hidden[0].device, len(hidden)
-    stats = {group: InputStats(group.width, device, None, calls, every) for group in groups}
-    kept = {group: copied(hidden) for group in keep}
-    free = {group: iter(kept[group]) for group in keep}
+    device, (number, first) = hidden.device, calls(hidden, ranks)
+    stats = {group: InputStats(group.width, device, None, number, every, first) for group in groups}
+    kept = {group: hidden.empty() for group in keep}
+    place = {group: count() for group in keep}
     with (
         block.watching({group.names[0]: stats[group].add for group in groups}),
         block.watching(
-            {g.names[0]: lambda x, y, g=g: _fill(next(free[g]), y) for g in keep}, outputs=True
+            {g.names[0]: lambda x, y, g=g: kept[g].put(next(place[g]), y) for g in keep},
+            outputs=True,
         ),
     ):
         advance(block, hidden)
+    for states in kept.values():
+        states.settle()
     return _checked(block, stats), kept
 
 
 def observe_drift(
     block: Block,
-    hidden: list[Tensor],
-    wanted: dict[InputGroup, list[Tensor]],
-    closing: list[Tensor],
+    hidden: States,
+    wanted: dict[InputGroup, States],
+    last: InputGroup | None,
+    closing: States,
     every: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Stats:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
     statistics of its inputs (one token in ``every``) and of the difference between the outputs that
-    it should have had and those it has. For a linear that closes the block, that is the difference
-    between the block's wanted outputs, ``closing``, and its actual ones."""
-    stats = {
-        group: InputStats(group.width, hidden[0].device, hidden[0].shape[-1], len(hidden), every)
-        for group in wanted
-    }
+    it should have had and those it has. For ``last``, a linear that closes the block, that is the
+    difference between the block's wanted outputs, ``closing``, and its actual ones."""
+    groups = [*wanted, *([last] if last else [])]
+    device, out, (number, first) = hidden.device, hidden.width, calls(hidden, ranks)
+    stats = {group: InputStats(group.width, device, out, number, every, first) for group in groups}
     held: dict[InputGroup, Tensor] = {}
+    due: dict[InputGroup, Tensor] = {}
 
-    def hook(group: InputGroup, index: int) -> Callable[[Tensor, Tensor], None]:
+    def hook(group: InputGroup) -> Callable[[Tensor, Tensor], None]:
         def see(x: Tensor, y: Tensor) -> None:
             stats[group].add(x)
-            if wanted[group]:
-                stats[group].add_drift(x, wanted[group][index] - y)
+            if group in due:
+                stats[group].add_drift(x, due[group].reshape(y.shape) - y)
             else:
                 held[group] = x
 
         return see
 
-    for i, x in enumerate(hidden):
-        hooks = {g.names[0]: hook(g, i) for g in wanted}
+    hooks = {group.names[0]: hook(group) for group in groups}
+    for x, closed, *others in zip(hidden, closing, *wanted.values(), strict=True):
+        due.update(zip(wanted, others))
         with block.watching(hooks, outputs=True), phase("forward"):
-            difference = closing[i] - block.forward(x)
+            difference = closed - block.forward(x)
         for group in list(held):
             stats[group].add_drift(held.pop(group), difference)
     return _checked(block, stats)
 
 
 def mean_squares(
-    block: Block, hidden: list[Tensor], groups: list[InputGroup]
+    block: Block, hidden: States, groups: list[InputGroup]
 ) -> dict[InputGroup, Tensor]:
     """Run all rows once. Returns the mean square of every input of ``groups``, float32 [width];
     ``hidden`` then holds the block's outputs. Raises QuantkitError for inputs that are not finite.
     """
-    sums = {group: torch.zeros(group.width, device=hidden[0].device) for group in groups}
+    sums = {group: torch.zeros(group.width, device=hidden.device) for group in groups}
     count = dict.fromkeys(groups, 0)
 
     def add(group: InputGroup, x: Tensor) -> None:
@@ -100,31 +109,28 @@ def mean_squares(
     return {group: sums[group] / count[group] for group in groups if count[group]}
 
 
-def spacing(hidden: list[Tensor], width: int, tokens_per_input: int | None) -> int:
+def calls(hidden: States, ranks: Ranks) -> tuple[int, int]:
+    """How many micro-batches all ranks have, and how many of them come before this rank's."""
+    counts = ranks.everyone(len(hidden))
+    return sum(counts), sum(counts[: ranks.rank])
+
+
+def spacing(hidden: States, width: int, tokens_per_input: int | None, ranks: Ranks = ALONE) -> int:
     """One token in how many leaves at least ``tokens_per_input`` (None: all) for each of ``width``
     features, and one of every micro-batch."""
     if tokens_per_input is None:
         return 1
-    tokens = [x.shape[0] * x.shape[1] for x in hidden]
+    own = [rows * length for rows, length in hidden.shapes]
+    tokens = [number for counts in ranks.everyone(own) for number in counts]
     return max(1, min(sum(tokens) // (tokens_per_input * width), *tokens))
 
 
-def copied(hidden: list[Tensor]) -> list[Tensor]:
-    """The same hidden states once more, in one piece of memory."""
-    together = torch.cat([x.reshape(-1, x.shape[-1]) for x in hidden])
-    parts = together.split([x.shape[0] * x.shape[1] for x in hidden])
-    return [part.reshape(x.shape) for part, x in zip(parts, hidden)]
-
-
-def _fill(place: Tensor, y: Tensor) -> None:
-    place.copy_(y.reshape(place.shape))
-
-
-def advance(block: Block, hidden: list[Tensor]) -> None:
+def advance(block: Block, hidden: States) -> None:
     """Overwrite hidden states with the block's outputs."""
     with phase("forward"):
-        for x in hidden:
-            x.copy_(block.forward(x))
+        for index, x in enumerate(hidden):
+            hidden.put(index, block.forward(x))
+        hidden.settle()
 
 
 def _checked(block: Block, stats: Stats) -> Stats:

@@ -12,6 +12,10 @@ from quantkit.runtime.linear import QuantLinear
 class GpuLinear(QuantLinear):
     """4 or 8 bits on a GPU, laid out for its tensor cores; ``kernels.choose`` knows the way."""
 
+    words: Tensor
+    offset: Tensor | None
+    arrived: Tensor
+
     def keep(self, q: QWeight, device: torch.device) -> None:
         held = arrange(q.to(device))
         self.scaled = held.scaled

@@ -45,6 +45,12 @@ def quantized_linear(
 class QuantLinear(nn.Module):
     """y = x W^T + bias, W dequantized from packed codes at every call."""
 
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    minimum: Tensor | None
+    order: Tensor | None
+
     def __init__(self, q: QWeight, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = q.shape
@@ -137,6 +143,8 @@ def multiplied_out(module: nn.Module) -> Iterator[None]:
 
 class CpuInt4Linear(QuantLinear):
     """4 bits on a CPU: torch's int4 kernel for few rows, a dequantized weight for many."""
+
+    kernel_scales: Tensor
 
     def __init__(self, q: QWeight, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(q, bias, device, dtype)

@@ -91,7 +91,7 @@ class LlamaCpp:
     def special_tokens(self) -> dict[str, str]:
         """``bos_token`` and ``eos_token`` as text, for chat templates; "" for what is not there."""
         ids = {"bos_token": self._llama.token_bos(), "eos_token": self._llama.token_eos()}
-        return {name: self._text(token) if token >= 0 else "" for name, token in ids.items()}
+        return {name: self.piece(token) if token >= 0 else "" for name, token in ids.items()}
 
     @property
     def own_settings(self) -> Mapping[str, object]:
@@ -116,6 +116,11 @@ class LlamaCpp:
         """The text of ``ids`` without special tokens; half a character at an end is U+FFFD."""
         pieces: bytes = self._llama.detokenize(list(ids))
         return pieces.decode("utf-8", "replace")
+
+    def piece(self, token: int) -> str:
+        """The text of a token alone, special ones too; half a character is U+FFFD."""
+        piece: bytes = self._llama.detokenize([token], special=True)
+        return piece.decode("utf-8", "replace")
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float32 [tokens, vocab]: at each of ``ids``, what follows. Raises UsageError when they
@@ -183,10 +188,6 @@ class LlamaCpp:
         if not keep:
             self._api.llama_memory_clear(memory, True)
         del self._held[keep:]
-
-    def _text(self, token: int) -> str:
-        piece: bytes = self._llama.detokenize([token], special=True)
-        return piece.decode("utf-8", "replace")
 
 
 def _trained_context(metadata: dict[str, Any]) -> int:

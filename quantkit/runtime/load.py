@@ -47,7 +47,7 @@ def put_together(opened: "Opened", device: torch.device, dtype: torch.dtype) -> 
     source, skeleton = opened.source, QuantSkeleton(opened, device, dtype)
     model = skeleton.model
     if opened.linears:
-        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+        model.save_pretrained = _refuse_to_save
     skeleton.fill([name for name, _ in model.named_children()])
     model.tie_weights()
     if (source.folder / "generation_config.json").exists():

@@ -45,7 +45,7 @@ class Packed:
 class Opened(Protocol):
     """A checkpoint that was looked at. ``format`` is the name of a file in formats/, or ``dense``;
     ``config`` what it says of its quantization; ``dense`` all tensors that are no part of a
-    quantized linear; ``files`` what decides what the model is."""
+    quantized linear; ``files`` what decides what the model is, also what is still on the Hub."""
 
     source: Source
     format: str
@@ -121,7 +121,8 @@ class Folder:
     def files(self) -> list[Path]:
         """The files that decide what the model is."""
         names = ("config.json", gptq.CONFIG_FILE, "quant_config.json", *self.tensors.files)
-        return [path for path in (self.source.folder / name for name in names) if path.exists()]
+        paths = [self.source.folder / name for name in names]
+        return [path for path in paths if path.exists() or path.name in self.source.remote]
 
     def release(self) -> None:
         self.tensors.release()
@@ -207,7 +208,7 @@ def open_checkpoint(source: Source, basename: str | None = None) -> Opened:
 
         return GgufOpened(gguf, source)
     named = [source.file] if source.file else None
-    return recognised(source, Checkpoint(source.folder, named, basename))
+    return recognised(source, Checkpoint(source.folder, named, basename, source.remote))
 
 
 def recognised(source: Source, tensors: Checkpoint) -> "Folder":

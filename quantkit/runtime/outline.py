@@ -84,7 +84,7 @@ def _calls(model: PreTrainedModel, prefix: str, blocks: nn.ModuleList) -> list[t
         return args[0] if args else kwargs["hidden_states"]
 
     for block in blocks:
-        block.forward = recorder  # type: ignore[method-assign]
+        block.forward = recorder
     try:
         model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
     except _Stop:
@@ -151,7 +151,7 @@ class _Alive(TorchDispatchMode):
     """``most``: bytes of tensors beside ``given`` that were alive at once while this was open."""
 
     def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
         self._held: dict[int, int] = {}
@@ -172,7 +172,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, in the memory of a kernel that keeps no scores."""
-    rows, heads, tokens, _ = query.shape
+    rows, heads, tokens = query.shape[:3]
     return value.new_empty(rows, tokens, heads, value.shape[-1]), None
 
 

@@ -75,7 +75,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -132,17 +132,19 @@ class Skeleton:
         return self._live(disk)[0]
 
     def _live(self, name: str) -> tuple[str, str | None]:
-        return rename_source_key(
+        found: tuple[str, str | None] = rename_source_key(
             name,
             [c for c in self._conversions if isinstance(c, WeightRenaming)],
             [c for c in self._conversions if isinstance(c, WeightConverter)],
             self.model.base_model_prefix,
             self._expected,
         )
+        return found
 
     @cached_property
     def _expected(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        found: dict[str, Tensor] = self.model.state_dict()
+        return found
 
     @cached_property
     def _tied(self) -> dict[str, str]:

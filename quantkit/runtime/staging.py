@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ class Staging:
 
     def __init__(self, skeleton: Skeleton, pool: ThreadPoolExecutor) -> None:
         self._skeleton, self._pool = skeleton, pool
+        # one for all blocks: freed memory goes back to the stream that took it
+        cuda = skeleton.device.type == "cuda"
+        self._stream = torch.cuda.Stream(skeleton.device) if cuda else None
         self._coming: tuple[str, Future[dict[str, Tensor]]] | None = None
 
     def begin(self, prefix: str) -> None:
@@ -25,25 +28,29 @@ class Staging:
         """Wait until the block is there, and let go of the one before."""
         self._skeleton.staged = {}
         if self._coming and self._coming[0] == prefix:
-            self._skeleton.staged = self._coming[1].result()
+            found = self._coming[1].result()
+            if self._stream:
+                for tensor in found.values():
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            self._skeleton.staged = found
         self._coming = None
 
     def _read(self, prefix: str) -> dict[str, Tensor]:
         skeleton = self._skeleton
-        stream = torch.cuda.Stream(skeleton.device)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             found = {
                 name: skeleton.checkpoint.get(name).to(skeleton.device)
                 for name in skeleton.names_below(prefix)
             }
-        stream.synchronize()
+        if self._stream:
+            self._stream.synchronize()
         return found
 
 
 @contextmanager
-def staging(skeleton: Skeleton) -> Iterator[Staging | None]:
-    """Nothing on a CPU, where weights are used where the disk's pages are."""
-    if skeleton.device.type != "cuda":
+def staging(skeleton: Skeleton, ahead: bool) -> Iterator[Staging | None]:
+    """Nothing unless blocks are to be read ``ahead``."""
+    if not ahead:
         yield None
         return
     with ThreadPoolExecutor(1, thread_name_prefix="staging") as pool:

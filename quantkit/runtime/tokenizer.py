@@ -58,6 +58,11 @@ class Tokenizer:
         )
         return text
 
+    def piece(self, token: int) -> str:
+        """The text of a token alone, special ones too; half a character is U+FFFD."""
+        text: str = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return text
+
 
 def end_ids(own: Mapping[str, object], tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text, by the model's generation_config.json and its tokenizer."""

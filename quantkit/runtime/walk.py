@@ -15,7 +15,7 @@ whatever transformers can build.
         ...
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -209,10 +209,14 @@ class Walk:
         finally:
             self.skeleton.empty(module)
 
-    @torch.no_grad()
     def embed(self, batches: list[Tensor]) -> list[Tensor]:
         """Hidden states in front of the first block, one tensor [rows, tokens, width] a batch.
         Also records what every block is called with."""
+        return list(self.embedding(batches))
+
+    @torch.no_grad()
+    def embedding(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
+        """What :meth:`embed` gives, a batch at a time. Nothing else may be run before the end."""
         with self.surroundings():
             self._tuples = self._returns_tuple(batches[0][:1, :4])
             self._refuse_text_arguments()
@@ -220,13 +224,14 @@ class Walk:
             pieces = {piece.shape: piece for piece in (b[:1, :_PROBE_TOKENS] for b in batches)}
             for piece in pieces.values():
                 self._record(piece)
-            return [self._record(batch) for batch in batches]
+            for batch in batches:
+                yield self._record(batch)
 
     @torch.no_grad()
     def logits(
         self,
         batches: list[Tensor],
-        hidden: list[Tensor],
+        hidden: Iterable[Tensor],
         head: dict[str, nn.Parameter] | None = None,
     ) -> Iterator[Tensor]:
         """The model's predictions [rows, tokens, vocabulary] from hidden states behind the last
@@ -239,7 +244,7 @@ class Walk:
                 yield output.logits
 
     @torch.no_grad()
-    def head_inputs(self, batches: list[Tensor], hidden: list[Tensor]) -> Iterator[Tensor]:
+    def head_inputs(self, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """What the output head is given [rows, tokens, width], from hidden states behind the last
         block, a batch at a time. The head itself is not read."""
         seen: list[Tensor] = []

@@ -22,11 +22,18 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The API key is missing or wrong"},
     403: {"description": "Called under a wrong host name, or by another site's page"},
     404: {"description": "No such model"},
+    408: {"description": "The body arrived too slowly"},
     413: {"description": "The body is too large"},
     415: {"description": "The body is not application/json"},
     429: {"description": "Too many requests are waiting"},
     503: {"description": "The engine has failed"},
 }
+_ANSWERS = {
+    200: {
+        "description": "One object; with stream=true the same in pieces, as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
+} | _REFUSALS
 
 
 def create_app(
@@ -44,8 +51,8 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         for model in models:
+            model.vocabulary.close()  # it may be the engine's own
             model.engine.close()
-            model.vocabulary.close()
 
     app = FastAPI(
         title="quantkit serve",
@@ -79,12 +86,12 @@ def create_app(
         except Gone:
             return Response(status_code=499)  # nobody reads it; the metrics count it
 
-    @app.post("/v1/chat/completions", responses=_REFUSALS)
+    @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """An answer to messages."""
         return await answer(body, request)
 
-    @app.post("/v1/completions", responses=_REFUSALS)
+    @app.post("/v1/completions", responses=_ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What follows a text, or token ids."""
         return await answer(body, request)

@@ -110,8 +110,10 @@ class Asking:
 async def ask(request: ChatRequest | CompletionRequest, served: Served, metrics: Metrics) -> Asking:
     """Hand ``request`` to the engine. Raises Refused with the reason when it cannot be."""
     started = perf_counter()
-    chat = isinstance(request, ChatRequest)
-    prompts = await (_messages(request, served) if chat else _texts(request, served))
+    if chat := isinstance(request, ChatRequest):
+        prompts = await _messages(request, served)
+    else:
+        prompts = await _texts(request, served)
     sampling, choices = served.sampling(request.sampling()), request.n or 1
     if len(prompts) * choices > CHOICES:
         raise Refused(400, f"n times prompts is more than {CHOICES}", param="n")

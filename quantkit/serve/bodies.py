@@ -62,7 +62,7 @@ class Form:
             delta = {"delta": {"content": piece.text}, "logprobs": self._chat_numbers(piece)}
             bodies.append(self._part(index, delta | {"finish_reason": None}))
         if piece.finish:
-            end = {"delta": {}, "logprobs": None, "finish_reason": piece.finish}
+            end: dict[str, Any] = {"delta": {}, "logprobs": None, "finish_reason": piece.finish}
             bodies.append(self._part(index, end))
         return bodies
 

@@ -1,4 +1,4 @@
-"""Who may ask: the host name, the origin, the key and the type of what is sent.
+"""Who may ask: the host name, the origin, the key, and the type, size and pace of what is sent.
 
 A server on 127.0.0.1 is reachable from every page that the user's browser shows. Three checks keep
 such pages out: the Host header (a page can point its own name at 127.0.0.1), the Origin header, and
@@ -12,11 +12,13 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quantkit.serve.arriving import in_time
 from quantkit.serve.errors import error_body
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _OPEN = ("/", "/health")  # and the page's files: nothing about the models is in them
 PAGE = "/page/"
+TAKING = ("/v1/chat/completions", "/v1/completions")  # the only paths that take a body
 MAX_BODY = 4 << 20  # bytes
 
 
@@ -34,7 +36,7 @@ class Guard:
             return
         refusal = self._refusal(scope, Headers(scope=scope))
         if refusal is None:
-            await self._app(scope, receive, send)
+            await self._app(scope, in_time(receive), send)
             return
         status, message, headers = refusal
         await JSONResponse(error_body(status, message), status, headers)(scope, receive, send)
@@ -51,9 +53,9 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > MAX_BODY:
             return 413, f"the body is larger than {MAX_BODY} bytes", {}
-        if scope["method"] == "POST":
+        if scope["path"] in TAKING:
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
+            if scope["method"] == "POST" and kind != "application/json":
                 return 415, "send application/json", {}
         return None
 

@@ -3,25 +3,32 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.engine import Tokenizing
 from quantkit.runtime.prompts import Prompts
 from quantkit.runtime.templates import Message
-from quantkit.runtime.tokenizer import Tokenizer
 
 _LONG = 4096  # characters: from here on encoding is left to a thread, the event loop goes on
 T = TypeVar("T")
 
 
+class Named(Tokenizing, Protocol):
+    """A tokenizer that has a name for every token."""
+
+    def piece(self, token: int) -> str:
+        """The text of a token alone, special ones too; half a character is U+FFFD."""
+
+
 class Vocabulary:
-    """``tokenizer`` is one of transformers'. ``size``: ids below it have an embedding.
-    ``template``: as in runtime/prompts.py.
+    """``tokenizer`` is the engine's own, or one of transformers' (runtime/tokenizer.py). ``size``:
+    ids below it have an embedding. ``template``: as in runtime/prompts.py.
 
     Encoding takes place in one thread of its own, one text at a time."""
 
-    def __init__(self, tokenizer: Any, size: int, template: str | None = None) -> None:
-        self.tokenizer, self.size = Tokenizer(tokenizer), size
+    def __init__(self, tokenizer: Named, size: int, template: str | None = None) -> None:
+        self.tokenizer, self.size = tokenizer, size
         self._prompts = Prompts(self.tokenizer, template)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -54,8 +61,7 @@ class Vocabulary:
 
     def piece(self, token: int) -> str:
         """The token alone, special ones by their name; half a character is U+FFFD."""
-        text: str = self.tokenizer.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return text
+        return self.tokenizer.piece(token)
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -1,6 +1,7 @@
 """``quantkit awq``: activation-aware scaling, then the recipe of quantize.py."""
 
 from pathlib import Path
+from typing import cast
 
 from quantkit import formats
 from quantkit.core import rules
@@ -8,7 +9,7 @@ from quantkit.core.progress import Progress
 from quantkit.core.qweight import Scheme
 from quantkit.errors import UsageError
 from quantkit.workflows import plan as planning
-from quantkit.workflows.awq_block import Awq
+from quantkit.workflows.awq_block import Awq, Refine
 from quantkit.workflows.budget import wanted
 from quantkit.workflows.quantize import carry_out
 from quantkit.workflows.task import Report, Task
@@ -41,6 +42,8 @@ def quantize_awq(
     dry_run: bool = False,
     revision: str | None = None,
     low_disk: bool = False,
+    max_gpu_memory: str | None = None,
+    max_memory: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) by AWQ and write it to ``out``.
@@ -89,9 +92,11 @@ def quantize_awq(
         low_disk=low_disk,
         rules=rules.parsed(rule),
         budget=wanted(target_bits, target_size),
+        max_gpu_memory=max_gpu_memory,
+        max_memory=max_memory,
     )
     progress = progress or Progress()
-    report = carry_out(task, Awq(refine, settings), progress)
+    report = carry_out(task, Awq(cast(Refine, refine), settings), progress)
     if report.written and not report.pairs():
         progress.warn("nothing in this architecture could be scaled: weights were only rounded")
     return report

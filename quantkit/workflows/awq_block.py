@@ -18,10 +18,13 @@ from quantkit.core.stats import Moments
 from quantkit.errors import UsageError
 from quantkit.methods import awq, gptq
 from quantkit.runtime import folding, gather
+from quantkit.runtime.ranks import ALONE, Ranks
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows import scaling
-from quantkit.workflows.gptq_block import Gptq, corrects, round_unreached, solve_group
-from quantkit.workflows.method import Originals, Outcome, Solved, put
+from quantkit.workflows.gptq_block import Gptq, corrects, fill, round_unreached, solve_group
+from quantkit.workflows.method import Originals, Outcome, Solved
+from quantkit.workflows.portions import Portion, Portions
 
 Refine = Literal["gptq", "none"]
 _SAMPLES = 2  # micro-batches that decide whether a pair is scaled
@@ -64,55 +67,59 @@ class Awq:
         self,
         block: Block,
         originals: Originals,
-        full: list[Tensor],
-        quantized: list[Tensor] | None,
+        full: States,
+        quantized: States | None,
+        ranks: Ranks = ALONE,
     ) -> Outcome:
-        groups = block.trace(full[0])
-        folds = folding.find(block, groups, full[0])
+        groups, folds = ranks.share(_found(block, full[0]) if ranks.first else None)
         folds = scaling.usable(folds, block, originals.schemes)
         groups = [g for group in groups if (g := group.only(originals.schemes))]
         linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
-        sample = [x.clone() for x in full[:: -(-len(full) // _SAMPLES)]]
+        sample = _sampled(full, ranks)
         wanted = [block.forward(x) for x in sample]
 
         writers = [group for group in groups if group.writes]
         closing = writers[-1] if writers and writers[-1].closes else None
         kept = [group for group in writers if group is not closing] if self.aligned else []
         widest = max((group.width for group in groups), default=1)
-        every = gather.spacing(full, widest, self.gptq.tokens_per_input)
-        stats, outputs = gather.observe(block, full, groups, kept, every)
+        every = gather.spacing(full, widest, self.gptq.tokens_per_input, ranks)
+        stats, outputs = gather.observe(block, full, groups, kept, every, ranks)
+        # everywhere: scales are chosen before it is known who solves what
+        ranks.merge((found, range(ranks.size)) for found in stats.values())
         moments = {}
         while stats:
             group, found = stats.popitem()
             moments[group] = found.moments(centred=corrects(group, originals, self.gptq))
 
-        chosen, notes = self._scale(block, folds, originals, moments, sample, wanted)
+        chosen, notes = self._scale(block, folds, originals, moments, sample, wanted, ranks)
         chosen.put(block, originals)
         scaled = chosen.originals(originals)
         first = groups if quantized is None else [g for g in groups if not g.writes]
+        portions = Portions(block, first, ranks)
+        rounded: dict[str, Solved] = {}
         for group in first:
             found = chosen.moments(group, moments.pop(group))
-            linears |= self._round(block, group, scaled, found)
+            rounded |= self._round(portions.of(group, scaled), found)
+        linears |= fill(block, portions.together(rounded))
         if quantized is not None:
             moments.clear()
-            if closing:
-                outputs[closing] = []
-            drifted = gather.observe_drift(block, quantized, outputs, full, every)
+            drifted = gather.observe_drift(block, quantized, outputs, closing, full, every, ranks)
+            portions, rounded = Portions(block, drifted, ranks), {}
+            ranks.merge((late, portions.owners[group]) for group, late in drifted.items())
             while drifted:
                 group, late = drifted.popitem()
-                found = late.moments(centred=corrects(group, originals, self.gptq))
-                linears |= self._round(block, group, scaled, found)
+                if portion := portions.of(group, scaled):
+                    found = late.moments(centred=corrects(group, originals, self.gptq))
+                    rounded |= self._round(portion, found)
+            linears |= fill(block, portions.together(rounded))
         linears = {n: replace(s, notes=notes.get(n, {})) for n, s in linears.items()}
         return Outcome(linears, chosen.norms)
 
-    def _round(
-        self, block: Block, group: InputGroup, originals: Originals, moments: Moments
-    ) -> dict[str, Solved]:
+    def _round(self, portion: Portion | None, moments: Moments) -> dict[str, Solved]:
         method = "gptq" if self.refine == "gptq" else "awq"
-        found = solve_group(group, originals, moments, self.gptq, self.rounding, method)
-        for name, result in found.items():
-            put(block, name, result.qweight, result.bias)
-        return found
+        if portion is None:
+            return {}
+        return solve_group(portion, moments, self.gptq, self.rounding, method)
 
     def rounding(self, target: Tensor, hessian: Tensor, scheme: Scheme) -> gptq.Solution:
         if self.refine == "gptq":
@@ -128,32 +135,47 @@ class Awq:
         moments: dict[InputGroup, Moments],
         sample: list[Tensor],
         wanted: list[Tensor],
+        ranks: Ranks,
     ) -> tuple[scaling.Scaling, dict[str, dict[str, Any]]]:
-        """The scales that win, and what is to be told about each linear."""
+        """The scales that win, and what is to be told about each linear. Ranks take folds in
+        turn."""
         hessians = {name: found.gram for group, found in moments.items() for name in group.names}
-        kept, notes = [], {}
-        for fold in folds:
-            if fold.consumers[0] not in hessians:
-                continue
-            hessian = hessians[fold.consumers[0]]
-            weight = torch.cat([originals.weight(name) for name in fold.consumers])
-            choice = awq.choose(
-                weight,
-                hessian,
-                fold.source,
-                self._trial(originals.schemes[fold.consumers[0]]),
-                scaling.stored_scale(fold, originals),
-            )
-            told: dict[str, Any] = {"pair": fold.label, "scaled": False}
-            if choice.scale is not None:
-                part = scaling.folded(fold, choice.scale, block, originals)
-                better, ratio = self._proves(block, part, fold, originals, hessian, sample, wanted)
-                told |= {"scaled": better, "energy": choice.energy, "peak": choice.peak}
-                told |= {"loss": choice.loss, "block_loss": ratio}
-                if better:
-                    kept.append(part)
-            notes |= dict.fromkeys(fold.consumers, told)
-        return scaling.combined(kept), notes
+        folds = [fold for fold in folds if fold.consumers[0] in hessians]
+        own = [
+            self._tried(block, fold, originals, hessians[fold.consumers[0]], sample, wanted)
+            for fold in folds[ranks.rank :: ranks.size]
+        ]
+        found = ranks.everyone(own)
+        tried = [found[i % ranks.size][i // ranks.size] for i in range(len(folds))]
+        notes = {name: told for fold, (_, told) in zip(folds, tried) for name in fold.consumers}
+        return scaling.combined([part for part, _ in tried if part]), notes
+
+    def _tried(
+        self,
+        block: Block,
+        fold: folding.Fold,
+        originals: Originals,
+        hessian: Tensor,
+        sample: list[Tensor],
+        wanted: list[Tensor],
+    ) -> tuple[scaling.Scaling | None, dict[str, Any]]:
+        """The best scales of one fold, if they are better than none, and what is told of them."""
+        weight = torch.cat([originals.weight(name) for name in fold.consumers])
+        choice = awq.choose(
+            weight,
+            hessian,
+            fold.source,
+            self._trial(originals.schemes[fold.consumers[0]]),
+            scaling.stored_scale(fold, originals),
+        )
+        told: dict[str, Any] = {"pair": fold.label, "scaled": False}
+        if choice.scale is None:
+            return None, told
+        part = scaling.folded(fold, choice.scale, block, originals)
+        better, ratio = self._proves(block, part, fold, originals, hessian, sample, wanted)
+        told |= {"scaled": better, "energy": choice.energy, "peak": choice.peak}
+        told |= {"loss": choice.loss, "block_loss": ratio}
+        return part if better else None, told
 
     def _trial(self, scheme: Scheme) -> awq.Rounding:
         """Rounding as candidates are compared by it: without GPTQ's last rounds."""
@@ -176,3 +198,19 @@ class Awq:
             return self._trial(originals.schemes[name])(weight, curved)
 
         return scaling.improves(block, part, fold.consumers, originals, rounding, sample, wanted)
+
+
+def _found(block: Block, sample: Tensor) -> tuple[list[InputGroup], list[folding.Fold]]:
+    """The block's groups of linears, and where their inputs can be scaled."""
+    groups = block.trace(sample)
+    return groups, folding.find(block, groups, sample)
+
+
+def _sampled(hidden: States, ranks: Ranks) -> list[Tensor]:
+    """Some micro-batches of all ranks, on each of them."""
+    counts = enumerate(ranks.everyone(len(hidden)))
+    places = [(rank, index) for rank, count in counts for index in range(count)]
+    return [
+        ranks.share(hidden[index].clone() if rank == ranks.rank else None, rank)
+        for rank, index in places[:: -(-len(places) // _SAMPLES)]
+    ]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from quantkit.core.checkpoint import write_json
+from quantkit.core.names import in_block
 from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import bnb
 from quantkit.methods import fit, nf4
-from quantkit.runtime.opened import in_block, open_checkpoint, refuse_scaled_activations
+from quantkit.runtime.opened import open_checkpoint, refuse_scaled_activations
 from quantkit.workflows.ahead import on_one_core
 from quantkit.workflows.convert import carry
 from quantkit.workflows.convert_record import Conversion
@@ -46,6 +47,7 @@ def quantize_bnb(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Quantize the linears inside the blocks of ``model`` (``demo``, a folder, or a Hub repository)
@@ -56,6 +58,8 @@ def quantize_bnb(
                    bits a weight
     compute_dtype  what 4-bit matmuls compute in: bf16, fp16 (for a T4, which has no bf16), or auto:
                    bf16 where the model is stored in it, else fp16
+    low_disk       leave the weights on the Hub, and read them tensor by tensor (with double_quant
+                   twice, see BnbTarget.survey)
 
     Raises UsageError for options that are not known, QuantkitError for a model that cannot be
     quantized, both before anything is written. An interrupted call goes on when repeated.
@@ -74,7 +78,7 @@ def quantize_bnb(
     def rounder(weight: Tensor) -> Rounding:
         return _round(weight, scheme, nested)
 
-    source = resolve(model, revision)
+    source = resolve(model, revision, low_disk=low_disk)
     settings: dict[str, Any] = {"type": type, "double_quant": nested}
     opened = Rounded(open_checkpoint(source), rounder, "bnb", settings)
     for prefix, (rows, width) in opened.shapes.items():

@@ -20,6 +20,7 @@ from quantkit.errors import UsageError
 from quantkit.methods import gptq
 from quantkit.methods.allocate import Option, allocate
 from quantkit.runtime.kernels import cpu_attention
+from quantkit.runtime.states import Keeping
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import sensitivity
 from quantkit.workflows.layout import Job, lay_out
@@ -110,6 +111,7 @@ def choose(
     budget: Budget,
     beside: int,
     rows: list[list[int]],
+    keeping: Keeping,
     originals: OriginalsOf,
     options: gptq.Options,
     progress: Progress,
@@ -122,7 +124,8 @@ def choose(
     found = sensitivity.measure(
         walk,
         rows,
-        plan.tokens_at_once,
+        plan.way.tokens,
+        keeping,
         originals,
         [scheme for scheme in schemes(plan.scheme) if _divides(plan, scheme)],
         options,

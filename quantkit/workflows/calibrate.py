@@ -47,6 +47,11 @@ def calibrate(
     cap = max(1, (rows - fixed) // max(1, open_ended))
     for part in parts:
         if part.source == "self":
+            if any(not (source.folder / name).exists() for name in source.remote):
+                raise UsageError(
+                    "--calib self needs the whole model on this disk",
+                    "leave out --low-disk, or calibrate on other text",
+                )
             wanted = cap if part.rows is None else part.rows
             documents: Any = _sampled(source, tokenizer, wanted, seqlen, seed, device)
         else:
@@ -98,6 +103,26 @@ def _sampled(
 def _until(row: list[int], end: int | None) -> list[int]:
     """The row up to its first end token behind the start (what follows that is padding)."""
     return row[: row.index(end, 1) + 1] if end in row[1:] else row
+
+
+def shared(rows: list[list[int]], tokens: int, ranks: int) -> list[Tensor]:
+    """The micro-batches of so many ranks together: those of one, but smaller where there would not
+    be two for each."""
+    found = batches(rows, tokens)
+    while ranks > 1 and len(found) < min(2 * ranks, len(rows)):
+        tokens //= 2
+        found = batches(rows, tokens)
+    return found
+
+
+def check_enough(rows: Calibration, ranks: int) -> None:
+    """Raises UsageError when some of the ranks would have nothing to do."""
+    if len(rows.rows) < ranks:
+        raise UsageError(
+            f"{ranks} processes need at least {ranks} rows of calibration text, not "
+            f"{len(rows.rows)}",
+            "start fewer processes, or use more --calib-rows",
+        )
 
 
 def batches(rows: list[list[int]], tokens: int) -> list[Tensor]:

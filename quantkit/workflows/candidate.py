@@ -15,6 +15,7 @@ from quantkit.runtime.linear import multiplied_out
 from quantkit.runtime.opened import open_checkpoint, recorded
 from quantkit.runtime.quant_skeleton import QuantSkeleton
 from quantkit.runtime.skeleton import Skeleton
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import divergence, whole
 from quantkit.workflows.engine import LLAMA_CPP, TORCH, llama_cpp_for
@@ -57,14 +58,14 @@ class Candidate:
         self._tops: dict[str, QWeight] = {}
         self.layers: dict[str, dict[str, Any]] = {}
         self.census = Census(skeleton.model)
-        self._hidden: list[Tensor] = []
+        self._hidden = States([])
 
     def begin(self) -> None:
         """Look at what is outside of the blocks, and take all rows to the first one."""
         with self.walk.surroundings(head=True):
             self.census.see()
         if self._llama is None:
-            self._hidden = self.walk.embed(self._batches)
+            self._hidden = States(self.walk.embed(self._batches))
         self.opened.release()
 
     def step(self, index: int, original: Block, traced: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -90,7 +91,7 @@ class Candidate:
         if self._llama is not None:
             yield from (self._llama.logits(batch[0]) for batch in self._batches)
             return
-        hidden, self._hidden = self._hidden, []
+        hidden, self._hidden = self._hidden, States([])
         for found in self.walk.logits(self._batches, hidden):
             yield found[0]
         self.opened.release()

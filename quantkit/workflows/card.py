@@ -16,6 +16,7 @@ FILE = "README.md"
 HELD_OUT = "bundled held-out sets"
 _SET_NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 _METHODS = {"bnb": "bitsandbytes", "rtn": "rounded to nearest,"}
+_NOT_SAID: tuple[Any, ...] = (None, "", [], {})
 _LIBRARIES = {"gguf": "gguf", "mlx": "mlx"}  # all others are transformers'
 
 
@@ -47,11 +48,15 @@ def is_ours(text: str, content: dict[str, Any]) -> bool:
 
 
 def described(content: dict[str, Any]) -> str:
-    """``GPTQ 4-bit``, or ``GGUF Q4_0``."""
+    """``GPTQ 4-bit``, ``GPTQ 4-bit in GGUF Q4_0``, or ``GGUF Q8_0, rounded to nearest``."""
     settings, method = content.get("settings") or {}, content.get("method")
     form = card_use.format_of(content)
+    if form.startswith("gguf:"):
+        form = form.replace(":", " ").upper()
     if method is None:
         return form
+    if method == "rtn" and "bits" not in settings:  # the format says how many
+        return f"{form}, rounded to nearest"
     kind = f"{settings['bits']}-bit" if "bits" in settings else settings.get("type", "").upper()
     named = f"{_METHODS.get(method, method.upper())} {kind}".rstrip()
     return named if form.startswith(method) else f"{named} in {form}"
@@ -165,7 +170,8 @@ def _number(value: float | None) -> float:
 
 def _settings_table(content: dict[str, Any]) -> str:
     settings, calibration = content.get("settings") or {}, content.get("calibration")
-    rows = [f"| {key} | {value} |" for key, value in settings.items()]
+    said = {key: value for key, value in settings.items() if value not in _NOT_SAID}
+    rows = [f"| {key} | {value} |" for key, value in said.items()]
     if calibration:
         labels = ", ".join(f"{k} {v:,}" for k, v in calibration["tokens_by_label"].items())
         rows.append(

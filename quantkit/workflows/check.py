@@ -15,6 +15,8 @@ from quantkit import data
 from quantkit.core import calibration
 from quantkit.core.metrics import Comparison
 from quantkit.runtime import gather
+from quantkit.runtime.ranks import ALONE, Ranks
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, Walk
 
 ROWS, TOKENS = 4, 512
@@ -32,12 +34,17 @@ def held_out(tokenizer: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str
 
 class RideAlong:
     """Rows by set, through the original and the quantized model side by side, up to ``at_once``
-    tokens together (rows of one length; one row at least)."""
+    tokens together (rows of one length; one row at least). Each of several ranks has a part of
+    them."""
 
-    def __init__(self, rows: dict[str, list[list[int]]], at_once: int = 0) -> None:
+    def __init__(
+        self, rows: dict[str, list[list[int]]], at_once: int = 0, ranks: Ranks = ALONE
+    ) -> None:
+        self._ranks = ranks
         self.batches: list[Tensor] = []
         self._labels: list[list[str]] = []
         pairs = [(label, row) for label, some in rows.items() for row in some]
+        pairs = pairs[ranks.part(len(pairs))]
         for length in dict.fromkeys(len(row) for _, row in pairs):
             same = [(label, row) for label, row in pairs if len(row) == length]
             step = max(1, at_once // length)
@@ -45,12 +52,12 @@ class RideAlong:
                 some = same[start : start + step]
                 self.batches.append(torch.tensor([row for _, row in some]))
                 self._labels.append([label for label, _ in some])
-        self._original: list[Tensor] = []
-        self._quantized: list[Tensor] = []
+        self._original = self._quantized = States([])
 
-    def start(self, hidden: list[Tensor]) -> None:
+    def start(self, hidden: States) -> None:
         """``hidden``: the walk's hidden states of ``batches`` in front of the first block."""
-        self._original, self._quantized = hidden, [x.clone() for x in hidden]
+        if self.batches:
+            self._original, self._quantized = hidden, hidden.copy()
 
     def before(self, block: Block) -> None:
         """While the block still has its original weights."""
@@ -61,7 +68,8 @@ class RideAlong:
         gather.advance(block, self._quantized)
 
     def finish(self, walk: Walk, head: dict[str, nn.Parameter] | None = None) -> Comparison:
-        """Both models' predictions, compared. ``head``: the parameters of a quantized head."""
+        """Both models' predictions, compared, for the rows of all ranks. ``head``: the parameters
+        of a quantized head."""
         comparison = Comparison()
         pairs = zip(
             walk.logits(self.batches, self._original),
@@ -70,4 +78,4 @@ class RideAlong:
         for labels, batch, (before, after) in zip(self._labels, self.batches, pairs):
             for i, label in enumerate(labels):
                 comparison.add(label, batch[i], before[i], after[i])
-        return comparison
+        return Comparison.of(self._ranks.everyone(comparison))

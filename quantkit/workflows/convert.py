@@ -28,7 +28,6 @@ from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
 from quantkit.workflows.output import Output, disk_errors
 from quantkit.workflows.rounded import Rounded
-from quantkit.workflows.seal import told
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
 _PIECE = 64 << 20  # bytes of a plain tensor that are compared at a time
@@ -120,7 +119,8 @@ def carry(
             ledger.forget()  # somebody removed files that it calls finished
         hashes = None
         if not opened.linears or isinstance(opened, Rounded):
-            hashes = provenance.hash_files(opened.files)  # verify will have to recognise them
+            # verify will have to recognise them
+            hashes = provenance.hash_files(opened.files, opened.source.remote)
         try:
             _move(opened, target, ledger, progress, workers)
             _beside(opened, output)
@@ -139,6 +139,8 @@ def carry(
         else:
             content = provenance_of(opened, result, files)
         legacy.add(output.partial, legacy_name)
+        from quantkit.workflows.seal import told  # and transformers: 180 MB that nothing else needs
+
         told(content, opened.source, output.partial, opened.model_config)
         output.complete()
     result.written = True
@@ -169,7 +171,7 @@ def begin(output: Output, fingerprint: dict[str, Any]) -> Ledger:
 def fingerprint_of(opened: Opened, to: str, settings: dict[str, Any], shard: int) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     files = {
-        f"source file {path.name}": f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
+        f"source file {path.name}": provenance.identity(path, opened.source.remote)
         for path in opened.files
     }
     return {
@@ -328,17 +330,19 @@ def _same(opened: Opened, again: Opened, name: str, report: Moved) -> bool:
         found = again.dense.get(f"{name}.weight")
         return _same_bits(found, opened.qweight(name).dequantize(found.dtype))
     if "sha256" in report:  # a table in codes, as a plain tensor
-        return digest.of_plain(again.dense.get(name)) == report["sha256"]
+        return bool(digest.of_plain(again.dense.get(name)) == report["sha256"])
     return _same_numbers(opened, again, name)
 
 
 def _same_numbers(opened: Opened, again: Opened, name: str) -> bool:
-    """Equality of plain tensors, a piece at a time: the largest are as large as a whole block."""
+    """Equality of plain tensors, a piece at a time: the largest are as large as a whole block. What
+    is still on the Hub comes whole, and would come anew for every piece."""
     spec = again.dense.spec(name)
     if opened.dense.spec(name).shape != spec.shape:
         return False
     rows = spec.shape[0] if spec.shape else 1
-    step = max(1, rows * _PIECE // max(1, spec.nbytes))
+    piece = spec.nbytes if opened.source.remote else _PIECE
+    step = max(1, rows * piece // max(1, spec.nbytes))
     for start in range(0, rows, step):
         at = slice(start, start + step) if spec.shape else ...
         found, expected = again.dense.get(name)[at], opened.dense.get(name)[at]

@@ -8,6 +8,7 @@ linear by linear on the result.
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -128,7 +129,7 @@ class KQuantTarget:
         return GgufOpened(folder / self._file, Source(folder.name, folder, file=self._file))
 
 
-def _importance(library, matrix):  # type: ignore[no-untyped-def]
+def _importance(library: Any, matrix: Mapping[str, Tensor]) -> Any:
     """An array of llama.cpp's ``llama_model_imatrix_data``, ended by one without a name; None for
     an empty matrix."""
     if not matrix:
@@ -142,8 +143,8 @@ def _importance(library, matrix):  # type: ignore[no-untyped-def]
     return entries
 
 
-def _library():  # type: ignore[no-untyped-def]  # llama_cpp has no stubs
-    """llama.cpp's functions, silent but for errors."""
+def _library() -> Any:
+    """llama.cpp's functions, silent but for errors; the package has no stubs."""
     try:
         import llama_cpp
     except ImportError as error:

@@ -8,6 +8,7 @@ from quantkit.core import provenance
 from quantkit.methods import digest
 from quantkit.runtime.opened import Opened, recorded
 from quantkit.workflows.rounded import Rounded
+from quantkit.workflows.sizes import bytes_of
 
 
 @dataclass
@@ -59,7 +60,12 @@ def made(rounded: Rounded, result: Conversion, files: dict[str, str]) -> dict[st
     linears = rounded.linears.values()
     return {
         "method": rounded.method,
-        "source": {"name": source.name, "revision": source.revision, "files": files},
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "files": files,
+            "bytes": bytes_of(rounded.opened),
+        },
         "settings": {**rounded.settings, "format": result.target},
         "size": {
             "bytes": result.bytes,

@@ -44,8 +44,11 @@ Moved = dict[str, Any]
 class Target(Protocol):
     """Where a conversion goes. Names are those of the source, as transformers has them."""
 
-    nbytes: int
-    requantizes: bool  # somebody else chooses the codes
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def requantizes(self) -> bool:
+        """Whether somebody else chooses the codes."""
 
     def survey(self, progress: Progress) -> list[str]:
         """See that everything fits, and plan the output; returns what the user should know. Raises

@@ -1,5 +1,5 @@
-"""``quantkit env``: what is installed here, what computes with a quantized weight, and why not
-something faster."""
+"""``quantkit env``: what is installed here, what computes with a quantized weight and what makes
+text, and why not something faster."""
 
 import platform
 from dataclasses import asdict, dataclass
@@ -39,7 +39,7 @@ _OUT, _WIDTH = 4096, 4096  # of a linear as models have it
 
 @dataclass(frozen=True)
 class Choice:
-    """scheme    what is computed with
+    """scheme    what is computed with, or "decoding": one token after another
     kernel    how, in a few words
     reason    why nothing faster is used, or None"""
 
@@ -53,11 +53,13 @@ class Environment:
     """versions   of quantkit, Python and every package, None for those that are not installed
     device     what ``--device auto`` is, with its name, memory in bytes and the dtype of ``auto``
     kernels    by scheme
+    decoding   how the next token is computed
     """
 
     versions: dict[str, str | None]
     device: dict[str, Any]
     kernels: list[Choice]
+    decoding: Choice
     cache: str
 
     def described(self) -> dict[str, Any]:
@@ -69,7 +71,11 @@ def environment(device: str = "auto") -> Environment:
     """What ``quantkit env`` shows. Raises UsageError for a device that is not here."""
     found = pick_device(device)
     return Environment(
-        _versions(), _device(found), [_choice(s, found) for s in SCHEMES], str(cache.root())
+        _versions(),
+        _device(found),
+        [_choice(s, found) for s in SCHEMES],
+        _decoding(found),
+        str(cache.root()),
     )
 
 
@@ -117,6 +123,13 @@ def _choice(scheme: Scheme, device: torch.device) -> Choice:
         reason = _cpu_why_not(scheme)
         fast = "torch's int4 kernel for few tokens"
     return Choice(str(scheme), fast if reason is None else "multiplied out by torch", reason)
+
+
+def _decoding(device: torch.device) -> Choice:
+    """Of models that ``runtime.decode`` has nothing else against."""
+    reason = support.device_why_not(device)
+    fast = "a captured step, replayed (CUDA graph)"
+    return Choice("decoding", fast if reason is None else "a call for every token", reason)
 
 
 def _cpu_why_not(scheme: Scheme) -> str | None:

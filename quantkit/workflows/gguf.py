@@ -97,6 +97,9 @@ def quantize_gguf(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    low_disk: bool = False,
+    max_gpu_memory: str | None = None,
+    max_memory: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Quantize ``model`` (``demo``, a folder, or a Hub repository) to a GGUF file in ``out``.
@@ -110,6 +113,8 @@ def quantize_gguf(
     embedding_type  what embeddings and head are stored as: q8_0 and so on; by default in the 16
     output_type     bits that they have, in K types as llama.cpp chooses (the type itself, and Q6_K)
     imatrix_out     a file for llama.cpp's importance matrix, with a K type
+    low_disk        leave the weights on the Hub, and read them tensor by tensor; not with K types
+    max_gpu_memory  and max_memory: as for quantize, where GPTQ rounds
 
     Raises UsageError for options that do not go together and QuantkitError for a model that cannot
     be quantized, both before anything is written. An interrupted call goes on when repeated.
@@ -119,9 +124,16 @@ def quantize_gguf(
     sources = _sources(kind, calib)
     if imatrix_out and (kind not in TYPES or not sources):
         raise UsageError("only K types with calibration have an importance matrix")
+    if (max_gpu_memory or max_memory) and (kind not in _GPTQ or not sources):
+        raise UsageError(f"limits of memory are for GPTQ, which does not round {type} here")
     if fast and (kind not in _GPTQ or not sources):
         raise UsageError(f"--fast is for GPTQ, which does not round {type} here", "leave it out")
-    source = resolve(model, revision)
+    if low_disk and kind in TYPES:
+        raise UsageError(
+            "llama.cpp makes K types of a plain file, which is larger than the original",
+            "leave out --low-disk, or use a type such as q4_0",
+        )
+    source = resolve(model, revision, low_disk=low_disk)
     run = _Run(
         source,
         open_checkpoint(source),
@@ -146,7 +158,8 @@ def quantize_gguf(
     if kind in TYPES:
         return _k_type(run, given, imatrix_out)
     if sources:
-        return _calibrated(run, model, revision, given, fast, check)
+        limits = {"max_gpu_memory": max_gpu_memory, "max_memory": max_memory}
+        return _calibrated(run, model, given | {"fast": fast, "check": check}, low_disk, limits)
     rounded = _rounded(run)
     return run.carry(rounded, _plain_target(run, rounded))
 
@@ -202,16 +215,29 @@ def _rounded(run: _Run) -> Rounded:
 
 
 def _calibrated(
-    run: _Run, model: str, revision: str | None, given: dict[str, Any], fast: bool, check: bool
+    run: _Run,
+    model: str,
+    given: dict[str, Any],
+    low_disk: bool,
+    limits: dict[str, Any],
 ) -> Conversion:
-    """GPTQ into the scratch folder, and that into the file."""
+    """GPTQ into the scratch folder, and that into the file. ``limits`` of memory change nothing in
+    it."""
     _plain_target(run, _rounded(run)).survey(Progress())  # refusals come now, not hours later
     given = {**given, **_GPTQ[run.kind], "group": blocks.scheme_of(run.kind).group_size}
-    given |= {"fast": fast, "check": check}
     scratch = run.output.scratch / "gptq"
 
-    def solve(**more: Any) -> None:
-        quantize(model, scratch, revision=revision, progress=run.progress, **given, **more)
+    def solve(dry_run: bool = False) -> None:
+        quantize(
+            model,
+            scratch,
+            **given,
+            **limits,
+            revision=run.source.revision,  # the branch may move meanwhile
+            low_disk=low_disk,
+            dry_run=dry_run,
+            progress=run.progress,
+        )
 
     if run.dry_run:
         solve(dry_run=True)

@@ -16,7 +16,7 @@ itself (measured: KL 0.0774 against 0.0782 on the demo model).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
 from quantkit.runtime import gather
+from quantkit.runtime.ranks import ALONE, Ranks
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows.method import Originals, Outcome, Solved, put
+from quantkit.workflows.portions import Portion, Portions
 
 # target [out, in], Hessian [in, in], scheme -> the rounded target
 Rounding = Callable[[Tensor, Tensor, Scheme], gptq.Solution]
@@ -82,59 +85,69 @@ class Gptq:
         self,
         block: Block,
         originals: Originals,
-        full: list[Tensor],
-        quantized: list[Tensor] | None,
+        full: States,
+        quantized: States | None,
+        ranks: Ranks = ALONE,
     ) -> Outcome:
-        return Outcome(solve_block(block, originals, full, quantized, self))
+        return Outcome(solve_block(block, originals, full, quantized, self, ranks))
 
 
 def solve_block(
     block: Block,
     originals: Originals,
-    full: list[Tensor],
-    quantized: list[Tensor] | None,
+    full: States,
+    quantized: States | None,
     settings: Gptq,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Solved]:
     """Quantize linears of the block. ``full`` advances to the original
     block's outputs; ``quantized``, None when there is no alignment, stays where it is. The block is
     left quantized.
     """
-    groups = [g for group in block.trace(full[0]) if (g := group.only(originals.schemes))]
+    traced = ranks.share(block.trace(full[0]) if ranks.first else None)
+    groups = [g for group in traced if (g := group.only(originals.schemes))]
     solved = round_unreached(block, originals, groups, settings.options.zero_min)
     widest = max((group.width for group in groups), default=1)
-    every = gather.spacing(full, widest, settings.tokens_per_input)
+    every = gather.spacing(full, widest, settings.tokens_per_input, ranks)
     if quantized is None:
-        stats, _ = gather.observe(block, full, groups, [], every)
-        _solve_groups(block, originals, stats, settings, solved)
-        return solved
+        stats, _ = gather.observe(block, full, groups, [], every, ranks)
+        return solved | _solve_groups(block, originals, stats, settings, ranks)
     readers = [group for group in groups if not group.writes]
     writers = [group for group in groups if group.writes]
     closing = writers[-1] if writers and writers[-1].closes else None
     kept = [group for group in writers if group is not closing]
-    stats, wanted = gather.observe(block, full, readers, kept, every)
-    _solve_groups(block, originals, stats, settings, solved)
-    if closing:
-        wanted[closing] = []
-    stats = gather.observe_drift(block, quantized, wanted, full, every)
-    _solve_groups(block, originals, stats, settings, solved)
-    return solved
+    stats, wanted = gather.observe(block, full, readers, kept, every, ranks)
+    solved |= _solve_groups(block, originals, stats, settings, ranks)
+    stats = gather.observe_drift(block, quantized, wanted, closing, full, every, ranks)
+    return solved | _solve_groups(block, originals, stats, settings, ranks)
 
 
 def _solve_groups(
-    block: Block,
-    originals: Originals,
-    stats: gather.Stats,
-    settings: Gptq,
-    solved: dict[str, Solved],
-) -> None:
+    block: Block, originals: Originals, stats: gather.Stats, settings: Gptq, ranks: Ranks
+) -> dict[str, Solved]:
     """Solve each group and fill the block in. Uses ``stats`` up, to free memory as it goes."""
+    portions = Portions(block, stats, ranks)
+    ranks.merge((found, portions.owners[group]) for group, found in stats.items())
+    solved: dict[str, Solved] = {}
     while stats:
         group, found = stats.popitem()
-        moments = found.moments(centred=corrects(group, originals, settings))
-        results = solve_group(group, originals, moments, settings, settings.rounding, "gptq")
-        for name, result in results.items():
-            put(block, name, result.qweight, result.bias)
-            solved[name] = result
+        if portion := portions.of(group, originals):
+            # moments without a name here, so that what is used up can be let go of
+            solved |= solve_group(
+                portion,
+                found.moments(centred=corrects(group, originals, settings)),
+                settings,
+                settings.rounding,
+                "gptq",
+            )
+    return fill(block, portions.together(solved))
+
+
+def fill(block: Block, solved: dict[str, Solved]) -> dict[str, Solved]:
+    """Put what was solved into the block."""
+    for name, result in solved.items():
+        put(block, name, result.qweight, result.bias)
+    return solved
 
 
 def round_unreached(
@@ -148,9 +161,10 @@ def round_unreached(
             continue
         original, bias = originals.weight(name), _stored(originals.bias(name))
         qweight = rtn.quantize(original, scheme, zero_min)
-        error = (original - qweight.dequantize()).square().sum() / original.square().sum()
+        energy = original.square().sum()
+        error = (original - qweight.dequantize()).square().sum() / energy
         put(block, name, qweight, bias)
-        solved[name] = Solved(qweight, bias, float(error), 0.0, 0, "rtn")
+        solved[name] = Solved(qweight, bias, float(error), float(energy), 0.0, 0, "rtn")
     return solved
 
 
@@ -159,47 +173,61 @@ def _stored(bias: Tensor | None) -> Tensor | None:
 
 
 def solve_group(
-    group: InputGroup,
-    originals: Originals,
+    portion: Portion,
     moments: Moments,
     settings: Gptq,
     rounding: Rounding,
     method: str,
 ) -> dict[str, Solved]:
-    """Linears that share an input share its Hessian. ``rounding`` is what rounds them, and
-    ``method`` its name; those that a rule wants to be only rounded to nearest are."""
+    """Linears that share an input share its Hessian: solve some of their rows. ``rounding`` is what
+    rounds them, and ``method`` its name; those that a rule wants to be only rounded to nearest
+    are."""
+    originals, moments = portion.originals, portion.moments(moments)
     kinds: dict[tuple[Scheme, bool], list[str]] = {}
-    for name in group.names:
+    for name in portion.rows:
         kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
+    targets = {
+        (scheme, plain): _target(originals, names, moments, settings, plain)
+        for (scheme, plain), names in kinds.items()
+    }
+    moments = replace(moments, cross=None)  # as large as the weights, and of no more use
     results = {}
     for (scheme, plain), names in kinds.items():
-        weights = {name: originals.weight(name) for name in names}
-        target = torch.cat(list(weights.values()))
-        if moments.cross is not None and not plain:
-            with phase("align"):
-                target = align.aligned_target(
-                    target, moments, settings.align, settings.options.damp
-                )
+        target, sizes = targets.pop((scheme, plain))
         if plain:
             qweight = rtn.quantize(target, scheme, settings.options.zero_min, signed=True)
             solution = gptq.Solution(qweight, 0.0, 0)
         else:
             solution = rounding(target, moments.gram, scheme)
-        start = 0
-        for name, original in weights.items():
-            part = slice(start, start := start + len(original))
-            qweight = solution.qweight.rows(part.start, part.stop)
+        stop = 0
+        for name, size in zip(names, sizes):
+            start, stop = stop, stop + size
+            qweight = solution.qweight.rows(start, stop)
             rounded = qweight.dequantize()
             with phase("error"):
-                error = gptq.relative_error(target[part], rounded, moments.gram)
+                error, energy = gptq.relative_error(target[start:stop], rounded, moments.gram)
             bias = originals.bias(name)
-            if bias is not None and corrects(group, originals, settings):
-                bias = align.corrected_bias(bias, original, rounded, moments, settings.align)
+            if bias is not None and moments.centred:
+                weight = originals.weight(name)
+                bias = align.corrected_bias(bias, weight, rounded, moments, settings.align)
             told = "rtn" if plain else method
             results[name] = Solved(
-                qweight, _stored(bias), error, solution.damp, solution.dead, told
+                qweight, _stored(bias), error, energy, solution.damp, solution.dead, told
             )
     return results
+
+
+def _target(
+    originals: Originals, names: list[str], moments: Moments, settings: Gptq, plain: bool
+) -> tuple[Tensor, list[int]]:
+    """What linears are rounded towards, one above the other, and how many rows each has."""
+    weights = [originals.weight(name) for name in names]
+    sizes = [len(weight) for weight in weights]
+    target = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if moments.cross is not None and not plain:
+        with phase("align"):
+            target = align.aligned_target(target, moments, settings.align, settings.options.damp)
+    return target, sizes
 
 
 def corrects(group: InputGroup, originals: Originals, settings: Gptq) -> bool:

@@ -8,27 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.core.checkpoint import ShardWriter
-from quantkit.core.qweight import QWeight, stacked
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.runtime import gather
+from quantkit.runtime.ranks import ALONE, Ranks
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import InputGroup, Walk
 from quantkit.workflows import stored
 from quantkit.workflows.gptq_block import Gptq, corrects, solve_group
 from quantkit.workflows.layout import Job
 from quantkit.workflows.method import Originals, Outcome, Solved
 from quantkit.workflows.plan import Plan
+from quantkit.workflows.portions import Portion, joined, share
 
 _ROWS = 8192
 
 
-def solve(plan: Plan, job: Job, walk: Walk, rows: list[Tensor], full: list[Tensor]) -> Outcome:
+def solve(
+    plan: Plan,
+    job: Job,
+    walk: Walk,
+    rows: list[Tensor],
+    full: States,
+    ranks: Ranks = ALONE,
+) -> Outcome:
     """Quantize the head. ``full``: the hidden states of ``rows`` behind the last block of the
     original model. Raises QuantkitError when what reaches the head is not finite."""
     assert plan.lm_head is not None
     settings = plan.lm_head
-    every = gather.spacing(full, job.width, settings.tokens_per_input)
-    stats = InputStats(job.width, plan.skeleton.device, None, len(full), every)
+    every = gather.spacing(full, job.width, settings.tokens_per_input, ranks)
+    calls, first = gather.calls(full, ranks)
+    stats = InputStats(job.width, plan.skeleton.device, None, calls, every, first)
     for x in walk.head_inputs(rows, full):
         stats.add(x)
     if not stats.finite:
@@ -36,33 +46,24 @@ def solve(plan: Plan, job: Job, walk: Walk, rows: list[Tensor], full: list[Tenso
             f"the inputs of {job.name} are not finite during calibration",
             "run with --dtype float32, and check that the model itself generates sensible text",
         )
-    return Outcome({job.inner: _solved(plan, job, stats, settings)})
+    ranks.merge([(stats, range(ranks.size))])
+    found = ranks.everyone(_solved(plan, job, stats, settings, ranks))
+    return Outcome({job.inner: joined([part for parts in found for part in parts])})
 
 
-def _solved(plan: Plan, job: Job, stats: InputStats, settings: Gptq) -> Solved:
+def _solved(plan: Plan, job: Job, stats: InputStats, settings: Gptq, ranks: Ranks) -> list[Solved]:
+    """This rank's share of the head's rows, in pieces."""
     group = InputGroup((job.inner,), job.width)
-    pieces = [
-        _originals(plan, job, start, min(start + _ROWS, job.out))
-        for start in range(0, job.out, _ROWS)
-    ]
-    moments = stats.moments(centred=corrects(group, pieces[0], settings))
-    found: list[Solved] = []
-    energies: list[float] = []
-    for piece in pieces:
-        solved = solve_group(group, piece, moments, settings, settings.rounding, "gptq")
+    centred = corrects(group, _originals(plan, job, 0, 1), settings)
+    moments = stats.moments(centred)
+    own = share(job.out, ranks.rank, ranks.size)
+    found = []
+    for start in range(own.start, own.stop, _ROWS):
+        rows = slice(start, min(start + _ROWS, own.stop))
+        piece = Portion({job.inner: rows}, _originals(plan, job, rows.start, rows.stop))
+        solved = solve_group(piece, moments, settings, settings.rounding, "gptq")
         found.append(solved[job.inner])
-        weight = piece.weight(job.inner)
-        energies.append(float((weight @ moments.gram).mul_(weight).sum()))
-    lost = sum(one.error * energy for one, energy in zip(found, energies))
-    biases = [one.bias for one in found if one.bias is not None]
-    return Solved(
-        stacked((one.qweight for one in found), job.out),
-        torch.cat(biases) if biases else None,
-        lost / sum(energies),
-        found[0].damp,
-        found[0].dead,
-        found[0].method,
-    )
+    return found
 
 
 def _originals(plan: Plan, job: Job, start: int, stop: int) -> Originals:
@@ -82,12 +83,12 @@ def _originals(plan: Plan, job: Job, start: int, stop: int) -> Originals:
     )
 
 
-def written(plan: Plan, job: Job, writer: ShardWriter) -> dict[str, nn.Parameter]:
+def written(
+    plan: Plan, job: Job, writer: ShardWriter | None, ranks: Ranks = ALONE
+) -> dict[str, nn.Parameter]:
     """The head's parameters as the output's files have them, for the running model."""
-    q: QWeight = stored.read(plan, job, writer)
-    found = {"weight": q.dequantize()}
-    if job.bias:
-        found["bias"] = writer.read(f"{job.disk}.bias")
+    q, bias = ranks.share(stored.finished(plan, job, writer) if writer else None)
+    found = {"weight": q.dequantize()} | ({} if bias is None else {"bias": bias})
     on, dtype = plan.skeleton.device, plan.skeleton.dtype
     return {
         leaf: nn.Parameter(tensor.to(on, dtype), requires_grad=False)

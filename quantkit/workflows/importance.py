@@ -12,6 +12,7 @@ from quantkit.runtime import gather
 from quantkit.runtime.device import pick_device, pick_dtype
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.skeleton import Skeleton
+from quantkit.runtime.states import States
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Walk
 from quantkit.workflows.calibrate import batches, calibrate, longest_row
@@ -48,7 +49,7 @@ def importance(
         progress.note(text)
     cpu_attention.use(skeleton.model)
     walk = Walk(skeleton)
-    hidden = walk.embed(batches(rows.rows, _TOKENS))
+    hidden = States(walk.embed(batches(rows.rows, _TOKENS)))
     found: dict[str, Tensor] = {}
     progress.begin("looking at activations", len(walk))
     for index in range(len(walk)):

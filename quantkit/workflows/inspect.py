@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantkit.core import ledger
 from quantkit.core.source import Source, resolve
@@ -133,7 +133,7 @@ def _look_over(opened: Opened, read: bool) -> Inspection:
     linears = look_at_linears(opened, read=read)
     structure = look_at_structure(opened, linears) if opened.model_config else Structure()
     if not isinstance(opened, Folder):
-        found = _described_gguf(opened, linears, structure)
+        found = _described_gguf(cast("GgufOpened", opened), linears, structure)
         found.findings = checks.check_tensors(linears, structure)
         kind = str(opened.model_config.get("model_type", ""))
         found.targets = verdicts(replace(_subject(found, linears), model_type=kind))

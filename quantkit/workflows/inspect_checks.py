@@ -31,8 +31,8 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 # what a quantization's configuration says that its tensors say too; other keys are free
-_FACTS = ("bits", "num_bits", "group_size", "sym", "symmetric", "desc_act", "zero_point")
-_FACTS += ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
+_FACTS: tuple[str, ...] = ("bits", "num_bits", "group_size", "sym", "symmetric")
+_FACTS += ("desc_act", "zero_point", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
 _SYNONYMS = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
 # GPTQ and AWQ tensors also come from AutoRound, which has keys of its own for the rest
 _ALSO_CALLED = {"gptq": ("auto-round",), "awq": ("auto-round",)}
@@ -235,7 +235,9 @@ def _method(look: Look) -> Iterator[Finding]:
             )
         else:
             text = f"{place[0]} says the method is {method}, the tensors are in the format {right}"
-            content = wanted[place[-1]] if place[0] == CONFIG else {"quant_method": right}
+            content = (
+                wanted[place[-1]] if wanted and place[0] == CONFIG else {"quant_method": right}
+            )
             change = Put(place[0], place[1:], content)
         yield Finding("error", "method", text, (change,))
 

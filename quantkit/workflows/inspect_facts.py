@@ -6,7 +6,7 @@ wrong: what cannot be read is written down by name.
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def look_at_linears(opened: "Opened", read: bool) -> Linears:
     """All quantized linears: their scales and zero points (the codes are not read), or without
     ``read`` names and shapes alone."""
     if not isinstance(opened, Folder):
-        return _look_at_gguf(opened)
+        return _look_at_gguf(cast("GgufOpened", opened))
     found = Linears()
     if opened.format == "dense":
         return found
@@ -198,14 +198,16 @@ class Structure:
 
 def look_at_structure(opened: "Opened", linears: Linears) -> Structure:
     """Build the model without weights and hold names against names."""
-    folder = isinstance(opened, Folder)
-    # not opened.dense: that one stops at the first linear that cannot be read
-    dense: Tensors = opened.tensors.without(linears.names) if folder else opened.dense
+    dense: Tensors
+    if isinstance(opened, Folder):
+        # not opened.dense: that one stops at the first linear that cannot be read
+        dense, described = opened.tensors.without(linears.names), None
+    else:
+        dense, described = opened.dense, opened.model_config
     depth = opened.model_config.get("num_hidden_layers")
     count = sum(1 for _ in dense) + len(linears.names)
     if isinstance(depth, int) and depth > count:
         return Structure(unknown=f"config.json says {depth} blocks, and there are {count} tensors")
-    described = None if folder else opened.model_config
     try:
         skeleton = Skeleton(opened.source, dense, torch.device("cpu"), torch.float16, described)
     except QuantkitError as error:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
+from quantkit.runtime.ranks import ALONE, Ranks
+from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block
 
 
@@ -18,6 +20,7 @@ class Solved:
 
     bias     float16 [out], or None when the linear has none
     error    |x (T - Q)|^2 / |x T|^2 over the calibration inputs x, T the target: what rounding lost
+    energy   |x T|^2, the mean over tokens
     damp     the damping that its Hessian took, 0 for none
     dead     inputs that were always zero
     method   what rounded it: rtn where no calibration token reached the linear
@@ -27,6 +30,7 @@ class Solved:
     qweight: QWeight
     bias: Tensor | None
     error: float
+    energy: float
     damp: float
     dead: int
     method: str
@@ -91,12 +95,14 @@ class Method(Protocol):
         self,
         block: Block,
         originals: Originals,
-        full: list[Tensor],
-        quantized: list[Tensor] | None,
+        full: States,
+        quantized: States | None,
+        ranks: Ranks = ALONE,
     ) -> Outcome:
         """Quantize the block. ``full``, the hidden states of the original model, advance to the
         original block's outputs; ``quantized``, those of the quantized model, None when not
-        ``aligned``, stay. The block is left as its file will have it (:func:`put`)."""
+        ``aligned``, stay. The block is left as its file will have it (:func:`put`). All ``ranks``
+        do this together, each with hidden states of its own, and have the same outcome."""
 
 
 def put(block: Block, name: str, qweight: QWeight, bias: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from quantkit import data, formats
 from quantkit.core import calibration, durations, footprint, loaded
 from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.footprint import Phase, Shapes
+from quantkit.core.footprint import Phase, Room, Shapes
 from quantkit.core.loaded import Loaded
 from quantkit.core.qweight import Scheme
 from quantkit.core.source import Source
@@ -221,8 +221,8 @@ class Needs:
         row = self._at_most(wish.calib_seqlen)
         tokens = calibration_tokens(wish.calib, wish.calib_rows, row)
         run = self._plan.run(tokens, row, self.machine.cuda)
-        mode = footprint.choose(self.shapes, run, self.machine.device, self.machine.ram)
-        mode = mode or footprint.modes(run.cuda)[-1]
+        room = Room(self.machine.device, self.machine.ram)
+        mode = footprint.choose(self.shapes, run, room) or footprint.modes(run.cuda)[-1]
         phases = footprint.quantizing(self.shapes, run, mode)
         thinned = planning.FAST_TOKENS if wish.fast else None
         seconds = speed and durations.quantizing(self.shapes, run, thinned, stored, speed)

@@ -31,7 +31,7 @@ _COMPANIONS = (
 )
 CHOICE = "choice.json"  # see budget.py
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
+_UNWRITABLE: tuple[int, ...] = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _SLACK = 64 << 20  # for the small files, and so that the disk is not filled to the last byte
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from quantkit import __version__, formats
 from quantkit.core import footprint, provenance
 from quantkit.core.calibration import BUNDLED, Calibration
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
-from quantkit.core.footprint import Phase, Run, Shapes
+from quantkit.core.footprint import Mode, Phase, Place, Room, Run, Shapes
 from quantkit.core.qweight import Scheme
 from quantkit.core.rules import Rule
 from quantkit.core.source import Source
@@ -32,7 +32,6 @@ BOOKKEEPING = ("g_idx", "weight_shape")  # packed tensors that say nothing of th
 # Tokens per feature of the widest input. Instead of all (32 on neox, 85 on the demo), 10 cost 2 to
 # 3 % in KL and save a fifth of the time.
 FAST_TOKENS = 10
-_CUDA_COMPARED = 4096
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Plan:
     specs      every tensor of the output, by its name on disk
     shard      most bytes in one file
     lm_head    how the output head is solved, None: it stays dense
+    mode       where activations are, None: not decided yet, the fastest
+    ranks      processes that share the rows
     """
 
     source: Source
@@ -58,20 +59,25 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     chosen: tuple[Rule, ...] = ()
     lm_head: Gptq | None = None
+    mode: Mode | None = None
+    ranks: int = 1
 
     @property
     def packer(self) -> Format:
         return formats.by_name(self.layout.format)
 
     @property
-    def tokens_at_once(self) -> int:
-        """Tokens in a micro-batch: what keeps the device busy and its caches warm."""
-        return footprint.modes(self.skeleton.device.type == "cuda")[0].tokens
+    def cuda(self) -> bool:
+        return self.skeleton.device.type == "cuda"
+
+    @property
+    def way(self) -> Mode:
+        return self.mode or footprint.modes(self.cuda)[0]
 
     @property
     def tokens_compared(self) -> int:
         """Tokens of the rows whose predictions are in memory at once: 0, a row, on a CPU."""
-        return _CUDA_COMPARED if self.skeleton.device.type == "cuda" else 0
+        return footprint.COMPARED if self.cuda else 0
 
     @property
     def output_bytes(self) -> int:
@@ -139,11 +145,26 @@ class Plan:
             head=self.layout.head is not None,
         )
 
+    def _run(self, rows: Calibration) -> Run:
+        tokens, row = sum(len(row) for row in rows.rows), max(len(row) for row in rows.rows)
+        return self.run(-(-tokens // self.ranks), row, self.cuda)
+
     def memory(self, rows: Calibration) -> list[Phase]:
         """What is in memory when, in calibration with ``rows``."""
-        tokens, row = sum(len(row) for row in rows.rows), max(len(row) for row in rows.rows)
-        run = self.run(tokens, row, self.skeleton.device.type == "cuda")
-        return footprint.quantizing(self.shapes, run, footprint.modes(run.cuda)[0])
+        return footprint.quantizing(self.shapes, self._run(rows), self.way)
+
+    def within(self, room: Room, rows: Calibration, tokens: int | None = None) -> "Plan":
+        """The same in the fastest mode that fits, with ``tokens`` at once if any does; in the
+        smallest mode when none fits."""
+        run = self._run(rows)
+        found = tokens and footprint.choose(self.shapes, run, room, tokens)
+        mode = found or footprint.choose(self.shapes, run, room)
+        return replace(self, mode=mode or footprint.modes(self.cuda)[-1])
+
+    def smaller(self, rows: Calibration, place: Place) -> "Plan | None":
+        """The same in the next mode that takes less there, if there is one."""
+        mode = footprint.smaller(self.shapes, self._run(rows), self.way, place)
+        return mode and replace(self, mode=mode)
 
     def resolved(self) -> dict[str, Any]:
         """The settings as they were resolved, for reports."""
@@ -163,7 +184,7 @@ class Plan:
         """Everything that decides the output's bytes, flat and readable."""
         versions = provenance.versions()
         files = {
-            f"source file {path.name}": _identity(path, self.skeleton.checkpoint)
+            f"source file {path.name}": provenance.identity(path, self.skeleton.checkpoint.remote)
             for path in source_files(self.source, self.skeleton.checkpoint)
         }
         return {
@@ -182,13 +203,6 @@ class Plan:
     def _digest(self) -> str:
         text = "\n".join(str(rule) for rule in self.chosen)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _identity(path: Path, checkpoint: Checkpoint) -> str:
-    """What changes when the file does."""
-    if remote := checkpoint.remote.get(path.name):
-        return f"{remote.size} bytes, sha256 {remote.sha256}"
-    return f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}"
 
 
 def source_files(source: Source, checkpoint: Checkpoint) -> list[Path]:
@@ -297,7 +311,7 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
         f"{plan.skeleton.checkpoint.nbytes / 1e6:,.1f} MB; "
         f"{plan.bits_per_weight:.2f} bits per quantized weight",
         f"running on {plan.skeleton.device} in {str(plan.skeleton.dtype).removeprefix('torch.')}, "
-        f"{_memory(plan, rows)}",
+        f"{plan.way}: {_memory(plan, rows)}",
     ]
     lines += rows.notes
     lines += _exceptions(plan)
@@ -312,7 +326,7 @@ def _memory(plan: Plan, rows: Calibration) -> str:
     phases = plan.memory(rows)
     about = "about" if plan.shapes.exact else "guessing"
     ram = footprint.peak(phases, "ram").bytes("ram") / 1e9
-    if plan.skeleton.device.type != "cuda":
+    if not plan.cuda:
         return f"{about} {ram:.1f} GB of memory at most"
     device = footprint.peak(phases, "device").bytes("device") / 1e9
     return f"{about} {device:.1f} GB of GPU memory at most, and {ram:.1f} GB of RAM"

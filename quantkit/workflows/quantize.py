@@ -5,6 +5,8 @@ time. A killed run goes on at its first unfinished block when the same call is r
 """
 
 import time
+from contextlib import closing
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -25,19 +27,22 @@ from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
 from quantkit.runtime import gather
-from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.device import pick_dtype
 from quantkit.runtime.kernels import cpu_attention
+from quantkit.runtime.ranks import Ranks, join
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import Staging, staging
+from quantkit.runtime.states import Keeping, States
 from quantkit.runtime.tokenizer import load_tokenizer
 from quantkit.runtime.walk import Block, Walk
 from quantkit.workflows import budget as budgeting
 from quantkit.workflows import head as heading
 from quantkit.workflows import legacy, seal, stored
 from quantkit.workflows import plan as planning
+from quantkit.workflows import room as memory
 from quantkit.workflows.ahead import Behind, one_behind
-from quantkit.workflows.budget import Budget
-from quantkit.workflows.calibrate import batches, calibrate, longest_row
+from quantkit.workflows.budget import Choice
+from quantkit.workflows.calibrate import calibrate, check_enough, longest_row, shared
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.method import Method, Originals, Outcome
@@ -81,6 +86,8 @@ def quantize(
     dry_run: bool = False,
     revision: str | None = None,
     low_disk: bool = False,
+    max_gpu_memory: str | None = None,
+    max_memory: str | None = None,
     legacy_name: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -109,6 +116,9 @@ def quantize(
     strict           raise where a fallback would be taken
     dry_run          plan and calibrate, write nothing
     low_disk         leave the weights on the Hub, and read them tensor by tensor
+    max_gpu_memory   use at most so much of the GPU (``6GB``); by default what is free
+    max_memory       the same of RAM. Where there is too little for the activations of all rows,
+                     they are kept in RAM or on the disk; no result depends on that
     legacy_name      a second name of the weight file, such as gptq_model-4bit-128g
 
     Raises UsageError for options that cannot work and QuantkitError for input that cannot be used,
@@ -150,6 +160,8 @@ def quantize(
         rules=rules.parsed(rule),
         budget=budgeting.wanted(target_bits, target_size),
         lm_head=method if lm_head else None,
+        max_gpu_memory=max_gpu_memory,
+        max_memory=max_memory,
     )
     return carry_out(task, method, progress or Progress())
 
@@ -157,9 +169,12 @@ def quantize(
 def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     """Quantize with any method. Raises and resumes as :func:`quantize` does."""
     started = time.perf_counter()
+    ranks = join()
+    progress = progress if ranks.first else Progress()
     shard = size_in_bytes(task.max_shard_size)
-    on = pick_device(task.device)
-    source = resolve(task.model, task.revision, low_disk=task.low_disk)
+    on = ranks.connect(task.device)
+    room = memory.room(on, task.max_gpu_memory, task.max_memory, ranks)
+    source = ranks.first_on_host(lambda: resolve(task.model, task.revision, low_disk=task.low_disk))
     default = planning.default_out(source, method.name, task.scheme, task.budget)
     output = Output(Path(task.out) if task.out else default, task.overwrite)
     output.keep_apart(source)
@@ -169,32 +184,37 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     layout = lay_out(skeleton, task.scheme, task.format, task.rules, head is not None)
     specs = layout.specs()
     settled = (source, skeleton, layout, task.scheme, method, specs, shard, task.rules)
-    plan = Plan(*settled, lm_head=head)
+    plan = Plan(*settled, lm_head=head, ranks=ranks.size)
     legacy.check_size(task.legacy_name, plan.output_bytes, shard)
     beside = sum(path.stat().st_size for path in companions(source))
     if task.budget:
         budgeting.check(plan, task.budget, beside)
-    else:
+    elif ranks.first:
         output.check_space(plan.output_bytes)
 
     tokenizer = load_tokenizer(source)
     longest = longest_row(skeleton)
-    rows = calibrate(
-        source,
-        tokenizer,
-        [*task.calib],
-        rows=task.calib_rows,
-        seqlen=task.calib_seqlen,
-        longest=longest,
-        seed=task.seed,
-        device=on,
+    rows = ranks.from_first(
+        lambda: calibrate(
+            source,
+            tokenizer,
+            [*task.calib],
+            rows=task.calib_rows,
+            seqlen=task.calib_seqlen,
+            longest=longest,
+            seed=task.seed,
+            device=on,
+        )
     )
-    report = Report(output.folder, plan, rows)
+    check_enough(rows, ranks.size)
+    plan = memory.placed(plan, room, rows, None, ranks)
+    report = Report(output.folder, plan, rows, ranks.size)
     if task.budget:
-        with report.timing("choose"):
-            plan = _within(task.budget, plan, rows, output, beside, report, task.dry_run, progress)
+        with report.timing("choose"), memory.limited(on, task.max_gpu_memory):
+            plan = _within(task, rows, output, beside, report, progress, ranks)
         layout, report.plan = plan.layout, plan
-        output.check_space(plan.output_bytes)
+        if ranks.first:
+            output.check_space(plan.output_bytes)
     report.fallbacks += [f"{name} stays dense: its shape cannot be packed" for name in layout.kept]
     report.fallbacks += rows.short
     if task.strict and report.fallbacks:
@@ -205,16 +225,30 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     for text in report.fallbacks:
         progress.warn(text)
     if task.dry_run:
+        ranks.leave()
         return report
 
+    tokens = min(TOKENS, longest or TOKENS)
+    rides = held_out(tokenizer, tokens=tokens) if task.check else {}
+
+    def walk(plan: Plan, writer: ShardWriter | None, ledger: Ledger | None) -> None:
+        states = Keeping(plan.way.states, output.scratch)
+        _quantize_blocks(plan, states, writer, ledger, report, rides, task.strict, progress, ranks)
+
+    if not ranks.first:
+        with memory.limited(on, task.max_gpu_memory):
+            report.plan = memory.placed(plan, room, rows, None, ranks)
+            memory.backing_off(report, progress, lambda plan: walk(plan, None, None))
+        ranks.leave()
+        return report
     hashes = provenance.hash_files(planning.source_files(source, weights), weights.remote)
-    with disk_errors(output.folder):
+    with disk_errors(output.folder), memory.limited(on, task.max_gpu_memory):
         writer, ledger = _begin(plan, rows, output)
         try:
             _copy_dense(plan, writer, ledger, report)
-            tokens = min(TOKENS, longest or TOKENS)
-            rides = held_out(tokenizer, tokens=tokens) if task.check else {}
-            _quantize_blocks(plan, writer, ledger, report, rides, task.strict, progress)
+            report.plan = memory.placed(plan, room, rows, _tokens_at_once(ledger), ranks)
+            memory.backing_off(report, progress, lambda plan: walk(plan, writer, ledger))
+            ranks.leave()
             with report.timing("seal"):
                 seal.seal(report, output, writer, task, hashes.result())
         finally:
@@ -223,24 +257,44 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     return report
 
 
+def _tokens_at_once(ledger: Ledger) -> int | None:
+    """Those of the blocks that are finished: what sums come out as depends on it, a little."""
+    parts = [ledger.report(part) for part in ledger]
+    return next((part["tokens"] for part in reversed(parts) if "tokens" in part), None)
+
+
 def _within(
-    budget: Budget,
-    plan: Plan,
+    task: Task,
     rows: Calibration,
     output: Output,
     beside: int,
     report: Report,
-    dry_run: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> Plan:
-    """The plan with the schemes that lose least under the budget, measured now or by an interrupted
-    run."""
-    fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
-    with disk_errors(output.folder):
-        parts = budgeting.kept(output.partial, fingerprint)
-        if parts is not None:
-            choice = budgeting.again(plan, parts)
-        else:
+    """The plan with the schemes that lose least under the budget, measured now, on one rank, or by
+    an interrupted run."""
+    plan, budget = report.plan, task.budget
+    assert budget is not None
+
+    def choose(plan: Plan, options: gptq.Options) -> Choice:
+        return budgeting.choose(
+            plan,
+            budget,
+            beside,
+            rows.rows,
+            Keeping(plan.way.states, output.scratch),
+            lambda index, block: _originals(plan, index, block),
+            options,
+            progress,
+        )
+
+    def parts() -> list[dict[str, Any]]:
+        fingerprint = plan.fingerprint(rows.digest) | {"target": str(budget)}
+        with disk_errors(output.folder):
+            known = budgeting.kept(output.partial, fingerprint)
+            if known is not None:
+                return known
             # zero points and the order of columns as they will be, without the last rounds
             options = gptq.Options(
                 plan.method.resolved().get("act_order", "static"),
@@ -248,17 +302,12 @@ def _within(
                 rounds=0,
                 zero_min=plan.packer.FORM.zero_min,
             )
-            choice = budgeting.choose(
-                plan,
-                budget,
-                beside,
-                rows.rows,
-                lambda index, block: _originals(plan, index, block),
-                options,
-                progress,
-            )
-            if not dry_run:
+            choice = memory.backing_off(report, progress, lambda plan: choose(plan, options))
+            if not task.dry_run:
                 budgeting.keep(output.partial, fingerprint, choice)
+        return choice.parts
+
+    choice = budgeting.again(plan, ranks.from_first(parts))
     report.budget = choice.described(budget)
     return choice.plan
 
@@ -305,41 +354,57 @@ def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report)
 
 def _quantize_blocks(
     plan: Plan,
-    writer: ShardWriter,
-    ledger: Ledger,
+    states: Keeping,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
     rides: dict[str, list[list[int]]],
     strict: bool,
     progress: Progress,
+    ranks: Ranks,
 ) -> None:
-    # on a CPU the thread would only take cores and memory from what it runs beside
-    on_gpu = plan.skeleton.device.type == "cuda"
-    with one_behind(on_gpu) as behind, staging(plan.skeleton) as ahead:
-        _walk_blocks(plan, writer, ledger, report, rides, strict, progress, behind, ahead)
+    threaded = _threaded(plan)
+    with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
+        _walk_blocks(
+            plan, states, writer, ledger, report, rides, strict, progress, ranks, behind, ahead
+        )
+
+
+def _threaded(plan: Plan) -> bool:
+    """Whether threads read and write beside the computation: on a CPU they would only take cores
+    and memory from it."""
+    return plan.cuda and plan.way.ahead
 
 
 def _walk_blocks(
     plan: Plan,
-    writer: ShardWriter,
-    ledger: Ledger,
+    states: Keeping,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
     rides: dict[str, list[list[int]]],
     strict: bool,
     progress: Progress,
+    ranks: Ranks,
     behind: Behind,
     ahead: Staging | None,
 ) -> None:
+    """Each rank walks with its part of the rows; the first one has ``writer`` and ``ledger``."""
     cpu_attention.use(plan.skeleton.model)
     walk = Walk(plan.skeleton)
-    ride = RideAlong(rides, plan.tokens_compared)
-    rows = batches(report.calibration.rows, plan.tokens_at_once)
-    with report.timing("embed"):
-        hidden = walk.embed(rows + ride.batches)
-    full = gather.copied(hidden[: len(rows)])
-    ride.start(hidden[len(rows) :])
-    del hidden
-    quantized = gather.copied(full) if plan.method.aligned else None
-    solved_before = sum(walk.block_name(index) in ledger for index in range(len(walk)))
+    ride = RideAlong(rides, plan.tokens_compared, ranks)
+    everyone = shared(report.calibration.rows, plan.way.tokens, ranks.size)
+    rows = everyone[ranks.part(len(everyone))]
+    batches = [*rows, *ride.batches, *_other_shapes(everyone, rows)]
+    with report.timing("embed"), closing(walk.embedding(batches)) as hidden:
+        full = states.keep(islice(hidden, len(rows)), [batch.shape for batch in rows])
+        aside = islice(hidden, len(ride.batches))
+        ride.start(states.keep(aside, [batch.shape for batch in ride.batches]))
+        for _ in hidden:  # other shapes are only made known
+            pass
+        quantized = full.copy() if plan.method.aligned else None
+    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
+    solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
     parts = len(walk) + (plan.layout.head is not None)
@@ -348,56 +413,70 @@ def _walk_blocks(
         started = time.perf_counter()
         part = walk.block_name(index)
         if ahead:
-            ahead.arrived(part)
+            with report.timing("read"):
+                ahead.arrived(part)
         with walk.block(index) as block:
             if ahead and index + 1 < len(walk):
                 ahead.begin(walk.block_name(index + 1))
-            ride.before(block)
-            if part in ledger:
+            with report.timing("check"):
+                ride.before(block)
+            if part in finished:
+                done = finished[part]
                 with report.timing("replay"):
                     gather.advance(block, full)
-                    stored.put_finished(plan, index, block, writer, ledger.report(part)["others"])
-                done = ledger.report(part)
+                    stored.put_finished(plan, index, block, writer, done["others"], ranks)
             else:
                 with report.timing("solve"):
-                    outcome = _solve(plan, index, block, full, quantized)
-                done = _described(jobs, outcome)
+                    outcome = _solve(plan, index, block, full, quantized, ranks)
+                done = _described(jobs, outcome) | {"tokens": plan.way.tokens}
                 with report.timing("write"):
                     behind(_keep, plan, index, outcome, writer, ledger, part, done)
             if quantized is not None and index + 1 < len(walk):
                 with report.timing("propagate"):
                     gather.advance(block, quantized)
-            ride.after(block)
+            with report.timing("check"):
+                ride.after(block)
         plan.skeleton.checkpoint.release()
         loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
-    behind.finish()
+    with report.timing("write"):
+        behind.finish()
     job = plan.layout.head
     if job:
         started = time.perf_counter()
-        if job.name not in ledger:
-            _quantize_head(plan, job, walk, rows, full, writer, ledger, report)
-        loss = _tell([job], ledger.report(job.name)["layers"], plan, report, strict, progress)
+        done = finished.get(job.name)
+        if done is None:
+            done = _quantize_head(plan, job, walk, rows, full, writer, ledger, report, ranks)
+        loss = _tell([job], done["layers"], plan, report, strict, progress)
         progress.step(Step(parts, parts, job.name, loss, time.perf_counter() - started))
     progress.end()
     if rides:
         with report.timing("check"):
-            report.measured = ride.finish(walk, heading.written(plan, job, writer) if job else None)
+            head = heading.written(plan, job, writer, ranks) if job else None
+            report.measured = ride.finish(walk, head)
+
+
+def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """A micro-batch of every shape that only other ranks have."""
+    known = {batch.shape for batch in own}
+    found = {batch.shape: batch for batch in everyone if batch.shape not in known}
+    return [*found.values()]
 
 
 def _keep(
     plan: Plan,
     index: int,
     outcome: Outcome,
-    writer: ShardWriter,
-    ledger: Ledger,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     part: str,
     done: dict[str, Any],
 ) -> None:
     """A block into the output's files and then into the ledger, while the next one computes."""
-    for name, found in stored.write(plan, index, outcome, writer).items():
-        done["layers"][name]["digest"] = found
-    ledger.finish(part, done)
+    if writer and ledger is not None:
+        for name, found in stored.write(plan, index, outcome, writer).items():
+            done["layers"][name]["digest"] = found
+        ledger.finish(part, done)
 
 
 def _quantize_head(
@@ -405,27 +484,36 @@ def _quantize_head(
     job: Job,
     walk: Walk,
     rows: list[Tensor],
-    full: list[Tensor],
-    writer: ShardWriter,
-    ledger: Ledger,
+    full: States,
+    writer: ShardWriter | None,
+    ledger: Ledger | None,
     report: Report,
-) -> None:
+    ranks: Ranks,
+) -> dict[str, Any]:
     """The last part: ``full`` is what the original model gives its final norm for ``rows``."""
     with report.timing("solve"):
-        outcome = heading.solve(plan, job, walk, rows, full)
+        outcome = heading.solve(plan, job, walk, rows, full, ranks)
     done = _described([job], outcome)
-    with report.timing("write"):
-        found = stored.write_linear(plan, job, outcome.linears[job.inner], writer)
-        done["layers"][job.disk]["digest"] = found
-        writer.sync()
-    ledger.finish(job.name, done)
+    if writer and ledger is not None:
+        with report.timing("write"):
+            solved = outcome.linears[job.inner]
+            stored.write_linear(plan, job, solved, writer)
+            done["layers"][job.disk]["digest"] = stored.digest_of(plan, job, solved, writer)
+            writer.sync()
+        ledger.finish(job.name, done)
+    return done
 
 
 def _solve(
-    plan: Plan, index: int, block: Block, full: list[Tensor], quantized: list[Tensor] | None
+    plan: Plan,
+    index: int,
+    block: Block,
+    full: States,
+    quantized: States | None,
+    ranks: Ranks,
 ) -> Outcome:
     """The method on a block, with the checkpoint's own weights at hand."""
-    return plan.method.solve(block, _originals(plan, index, block), full, quantized)
+    return plan.method.solve(block, _originals(plan, index, block), full, quantized, ranks)
 
 
 def _originals(plan: Plan, index: int, block: Block) -> Originals:
@@ -433,7 +521,8 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
     jobs = {job.inner: job for job in plan.layout.jobs[index]}
 
     def get(disk: str) -> Tensor:
-        return skeleton.read(disk).to(skeleton.device, torch.float32)
+        # in two steps: in one, the CPU would make a float32 copy first
+        return skeleton.read(disk).to(skeleton.device).float()
 
     def weight(name: str) -> Tensor:
         tensor = get(f"{jobs[name].disk}.weight")

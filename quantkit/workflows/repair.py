@@ -198,7 +198,7 @@ def _without_verdict(partial: Path) -> list[str]:
 
 def _changed(content: dict[str, Any], change: Put | Drop) -> tuple[dict[str, Any], str]:
     """The content with one change, and the change in words."""
-    if not change.path:
+    if isinstance(change, Put) and not change.path:
         return change.value, f"{change.file} was written"
     *parents, key = change.path
     at = content

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.nested import Nested
@@ -28,9 +27,6 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import Tensors, unread
 from quantkit.methods import fit
 from quantkit.runtime.opened import Opened, Packed
-from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.walk import features, find_blocks, is_linear
-from quantkit.workflows.layout import refuse_fused
 
 
 class Rounding(NamedTuple):
@@ -42,13 +38,6 @@ class Rounding(NamedTuple):
 
 # weight [out, in] in its own dtype -> what it is rounded to
 Rounder = Callable[[Tensor], Rounding]
-
-
-@dataclass(frozen=True)
-class _Linear:
-    out: int
-    width: int
-    transposed: bool
 
 
 class Rounded:
@@ -69,6 +58,8 @@ class Rounded:
         settings: dict[str, Any],
         halve: bool = False,
     ) -> None:
+        from quantkit.workflows.plain_linears import find  # and transformers
+
         if opened.linears:
             raise QuantkitError(
                 f"{opened.source.name} is already quantized ({opened.format})",
@@ -78,7 +69,7 @@ class Rounded:
         self.method, self.settings = method, settings
         self.source: Source = opened.source
         self.format: str = opened.format
-        self._found, dropped = _linears(opened)
+        self._found, dropped = find(opened)
         hidden = {f"{prefix}.weight" for prefix in self._found} | set(dropped)
         self.dense: Tensors = _Rest(opened.dense, hidden, halve)
         self._last = threading.local()  # several linears are rounded at once
@@ -99,7 +90,7 @@ class Rounded:
         return self.opened.tokenizer()
 
     def release(self) -> None:
-        self._last.found = None
+        self._last.weight = self._last.rounding = None
         self.opened.release()
 
     def names(self, prefix: str) -> list[str]:
@@ -142,8 +133,14 @@ class Rounded:
         return QWeight(row.scheme, codes, scale, spread(row.zero), minimum=minimum)
 
     def weight(self, prefix: str) -> Tensor:
-        """The original weight [out, in], in its own dtype. Raises QuantkitError when it has numbers
-        that are none."""
+        """The original weight [out, in], in its own dtype; the thread's last one is kept until it
+        calls ``release``. Raises QuantkitError when it has numbers that are none."""
+        last: tuple[str, Tensor] | None = getattr(self._last, "weight", None)
+        if last is None or last[0] != prefix:
+            last = self._last.weight = prefix, self._read(prefix)
+        return last[1]
+
+    def _read(self, prefix: str) -> Tensor:
         weight = self.opened.dense.get(f"{prefix}.weight")
         if not bool(weight.isfinite().all()):
             raise QuantkitError(
@@ -153,9 +150,9 @@ class Rounded:
 
     def rounding(self, prefix: str) -> Rounding:
         """A linear, rounded; the thread's last one is kept until it calls ``release``."""
-        last: tuple[str, Rounding] | None = getattr(self._last, "found", None)
+        last: tuple[str, Rounding] | None = getattr(self._last, "rounding", None)
         if last is None or last[0] != prefix:
-            last = self._last.found = prefix, self.rounder(self.weight(prefix))
+            last = self._last.rounding = prefix, self.rounder(self.weight(prefix))
         return last[1]
 
     def qweight(self, prefix: str) -> QWeight:
@@ -164,31 +161,6 @@ class Rounded:
     def error(self, prefix: str, q: QWeight) -> float:
         """|W - W'|^2 / |W|^2 of a linear that is stored as ``q``."""
         return fit.relative_error(self.weight(prefix).float(), q.dequantize())
-
-
-def _linears(opened: Opened) -> tuple[dict[str, _Linear], list[str]]:
-    """The linears of the decoder blocks by prefix, and tensors that the model has no use for."""
-    described = opened.model_config if opened.format == "gguf" else None
-    skeleton = Skeleton(opened.source, opened.dense, torch.device("cpu"), torch.float32, described)
-    prefix, blocks = find_blocks(skeleton.model)
-    refuse_fused(prefix, blocks.named_parameters())
-    skeleton.check()
-    found = {}
-    for inner, module in blocks.named_modules():
-        if not is_linear(module):
-            continue
-        name = skeleton.disk_names.get(f"{prefix}.{inner}.weight")
-        if name is None:
-            raise QuantkitError(
-                f"the weight of {prefix}.{inner} is not one tensor in the checkpoint",
-                "please report the architecture",
-            )
-        out, width = features(module)
-        found[name.removesuffix(".weight")] = _Linear(out, width, isinstance(module, Conv1D))
-    if not found:
-        raise QuantkitError("the model has no linear that could be quantized")
-    expected = skeleton.model.state_dict().keys()
-    return found, [disk for disk, live in skeleton.live_names.items() if live not in expected]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def quantize_rtn(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Round the linears inside the blocks of ``model`` (``demo``, a folder, or a Hub repository) to
@@ -48,6 +49,7 @@ def quantize_rtn(
     format         auto (gptq when symmetric, else gptq_v2), gptq, gptq_v2, awq, compressed-tensors,
                    mlx, or gguf:TYPE with the types q4_0, q4_1, q5_0, q5_1, q8_0
     pre_tokenizer  GGUF's name for the tokenizer's first step, where it is not recognised
+    low_disk       leave the weights on the Hub, and read them tensor by tensor
 
     Raises UsageError for what the format does not have, QuantkitError for a model that cannot be
     quantized, both before anything is written. An interrupted call goes on when repeated.
@@ -63,7 +65,7 @@ def quantize_rtn(
         )
 
     settings = {"bits": scheme.bits, "group": scheme.group_size, "sym": scheme.symmetric}
-    source = resolve(model, revision)
+    source = resolve(model, revision, low_disk=low_disk)
     opened = Rounded(open_checkpoint(source), rounder, "rtn", settings, halve=True)
     target = convert_targets.target(format, opened, lossy=False, pre_tokenizer=pre_tokenizer)
     return carry(

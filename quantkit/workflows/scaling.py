@@ -1,7 +1,7 @@
 """Scales of a block's inputs: chosen, tried on the block itself, and folded into it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Scaling:
             return moments
         cross = None if moments.cross is None else moments.cross / scale
         gram = awq.scaled_hessian(moments.gram, scale)
-        return Moments(gram, moments.mean / scale, cross, moments.drift)
+        return replace(moments, gram=gram, mean=moments.mean / scale, cross=cross)
 
     def originals(self, originals: Originals) -> Originals:
         """The scaled block's."""

@@ -1,10 +1,10 @@
 """The end of a quantization: what goes beside the weights, and the step that makes it whole."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quantkit.core import calibration, card_data, provenance
-from quantkit.core.checkpoint import ShardWriter, write_json, write_text
+from quantkit.core.checkpoint import Checkpoint, ShardWriter, write_json, write_text
 from quantkit.core.source import Source
 from quantkit.formats.older_names import with_older_names
 from quantkit.workflows import card, card_use, inspect, legacy
@@ -61,7 +61,7 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
             "name": plan.source.name,
             "revision": plan.source.revision,
             "files": hashes,
-            "bytes": plan.skeleton.checkpoint.nbytes,
+            "bytes": cast(Checkpoint, plan.skeleton.checkpoint).nbytes,
         },
         "settings": plan.resolved(),
         "size": {
@@ -85,8 +85,9 @@ def _provenance(report: "Report", sources: list[str], hashes: dict[str, str]) ->
         "layers": report.layers,
         **({"scaled": pairs} if (pairs := report.pairs()) else {}),
         "fallbacks": report.fallbacks,
+        "memory": {"mode": str(plan.way), "backoffs": report.backoffs},
         "dropped_tensors": plan.layout.dropped,
         "versions": provenance.versions(),
-        "machine": provenance.machine(plan.skeleton.device),
+        "machine": provenance.machine(plan.skeleton.device, report.ranks),
         "seconds": {phase: round(spent, 2) for phase, spent in report.seconds.items()},
     }

@@ -16,7 +16,9 @@ original's, so that the model is read once, however many parts it has.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import isfinite
 
 import torch
@@ -29,6 +31,7 @@ from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.methods import align, gptq
 from quantkit.runtime import gather
+from quantkit.runtime.states import Keeping, States
 from quantkit.runtime.walk import Block, InputGroup, Walk
 from quantkit.workflows.calibrate import batches
 from quantkit.workflows.method import Originals, put_other, put_weight
@@ -66,6 +69,7 @@ def measure(
     walk: Walk,
     rows: list[list[int]],
     tokens_at_once: int,
+    keeping: Keeping,
     originals: OriginalsOf,
     schemes: Sequence[Scheme],
     options: gptq.Options,
@@ -76,11 +80,10 @@ def measure(
     calibration = batches(rows, tokens_at_once)
     probe = Scheme(PROBE, schemes[0].group_size, schemes[0].symmetric)
     samples = _samples(walk, rows)
-    hidden = walk.embed(calibration + samples)
-    full = gather.copied(hidden[: len(calibration)])
-    original = gather.copied(hidden[len(calibration) :])
-    del hidden
-    streams: list[list[Tensor]] = []
+    with closing(walk.embedding(calibration + samples)) as hidden:
+        full = keeping.keep(islice(hidden, len(calibration)), [x.shape for x in calibration])
+        original = States([x.clone() for x in hidden])
+    streams: list[States] = []
     found: list[Measured] = []
     progress.begin("measuring", len(walk))
     for index in range(len(walk)):
@@ -130,7 +133,7 @@ class _Part:
         """Relative output error, and the rounded weights, one above the other."""
         weight, gram = torch.cat(self.weights), self.moments.gram
         rounded = gptq.solve(weight, gram, scheme, self.options).qweight.dequantize()
-        return gptq.relative_error(weight, rounded, gram), rounded
+        return gptq.relative_error(weight, rounded, gram)[0], rounded
 
     def errors(self, schemes: Sequence[Scheme]) -> dict[Scheme, float]:
         """Relative output errors. What smaller groups gain is the same factor at all bits, within
@@ -148,9 +151,9 @@ class _Part:
                 found[scheme] = found[like] * found[finer] / found[coarse]
         return found
 
-    def stream(self, block: Block, original: list[Tensor], rounded: Tensor) -> list[Tensor]:
+    def stream(self, block: Block, original: States, rounded: Tensor) -> States:
         """The block's outputs for ``original`` with these weights. The block stays as it is."""
-        result = gather.copied(original)
+        result = original.copy()
         parts = rounded.split([len(weight) for weight in self.weights])
         before = {name: dict(block.linear(name).named_parameters()) for name in self.names}
         for name, weight, bias, new in zip(self.names, self.weights, self.biases, parts):
@@ -176,7 +179,7 @@ def _samples(walk: Walk, rows: list[list[int]]) -> list[Tensor]:
 
 
 def _divergences(
-    walk: Walk, samples: list[Tensor], original: list[Tensor], streams: list[list[Tensor]]
+    walk: Walk, samples: list[Tensor], original: States, streams: list[States]
 ) -> list[float]:
     """Mean KL of every stream's predictions from the original's."""
     found = [Comparison() for _ in streams]

@@ -58,17 +58,7 @@ def serve(
         served = [open_model(*one, settings, note) for one in zip(models, names)]
         hosts = local_hosts(tuple(allowed_host)) if local or allowed_host else None
         app = create_app(served, hosts=hosts, api_key=api_key, with_page=page)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            server_header=False,
-            h11_max_incomplete_event_size=_HEADERS,
-            http="h11",
-            ws="none",
-            limit_concurrency=_CONNECTIONS,
-            timeout_graceful_shutdown=drain_seconds,
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(configuration(app, drain_seconds))
         for model in served:
             model.engine.watch(lambda: _stop(server))
         note(f"ready: {_url(listening)} (OpenAI clients: {_url(listening)}/v1)")
@@ -76,6 +66,24 @@ def serve(
     dead = [model.name for model in served if model.engine.dead]
     if dead:
         raise QuantkitError(f"the engine of {' and '.join(dead)} has failed", "see above for why")
+
+
+def configuration(app: Any, drain_seconds: int) -> "uvicorn.Config":
+    """How ``app`` is served."""
+    import uvicorn
+
+    from quantkit.serve.arriving import HeadInTime
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        server_header=False,
+        h11_max_incomplete_event_size=_HEADERS,
+        http=HeadInTime,
+        ws="none",
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=drain_seconds,
+    )
 
 
 def _run(server: "uvicorn.Server", listening: socket.socket) -> None:

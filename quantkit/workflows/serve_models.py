@@ -7,10 +7,12 @@ from typing import Any
 
 from quantkit.core.source import resolve
 from quantkit.errors import UsageError
-from quantkit.runtime import llamacpp, templates
+from quantkit.runtime import templates
 from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.engine import choose
+from quantkit.runtime.llamacpp import LlamaCpp
 from quantkit.runtime.opened import Opened, open_checkpoint
-from quantkit.runtime.tokenizer import end_ids
+from quantkit.runtime.tokenizer import Tokenizer, end_ids
 from quantkit.serve.engine import Engine
 from quantkit.serve.engines import NAMES
 from quantkit.serve.model import Served
@@ -53,14 +55,18 @@ def open_model(model: str, name: str, settings: Settings, note: Callable[[str], 
     """Load ``model``. ``note`` is told what was chosen. Raises QuantkitError when it does not
     load."""
     source = resolve(model, settings.revision)
-    opened = open_checkpoint(source)
-    engine, why = _choice(opened, settings)
-    making = {"torch": _torch, "llama.cpp": _llamacpp, "vllm": _vllm}[engine]
-    running, vocabulary, own = making(opened, settings)
-    size = bytes_of(opened)
-    about = {"format": opened.format, "bytes": size, "source": source.name}
+    chosen = choose(source, settings.engine, settings.device, context=settings.context)
+    if chosen.llama is not None:
+        running, vocabulary, own = _llamacpp(chosen.llama, settings)
+        form, size = "gguf", chosen.llama.path.stat().st_size
+    else:
+        opened = open_checkpoint(source)
+        making = {"torch": _torch, "vllm": _vllm}[chosen.name]
+        running, vocabulary, own = making(opened, settings)
+        form, size = opened.format, bytes_of(opened)
+    about = {"format": form, "bytes": size, "source": source.name}
     note(
-        f"{name}: {opened.format}, {size / 1e9:.2f} GB, engine {engine} ({why}), "
+        f"{name}: {form}, {size / 1e9:.2f} GB, engine {chosen.name} ({chosen.why}), "
         f"context {running.limits.context} tokens"
     )
     if vocabulary.template is None:
@@ -85,23 +91,6 @@ def names_of(models: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _choice(opened: Opened, settings: Settings) -> tuple[str, str]:
-    """The engine, and why."""
-    gguf = opened.format == "gguf"
-    if settings.engine == "llama.cpp" and not gguf:
-        raise UsageError(
-            f"llama.cpp runs GGUF files, and {opened.source.name} is none",
-            "quantkit convert --to gguf:q4_0 makes one",
-        )
-    if settings.engine != "auto":
-        return settings.engine, "as asked for"
-    if not gguf or pick_device(settings.device).type != "cpu":
-        return "torch", f"{opened.format} in quantkit's own loader"
-    if llamacpp.installed():
-        return "llama.cpp", "GGUF on a CPU"
-    return "torch", "GGUF; pip install 'quantkit[llamacpp]' would be faster"
-
-
 Made = tuple[Engine, Vocabulary, Mapping[str, Any]]
 
 
@@ -122,16 +111,15 @@ def _torch(opened: Opened, settings: Settings) -> Made:
         kv_tokens=settings.kv_tokens,
     )
     size = model.get_input_embeddings().num_embeddings
-    return Worker(backend, settings.queue), Vocabulary(tokenizer, size, settings.template), said
+    vocabulary = Vocabulary(Tokenizer(tokenizer), size, settings.template)
+    return Worker(backend, settings.queue), vocabulary, said
 
 
-def _llamacpp(opened: Opened, settings: Settings) -> Made:
+def _llamacpp(model: LlamaCpp, settings: Settings) -> Made:
     from quantkit.serve.engines.llamacpp import LlamaCppBackend
 
-    model = llamacpp.LlamaCpp(opened.files[0], context=settings.context)
-    backend = LlamaCppBackend(model)
-    vocabulary = Vocabulary(opened.tokenizer(), model.vocabulary, settings.template)
-    return Worker(backend, settings.queue), vocabulary, {}
+    vocabulary = Vocabulary(model, model.vocabulary, settings.template)
+    return Worker(LlamaCppBackend(model), settings.queue), vocabulary, model.own_settings
 
 
 def _vllm(opened: Opened, settings: Settings) -> Made:
@@ -148,7 +136,8 @@ def _vllm(opened: Opened, settings: Settings) -> Made:
         queue=settings.queue,
         dtype=settings.dtype,
     )
-    return engine, Vocabulary(tokenizer, int(config["vocab_size"]), settings.template), said
+    size = int(config["vocab_size"])
+    return engine, Vocabulary(Tokenizer(tokenizer), size, settings.template), said
 
 
 def weights(opened: Opened) -> Path:

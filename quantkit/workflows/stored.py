@@ -1,6 +1,7 @@
 """Quantized linears between the plan and the output's files: each is read back as it is written."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from quantkit.core.checkpoint import ShardWriter, TensorSpec
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.methods import digest, fit
+from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.walk import Block
 from quantkit.workflows.layout import Job
 from quantkit.workflows.method import Outcome, Solved, put, put_other
@@ -22,16 +24,26 @@ def write(plan: Plan, index: int, outcome: Outcome, writer: ShardWriter) -> dict
     """Pack and write a block, and see that what is in the file unpacks to what was solved -> the
     digest of every linear, by its name on disk."""
     digests = {}
-    for job in plan.layout.jobs[index]:
-        digests[job.disk] = write_linear(plan, job, outcome.linears[job.inner], writer)
-    for name, tensor in outcome.others.items():
-        _put(writer, plan.disk_name(index, name), tensor)
-    writer.sync()
-    return digests
+    with ThreadPoolExecutor(thread_name_prefix="digest") as hashing:  # others are written meanwhile
+        for job in plan.layout.jobs[index]:
+            solved = outcome.linears[job.inner]
+            write_linear(plan, job, solved, writer)
+            digests[job.disk] = hashing.submit(digest_of, plan, job, solved, writer)
+        for name, tensor in outcome.others.items():
+            _put(writer, plan.disk_name(index, name), tensor)
+        writer.sync()
+    return {name: found.result() for name, found in digests.items()}
 
 
-def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> str:
-    """Pack and write one linear, and read it back -> its digest."""
+def digest_of(plan: Plan, job: Job, solved: Solved, writer: ShardWriter) -> str:
+    """The digest of a linear that was written; from the file where codes are on a GPU, which has
+    better things to do than to send them here."""
+    q = solved.qweight
+    return digest.of(q if q.codes.device == _CPU else read(plan, job, writer))
+
+
+def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> None:
+    """Pack and write one linear, and read it back."""
     try:
         fitted, _ = fit.fit(result.qweight, plan.packer.FORM)
     except fit.CannotHold as error:
@@ -44,7 +56,6 @@ def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> s
         _put(writer, f"{job.disk}.{suffix}", tensor)
     if not read(plan, job, writer, result.qweight.codes.device).identical(result.qweight):
         raise QuantkitError(f"{job.disk} was written, but reads back differently")
-    return digest.of(result.qweight.to(_CPU))
 
 
 def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:
@@ -69,16 +80,27 @@ def read(plan: Plan, job: Job, writer: ShardWriter, device: torch.device = _CPU)
     return q
 
 
+def finished(plan: Plan, job: Job, writer: ShardWriter) -> tuple[QWeight, Tensor | None]:
+    """A linear's weight and bias out of the output's files."""
+    bias = writer.read(f"{job.disk}.bias") if job.bias else None
+    return read(plan, job, writer), bias
+
+
 def put_finished(
-    plan: Plan, index: int, block: Block, writer: ShardWriter, others: list[str]
+    plan: Plan,
+    index: int,
+    block: Block,
+    writer: ShardWriter | None,
+    others: list[str],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Give the block what an earlier, interrupted run has written: its quantized weights, and the
-    parameters ``others`` that it changed."""
+    parameters ``others`` that it changed. Only the first rank has a ``writer``."""
     for job in plan.layout.jobs[index]:
-        bias = writer.read(f"{job.disk}.bias") if job.bias else None
-        put(block, job.inner, read(plan, job, writer), bias)
+        put(block, job.inner, *ranks.share(finished(plan, job, writer) if writer else None))
     for name in others:
-        put_other(block, name, writer.read(plan.disk_name(index, name)))
+        tensor = writer.read(plan.disk_name(index, name)) if writer else None
+        put_other(block, name, ranks.share(tensor))
 
 
 @dataclass(frozen=True)

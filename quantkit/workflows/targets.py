@@ -16,7 +16,8 @@ _EXLLAMA_MULTIPLE = 32
 # mlx: the group sizes of mx.quantized_matmul
 _MLX_GROUPS = {32, 64, 128}
 # transformers modeling_gguf_pytorch_utils.py, GGUF_SUPPORTED_ARCHITECTURES: causal models of it
-_TRANSFORMERS_GGUF = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss")
+_TRANSFORMERS_GGUF: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3")
+_TRANSFORMERS_GGUF += ("qwen3_moe", "gpt_oss")
 _TRANSFORMERS_GGUF += ("falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2", "nemotron")
 _TRANSFORMERS_GGUF += ("gemma2", "gemma3", "gemma3_text", "gemma4", "lfm2", "mamba")
 # heads that GPTQModel 7.6 knows by their name in files (models/definitions/gpt_neox.py), not by the

@@ -42,6 +42,8 @@ class Task:
     rules: tuple[Rule, ...] = ()
     budget: Budget | None = None
     lm_head: Gptq | None = None
+    max_gpu_memory: str | None = None
+    max_memory: str | None = None
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Report:
 
     layers     by name on disk: relative output error, damping, dead inputs, method
     fallbacks  every place where something other than the asked-for was done, in words
+    backoffs   every time that memory ran out and less was used from then on, in words
+    ranks      processes that worked on it
     budget     what was chosen for a target in bits or bytes, and why (budget.Choice)
     measured   the quantized model against the original, on held-out text; None with check=False
     seconds    by phase
@@ -58,8 +62,10 @@ class Report:
     folder: Path
     plan: Plan
     calibration: Calibration
+    ranks: int = 1
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
+    backoffs: list[str] = field(default_factory=list)
     measured: Comparison | None = None
     budget: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -11,8 +11,8 @@ from quantkit.core.source import Source
 from quantkit.workflows import card
 
 # what is long, or about single places, stays in the report
-_KEPT = ("against", "kl", "kl_error", "top1", "top5", "perplexity_ratio", "perplexity_ratio_error")
-_KEPT += ("sets", "divergence", "nonfinite", "gate")
+_KEPT: tuple[str, ...] = ("against", "kl", "kl_error", "top1", "top5", "perplexity_ratio")
+_KEPT += ("perplexity_ratio_error", "sets", "divergence", "nonfinite", "gate")
 
 
 def write(found: dict[str, Any], source: Source, folder: Path, notes: list[str]) -> None:

@@ -20,7 +20,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from triton.language.extra import cuda
 from triton.runtime.interpreter import InterpretedFunction
+
+from quantkit.runtime.kernels import support
 
 NAME = "quantkit_gpu"
 _MORE = ("position_bias", "cache", "softcap", "s_aux")  # attention with one of these is another
@@ -29,7 +32,7 @@ _arrived: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
 
 
 @triton.jit
-def kernel(
+def attention_step(
     query,
     keys,
     values,
@@ -56,6 +59,7 @@ def kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """query [texts, heads, WIDTH], keys [texts, HEADS, length, WIDTH], values the same with DEEP,
     mask bool [texts, length] -> out [texts, heads, DEEP].
@@ -64,7 +68,11 @@ def kernel(
     ROWS, COLUMNS  GROUP, and the wider of WIDTH and DEEP, as powers of two
     shares         float32 [texts * HEADS, SHARES, ROWS, COLUMNS + 2]: sums, their weight, maximum
     arrived        int32 [texts * HEADS], all 0
+    PDL            start while the kernel before this one still runs
     """
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     both, share = tl.program_id(0), tl.program_id(1)
     text, head = both // HEADS, both % HEADS
     row, column, place = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
@@ -197,8 +205,10 @@ def attend(
     out = torch.empty(texts, 1, heads, deep, dtype=query.dtype, device=query.device)
     size = rows * (columns + 2)
     space = torch.empty(texts * key_heads * split * size, device=query.device)
-    more: dict[str, Any] = {} if isinstance(kernel, InterpretedFunction) else {"num_warps": 4}
-    kernel[(texts * key_heads, split)](
+    early = support.early(query.device)
+    interpreted = isinstance(attention_step, InterpretedFunction)
+    more: dict[str, Any] = {} if interpreted else {"num_warps": 4, "launch_pdl": early}
+    attention_step[(texts * key_heads, split)](
         query,
         key,
         value,
@@ -221,6 +231,7 @@ def attend(
         ROWS=rows,
         COLUMNS=columns,
         BLOCK=BLOCK,
+        PDL=early,
         **more,
     )
     return out
@@ -231,8 +242,8 @@ def shares(heads: int, length: int, device: torch.device) -> int:
     processor of the GPU, a power of two."""
     if device.type != "cuda":
         return 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = max(1, min(3 * processors // heads, triton.cdiv(length, BLOCK), 32))
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = max(1, min(5 * processors // heads, triton.cdiv(length, BLOCK), 32))
     return 1 << (wanted.bit_length() - 1)
 
 

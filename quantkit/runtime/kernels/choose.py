@@ -26,7 +26,7 @@ def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) 
     half = x.dtype in (torch.float16, torch.bfloat16)
     if half and len(x) <= FEW:
         here = support.of(x.device)
-        early = here.capability >= (9, 0)
+        early = support.early(x.device)
 
         def run(config: Config) -> Tensor:
             return skinny.matmul(x, weight, bias, arrived, config, early=early)

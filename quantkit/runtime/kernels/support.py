@@ -9,6 +9,7 @@ import torch
 from quantkit.core.qweight import Scheme
 from quantkit.runtime.kernels.fragments import INPUTS
 
+NO_GPU = "no GPU is used"
 LEAST = (8, 0)  # compute capability: Ampere, whose tensor cores the kernels are written for
 
 
@@ -32,13 +33,24 @@ def of(device: torch.device) -> GPU:
     return gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def early(device: torch.device) -> bool:
+    """Whether a kernel on this device may be launched while the one before it still runs, and wait
+    for it itself (programmatic dependent launch: Hopper and later)."""
+    return device.type == "cuda" and of(device).capability >= (9, 0)
+
+
 def gpu_why_not(found: GPU) -> str | None:
     """Why the kernels do not run on this GPU, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if found.capability < LEAST:
-        return f"they need compute capability {LEAST[0]}.{LEAST[1]} (Ampere) or later"
+        return f"quantkit's kernels need compute capability {LEAST[0]}.{LEAST[1]} (Ampere) or later"
     return None
+
+
+def device_why_not(device: torch.device) -> str | None:
+    """Why the kernels do not run on this device, or None."""
+    return NO_GPU if device.type != "cuda" else gpu_why_not(of(device))
 
 
 def scheme_why_not(scheme: Scheme, width: int) -> str | None:

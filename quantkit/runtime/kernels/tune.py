@@ -65,7 +65,7 @@ def seconds(launch: Callable[[], object]) -> float:
     """Median time of a launch that finds nothing in the cache."""
     flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
     launch()  # compiled, if it was not yet
-    found = []
+    found: list[float] = []
     for _ in range(_REPEATS):
         flush.zero_()  # the GPU is busy with it while the launch is prepared
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

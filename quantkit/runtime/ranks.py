@@ -1,0 +1,288 @@
+"""Several processes that work on one model: what ``torchrun`` starts, and how they agree.
+
+Every process is a *rank* with a device of its own (GPU number LOCAL_RANK, or the CPU), and runs the
+same program over its own part of the rows. There is one code path: a process that runs alone is the
+only rank of :data:`ALONE`, for which all of this does nothing.
+
+    ranks = join()                        # from torchrun's environment
+    device = ranks.connect("auto")
+    part = hidden[ranks.part(len(hidden))]
+    ranks.merge([(stats, owners)])        # sums over all tokens
+    weight = ranks.share(weight, owner)   # bit for bit the same everywhere
+
+Two things connect ranks. Collectives (NCCL between GPUs, gloo on a CPU) carry tensors; they end in
+an error when a rank is lost, or after TIMEOUT. A store of short notes, which torchrun keeps, is for
+waiting without a limit while one rank works for all, and for telling whose error is shown.
+"""
+
+import io
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from quantkit.core.stats import InputStats
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.device import pick_device
+
+T = TypeVar("T")
+# A rank may have to wait while another one solves its part of a block on a slow CPU. A process that
+# has ended is noticed at once; this is for hosts that do not answer any more.
+TIMEOUT = timedelta(minutes=30)
+_POLL_SECONDS = 0.05
+_TOLD = "told"
+
+
+class Ranks:
+    """One of ``size`` processes, the ``rank``-th of all and the ``local``-th of its ``host``."""
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local: int = 0, host: int = 0, store: Any = None
+    ) -> None:
+        self.rank, self.size, self.local, self.host = rank, size, local, host
+        self._store = store
+        self._device = torch.device("cpu")
+        self._connected = self._turns = 0
+        self._asked, self._asking = False, threading.Lock()
+        # of its own: the other one may be waiting for something
+        self._notes = store.clone() if store else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes, and that people hear from."""
+        return self.rank == 0
+
+    def connect(self, name: str) -> torch.device:
+        """The device that ``name`` means for this rank, and the way to the others' devices. Raises
+        UsageError when ranks would have to share a GPU."""
+        if self.size == 1:
+            return pick_device(name)
+        self._device = device = self._own(pick_device(name), name)
+        if dist.is_initialized():
+            return device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        self._connected += 1
+        with self._together():
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=dist.PrefixStore(f"connection {self._connected}", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=TIMEOUT,
+                device_id=device if on_gpu else None,
+            )
+        return device
+
+    def _own(self, device: torch.device, name: str) -> torch.device:
+        if device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise UsageError(
+                f"{self.size} processes cannot all run on {name}",
+                "leave out --device: every process takes a GPU of its own",
+            )
+        if self.local >= torch.cuda.device_count():
+            raise UsageError(
+                f"this machine has {torch.cuda.device_count()} GPUs, and more processes than that",
+                "start one process for every GPU: torchrun --nproc-per-node gpu",
+            )
+        return torch.device("cuda", self.local)
+
+    def leave(self) -> None:
+        """The end of what :meth:`connect` began."""
+        if self._connected and dist.is_initialized():
+            with self._together():
+                dist.barrier()
+            dist.destroy_process_group()
+
+    def part(self, count: int) -> slice:
+        """This rank's part of ``count`` things: neighbours, so that all parts together are in the
+        old order."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def share(self, value: T | None, owner: int = 0) -> T:
+        """The ``owner``'s value on every rank, with the tensors in it bit by bit the same; a tensor
+        is on the GPU of each rank if it was on the owner's."""
+        if self.size == 1:
+            return value  # type: ignore[return-value]
+        tensors: list[Tensor] = []
+        with self._together():
+            if self.rank == owner:
+                message = _packed(value, tensors)
+                self._broadcast(torch.tensor([len(message)]), owner)
+                self._broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), owner)
+            else:
+                length = int(self._broadcast(torch.zeros(1, dtype=torch.int64), owner))
+                buffer = self._broadcast(torch.empty(length, dtype=torch.uint8), owner)
+                value = _unpacked(buffer.numpy().tobytes(), self._device, tensors)
+            for tensor in tensors:
+                self._broadcast(tensor, owner)
+        return value  # type: ignore[return-value]
+
+    def everyone(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        return [self.share(value if rank == self.rank else None, rank) for rank in range(self.size)]
+
+    def _broadcast(self, tensor: Tensor, owner: int) -> Tensor:
+        """``tensor`` becomes the owner's, in place; by way of this rank's device, as bytes."""
+        if not tensor.numel():
+            return tensor
+        there = tensor.to(self._device).contiguous()
+        dist.broadcast(there.view(-1).view(torch.uint8), owner)
+        if self.rank != owner and there is not tensor:
+            tensor.copy_(there)
+        return tensor
+
+    def merge(self, parts: Iterable[tuple[InputStats, Sequence[int]]]) -> None:
+        """Statistics of this rank's tokens become those of all tokens, on their owners; on other
+        ranks they are of no use any more. All ranks give the same inputs in the same order."""
+        if self.size == 1:
+            return
+        pairs = list(parts)
+        found = self.everyone([(stats.count, stats.shift) for stats, _ in pairs])
+        for (stats, owners), told in zip(pairs, zip(*found)):
+            # the first rank that has seen any: not all tokens reach every expert
+            shift = next((shift for _, shift in told if shift is not None), None)
+            if shift is None:
+                continue
+            stats.move(shift)
+            with self._together():
+                for tensor in stats.sums:
+                    if len(owners) == 1:
+                        dist.reduce(tensor, owners[0])
+                    else:
+                        dist.all_reduce(tensor)
+            stats.count = sum(count for count, _ in told)
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on the first rank; the others wait for as long as it takes."""
+        value = work() if self.first else None
+        self._wait_for("the first", self.first)
+        return self.share(value)
+
+    def first_on_host(self, work: Callable[[], T]) -> T:
+        """``work`` on every rank; one on each host does it before the others begin."""
+        if self.local:
+            self._wait_for(f"host {self.host}", False)
+            return work()
+        value = work()
+        self._wait_for(f"host {self.host}", True)
+        return value
+
+    def _wait_for(self, whom: str, it_is_me: bool) -> None:
+        """Returns as soon as the one that is waited for calls this too; however long it takes."""
+        if self.size == 1:
+            return
+        self._turns += 1
+        key = f"turn {self._turns} of {whom}"
+        with self._together():
+            if it_is_me:
+                self._store.set(key, "done")
+                return
+            while not self._store.check([key]):
+                if self._store.check([_TOLD]):
+                    raise self._lost()
+                time.sleep(_POLL_SECONDS)
+
+    def tells(self) -> bool:
+        """Whether this is the one process that tells why the run ends. An error that all have in
+        common is told once, and what follows from it on other ranks not at all."""
+        if self.size == 1:
+            return True
+        with self._asking:
+            asked, self._asked = self._asked, True
+            if asked:
+                return False
+            try:
+                teller = self._notes.compare_set(_TOLD, "", str(self.rank))
+            except RuntimeError:  # the store is gone with the process that kept it
+                return True
+            return bool(teller == str(self.rank).encode())
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What collectives raise when a rank is lost, as a sentence."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise self._lost() from error
+
+    def _lost(self) -> QuantkitError:
+        return QuantkitError(
+            f"one of the {self.size} processes has ended, or does not answer any more",
+            "run the same command again to go on from here, with as many processes as you like",
+        )
+
+
+ALONE = Ranks()
+
+
+@cache
+def join() -> Ranks:
+    """This process among those that torchrun (or whoever sets the same variables) has started;
+    ALONE if it was not started so. Raises QuantkitError when the others cannot be reached."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    except (RuntimeError, ValueError) as error:
+        raise QuantkitError(
+            f"the other processes cannot be reached ({str(error).splitlines()[0]})",
+            "start them with torchrun",
+        ) from error
+    local, host = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "GROUP_RANK"))
+    return Ranks(rank, size, local, host, store)
+
+
+class _Packer(pickle.Pickler):
+    """Sets tensors aside, and notes where they were, and how large."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        tensor = value.detach()
+        self._tensors.append(tensor)
+        return tensor.dtype, tuple(tensor.shape), tensor.is_cuda
+
+
+class _Unpacker(pickle.Unpickler):
+    """Makes room for the tensors."""
+
+    def __init__(self, file: io.BytesIO, device: torch.device, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._device, self._tensors = device, tensors
+
+    def persistent_load(self, note: Any) -> Tensor:
+        dtype, shape, on_gpu = note
+        tensor = torch.empty(shape, dtype=dtype, device=self._device if on_gpu else "cpu")
+        self._tensors.append(tensor)
+        return tensor
+
+
+def _packed(value: object, tensors: list[Tensor]) -> bytes:
+    file = io.BytesIO()
+    _Packer(file, tensors).dump(value)
+    return file.getvalue()
+
+
+def _unpacked(message: bytes, device: torch.device, tensors: list[Tensor]) -> Any:
+    return _Unpacker(io.BytesIO(message), device, tensors).load()

@@ -1,0 +1,73 @@
+"""Blocks that are read ahead and written behind in threads, as on a GPU, change no byte."""
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from tools import QUICK, model
+from torch.testing import assert_close
+
+from quantkit.runtime import staging
+from quantkit.runtime.walk import Walk
+from quantkit.workflows import quantize as workflow
+from quantkit.workflows.quantize import quantize
+
+
+@pytest.fixture
+def threaded(monkeypatch):
+    """What was read ahead, and in which order it was asked for."""
+    seen = []
+    read = staging.Staging._read
+
+    def noting(self, prefix):
+        seen.append(prefix)
+        return read(self, prefix)
+
+    monkeypatch.setattr(staging.Staging, "_read", noting)
+    monkeypatch.setattr(workflow, "_threaded", lambda plan: True)
+    return seen
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_folder_is_the_same(tmp_path, threaded, monkeypatch, fast):
+    source = str(model("gpt_neox"))
+    settings = {**QUICK, "fast": fast, "group": 32}
+    quantize(source, tmp_path / "threads", **settings)
+    assert threaded == ["gpt_neox.layers.1"]  # the first one is not read ahead
+    monkeypatch.setattr(workflow, "_threaded", lambda plan: False)
+    quantize(source, tmp_path / "plain", **settings)
+    assert len(threaded) == 1
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("threads", "plain"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert_close(tensor, other[name], rtol=0, atol=0, msg=name)
+
+
+def test_what_is_staged_is_what_the_block_is_filled_with(tmp_path):
+    skeleton = tiny.skeleton(tiny.build("llama", tmp_path))
+    walk = Walk(skeleton)
+    with staging.staging(skeleton, ahead=True) as ahead:
+        ahead.begin(walk.block_name(1))
+        ahead.arrived(walk.block_name(1))
+        for tensor in skeleton.staged.values():
+            tensor.fill_(7)
+        with walk.block(1) as block:
+            assert all(bool((p == 7).all()) for p in block.module.parameters())
+        ahead.begin(walk.block_name(0))
+        ahead.arrived(walk.block_name(1))  # another one than was begun: nothing of it is kept
+        assert not skeleton.staged
+    with staging.staging(skeleton, ahead=False) as nothing:
+        assert nothing is None
+
+
+def test_what_the_thread_cannot_read_is_told_by_the_walk(tmp_path, threaded, monkeypatch):
+    get = workflow.Checkpoint.get
+
+    def broken(self, name):
+        if "layers.1" in name:
+            raise OSError(f"{name} cannot be read")
+        return get(self, name)
+
+    monkeypatch.setattr(workflow.Checkpoint, "get", broken)
+    with pytest.raises(OSError, match="cannot be read"):
+        quantize(str(model("gpt_neox")), tmp_path / "out", group=32, **QUICK)
+    assert not (tmp_path / "out").exists()

@@ -622,9 +622,13 @@ def test_a_different_vocabulary_is_refused(tmp_path):
     assert "--against" in caught.value.hint
 
 
-@pytest.mark.parametrize("other", ["gpt_neox", "deeper", "wider"])
+@pytest.mark.parametrize("other", ["gpt_neox", "deeper", "shallower", "wider"])
 def test_a_different_model_with_the_same_vocabulary_is_refused(other):
-    changes = {"deeper": {"num_hidden_layers": 4}, "wider": {"intermediate_size": 256}}
+    changes = {
+        "deeper": {"num_hidden_layers": 4},
+        "shallower": {"num_hidden_layers": 2},
+        "wider": {"intermediate_size": 256},
+    }
     name = other if other == "gpt_neox" else "llama"
     original = model(name, **changes.get(other, {}))
     with pytest.raises(QuantkitError, match="quantized was not made from") as caught:

@@ -2,6 +2,7 @@
 model, so that what is measured is what will run."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -110,7 +111,8 @@ class Candidate:
 
     def _see(self, name: str, q: QWeight) -> None:
         """A packed weight of the file, when its block is filled."""
-        self._tops[name] = q.rows(0, _ROWS)
+        top = q.rows(0, _ROWS)
+        self._tops[name] = replace(top, codes=top.codes.clone())  # or all of them would stay
         if name in self._seen:  # the first block is filled twice
             return
         self._seen.add(name)

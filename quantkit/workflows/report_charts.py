@@ -20,8 +20,8 @@ from quantkit.workflows.report_words import (
 
 COLOURS = 10  # of series, see style.css
 _ARM, _TIP = 0.4, 1.25  # half the width of a plus's arms, and their ends
-_PLUS = ((-_ARM, -_TIP), (_ARM, -_TIP), (_ARM, -_ARM), (_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM))
-_PLUS += tuple((-x, -y) for x, y in _PLUS)
+_HALF = ((-_ARM, -_TIP), (_ARM, -_TIP), (_ARM, -_ARM), (_TIP, -_ARM), (_TIP, _ARM), (_ARM, _ARM))
+_PLUS = (*_HALF, *((-x, -y) for x, y in _HALF))
 # what marks the points of a series, behind the circle of the first one
 _SHAPES = (
     ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),

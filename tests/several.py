@@ -25,18 +25,20 @@ class Started:
 
     def __init__(self, size: int, work: Callable[[int], Any], folder: Path) -> None:
         self.folder = folder
-        # as torchrun does, so that it outlives whoever is lost
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = self._store.port
         fork = multiprocessing.get_context("fork")
         self._pipes, self.processes = [], []
         for rank in range(size):
-            reading, writing = fork.Pipe(duplex=False)
-            process = fork.Process(target=_begin, args=(rank, size, port, work, writing, folder))
+            ours, theirs = fork.Pipe()
+            process = fork.Process(target=_begin, args=(rank, size, work, theirs, folder))
             process.start()
-            writing.close()
-            self._pipes.append(reading)
+            theirs.close()
+            self._pipes.append(ours)
             self.processes.append(process)
+        # as torchrun does, so that it outlives whoever is lost; and not before the last fork, since
+        # what its threads hold locked then would stay locked in the child
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for pipe in self._pipes:
+            pipe.send(self._store.port)
 
     def kill(self, rank: int) -> None:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
@@ -69,9 +71,8 @@ def _received(pipe: Any, seconds: float) -> Any:
     return None
 
 
-def _begin(
-    rank: int, size: int, port: int, work: Callable[[int], Any], pipe: Any, folder: Path
-) -> None:
+def _begin(rank: int, size: int, work: Callable[[int], Any], pipe: Any, folder: Path) -> None:
+    port = pipe.recv()
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{rank}.{stream}", os.O_CREAT | os.O_WRONLY), number)
     # not what pytest has put in their places

@@ -1,11 +1,13 @@
 """How fast the kernels for quantized linears are on this GPU.
 
-    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--seconds 240]
+    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--search [--seconds 240]]
 
 Correctness comes first: every kernel against the float32 product with the dequantized weight. Then
 times: the four linears of one block of a 10B GPT-NeoX (hidden 4864, feed-forward 19456), 4 bits in
-groups of 128, each launch of a CUDA graph on another copy of the weights, so no cache flatters.
-float16 cuBLAS and torch's own int4 kernel (tinygemm) run under the same conditions.
+groups of 128, each launch of a CUDA graph on another copy of the weights, so no cache flatters; one
+after the other, and all four in turn as in a model. cuBLAS with 16-bit weights and torch's own int4
+kernel (tinygemm) run under the same conditions. --search looks for the best division of the work of
+the Triton kernel.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def seconds(launches: list[Callable[[], object]], repeats: int = 9) -> float:
 
 
 def check() -> None:
-    print("relative error against float32; identical when repeated")
+    print("relative error against float32 (Triton; as chosen here); identical when repeated")
     cases = [
         (Scheme(4), "", torch.float16),
         (Scheme(4), "", torch.bfloat16),
@@ -96,10 +98,27 @@ def check() -> None:
             again = skinny.matmul(x, weight, bias, scratch, config, early=early)
             assert torch.equal(found, again), "not deterministic"
             errors.append(float((found.float() - meant).norm() / meant.norm()))
+        here = arranged(q)
+        chosen_errors = []
+        for tokens in (1, 13, 64, 300, 1500):
+            x = torch.randn(tokens, 1536, device=GPU).to(dtype)
+            meant = x.float() @ reference.T
+            found, again = (choose.product(x, here[0], None, here[1]) for _ in range(2))
+            assert torch.equal(found, again), "not deterministic"
+            chosen_errors.append(float((found.float() - meant).norm() / meant.norm()))
+        errors.append(max(chosen_errors))
         name = f"{scheme} {kind} {str(dtype).removeprefix('torch.')}"
         print(
-            f"  {name:55s} {max(errors):.2e}  {'ok' if max(errors) < 3e-3 else 'WRONG'}", flush=True
+            f"  {name:55s} {max(errors[:-1], default=0):.2e} {errors[-1]:.2e}  "
+            f"{'ok' if max(errors) < 3e-3 else 'WRONG'}",
+            flush=True,
         )
+
+
+def arranged(q: QWeight) -> tuple[fragments.Fragments, Tensor]:
+    """As a model has it on this GPU."""
+    held = fragments.arrange(q, blocked=choose.blocked(q, GPU))
+    return held, torch.zeros(choose.counters(held), dtype=torch.int32, device=GPU)
 
 
 def counters(out: int) -> Tensor:
@@ -222,21 +241,21 @@ def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
         print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
 
 
-def chosen(sizes: list[int], held: Held) -> None:
-    """What a model gets: the kernels as ``choose`` picks them."""
-    for tokens in sizes:
-        found = []
-        for shape in SHAPES:
-            x = torch.randn(tokens, shape[1], device=GPU, dtype=torch.bfloat16)
-            launches = [lambda w=w, s=s, x=x: choose.product(x, w, None, s) for w, s in held[shape]]
-            found.append(seconds(launches, 5))
-        each = " ".join(f"{one * 1e6:7.1f}" for one in found)
-        print(f"  {tokens:4d} tokens  as chosen {each}  sum {sum(found) * 1e6:7.1f}", flush=True)
+def chosen(tokens: int, dtype: torch.dtype, held: Held) -> tuple[list[float], float]:
+    """What a model gets, the kernels as ``choose`` picks them: each linear, and all in turn."""
+    inputs = {w: torch.randn(tokens, w, device=GPU, dtype=dtype) for w in (4864, 19456)}
+
+    def launch(weight, scratch):
+        return lambda: choose.product(inputs[weight.width], weight, None, scratch)
+
+    each = [seconds([launch(*one) for one in held[shape]], 5) for shape in SHAPES]
+    turns = [launch(*held[s][turn % len(held[s])]) for turn in range(6) for s in SHAPES]
+    return each, seconds(turns) * len(SHAPES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", default="1,8,16,32,64")
+    parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256,512,1024,4096")
     parser.add_argument("--search", action="store_true", help="try many ways to divide the work")
     parser.add_argument("--seconds", type=float, default=240)
     arguments = parser.parse_args()
@@ -246,33 +265,47 @@ def main() -> None:
     check()
     sizes = [int(text) for text in arguments.tokens.split(",")]
     print("microseconds of the four linears", SHAPES)
-    for tokens in sizes:
-        for name, found in (
-            ("float16 cuBLAS", cublas(tokens, torch.float16)),
-            ("bfloat16 cuBLAS", cublas(tokens, torch.bfloat16)),
-            *([("tinygemm bfloat16", tinygemm(tokens))] if tokens <= 16 else []),
-        ):
-            each = " ".join(f"{one * 1e6:7.1f}" for one in found)
-            print(f"  {tokens:4d} tokens  {name:20s} {each}  sum {sum(found) * 1e6:7.1f}")
     held: Held = {}
     started = time.time()
     for out, width in SHAPES:
         held[out, width] = [
-            (fragments.arrange(random_weight(out, width, Scheme(4))), counters(out))
-            for _ in range(copies(out, width, 0.53))
+            arranged(random_weight(out, width, Scheme(4))) for _ in range(copies(out, width, 0.53))
         ]
     torch.cuda.synchronize()
     print(f"arranged in {time.time() - started:.2f} s")
-    chosen(sizes, held)
+    for tokens in sizes:
+        rows = [
+            ("cuBLAS float16", cublas(tokens, torch.float16), None),
+            ("cuBLAS bfloat16", cublas(tokens, torch.bfloat16), None),
+        ]
+        if tokens <= 16:
+            rows.append(("tinygemm bfloat16", tinygemm(tokens), None))
+        for dtype in (torch.float16, torch.bfloat16):
+            name = f"quantkit {str(dtype).removeprefix('torch.')}"
+            rows.append((name, *chosen(tokens, dtype, held)))
+        for name, found, turn in rows:
+            each = " ".join(f"{one * 1e6:7.1f}" for one in found)
+            block = "" if turn is None else f"  in turn {turn * 1e6:7.1f}"
+            print(
+                f"  {tokens:4d} tokens  {name:18s} {each}  sum {sum(found) * 1e6:7.1f}{block}",
+                flush=True,
+            )
     for tokens in sizes if arguments.search else ():
         if tokens > 256:
             continue
+        plain: Held = {
+            (out, width): [
+                (fragments.arrange(fragments.restore(weight)), counters(out))
+                for weight, _ in held[out, width]
+            ]
+            for out, width in SHAPES
+        }
         for dtype in (torch.bfloat16, torch.float16) if tokens == 1 else (torch.bfloat16,):
             print(f"  {tokens} tokens, {str(dtype).removeprefix('torch.')}")
-            best = search(tokens, dtype, held, until)
+            best = search(tokens, dtype, plain, until)
             print(f"    sum {sum(row[0] for row in best.values()) * 1e6:.1f} us")
             if len(best) == len(SHAPES):
-                chain(tokens, dtype, held, best)
+                chain(tokens, dtype, plain, best)
 
 
 if __name__ == "__main__":

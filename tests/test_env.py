@@ -7,7 +7,7 @@ import torch
 
 from quantkit.cli.main import main
 from quantkit.core.qweight import Scheme
-from quantkit.runtime.kernels import support
+from quantkit.runtime.kernels import hopper, support
 from quantkit.workflows import env
 
 
@@ -42,11 +42,20 @@ def test_reasons_on_a_gpu(monkeypatch):
     monkeypatch.setattr(support, "gpu", lambda index: support.GPU("Tesla T4", 40, (7, 5)))
     assert "8.0" in env._choice(Scheme(4), gpu).reason
     assert "8.0" in env._decoding(gpu).reason
+    monkeypatch.setattr(support, "gpu", lambda index: support.GPU("RTX 4090", 128, (8, 9)))
+    assert "Triton" in env._choice(Scheme(4), gpu).kernel
+    assert "Hopper" in env._choice(Scheme(4), gpu).reason
     monkeypatch.setattr(support, "gpu", lambda index: support.GPU("H200", 132, (9, 0)))
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     assert "Triton" in env._choice(Scheme(4), gpu).reason
     monkeypatch.setattr(support, "find_spec", lambda name: object())
+    monkeypatch.setattr(hopper, "find_spec", lambda name: None)
+    assert "cuda-bindings" in env._choice(Scheme(4), gpu).reason
+    monkeypatch.setattr(hopper, "find_spec", lambda name: object())
     assert env._choice(Scheme(4), gpu).reason is None
+    assert "Hopper" in env._choice(Scheme(4), gpu).kernel
+    assert "Triton" in env._choice(Scheme(8), gpu).kernel
+    assert "four bits" in env._choice(Scheme(8), gpu).reason
     assert env._decoding(gpu).reason is None and "replayed" in env._decoding(gpu).kernel
     assert "nf4" in env._choice(Scheme(4, 64, grid="nf4"), gpu).reason
 

@@ -17,13 +17,12 @@ class GpuLinear(QuantLinear):
     arrived: Tensor
 
     def keep(self, q: QWeight, device: torch.device) -> None:
-        held = arrange(q.to(device))
-        self.scaled = held.scaled
+        held = arrange(q.to(device), blocked=choose.blocked(q, device))
+        self.scaled, self.blocked = held.scaled, held.blocked
         self.register_buffer("words", held.words)
         self.register_buffer("scale", held.scale)
         self.register_buffer("offset", held.offset)
-        room = len(held.words) * -(-choose.FEW // 8)
-        arrived = torch.zeros(room, dtype=torch.int32, device=device)
+        arrived = torch.zeros(choose.counters(held), dtype=torch.int32, device=device)
         self.register_buffer("arrived", arrived)
 
     @property
@@ -37,6 +36,7 @@ class GpuLinear(QuantLinear):
             self.scale,
             self.offset,
             self.scaled,
+            self.blocked,
         )
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:

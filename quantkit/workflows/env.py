@@ -13,12 +13,13 @@ from quantkit import __version__
 from quantkit.core import cache
 from quantkit.core.qweight import Scheme
 from quantkit.runtime.device import fast_bf16_on_cpu, pick_device, pick_dtype
-from quantkit.runtime.kernels import cpu_int4, support
+from quantkit.runtime.kernels import cpu_int4, hopper, support
 
 PACKAGES = (
     "torch",
     "transformers",
     "triton",
+    "cuda-bindings",
     "safetensors",
     "huggingface_hub",
     "gguf",
@@ -35,6 +36,7 @@ SCHEMES = (
     Scheme(4, 64, grid="nf4"),
 )
 _OUT, _WIDTH = 4096, 4096  # of a linear as models have it
+_SLOWEST = "multiplied out by torch"
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,22 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 def _choice(scheme: Scheme, device: torch.device) -> Choice:
     if device.type == "cuda":
-        reason = support.why_not(_WIDTH, scheme, device)
-        fast = "codes straight to the tensor cores (Triton)"
-    else:
-        reason = _cpu_why_not(scheme)
-        fast = "torch's int4 kernel for few tokens"
-    return Choice(str(scheme), fast if reason is None else "multiplied out by torch", reason)
+        return Choice(str(scheme), *_on_gpu(scheme, device))
+    reason = _cpu_why_not(scheme)
+    fast = "torch's int4 kernel for few tokens"
+    return Choice(str(scheme), fast if reason is None else _SLOWEST, reason)
+
+
+def _on_gpu(scheme: Scheme, device: torch.device) -> tuple[str, str | None]:
+    """What kernels.choose takes for an ordinary weight, and why nothing faster."""
+    reason = support.why_not(_WIDTH, scheme, device)
+    if reason is not None:
+        return _SLOWEST, reason
+    reason = hopper.why_not(support.of(device))
+    if reason is None and not hopper.fits(scheme, _OUT, _WIDTH, False):
+        reason = "the kernels for Hopper compute with up to four bits"
+    way = "Triton" if reason else "CUDA, for Hopper"
+    return f"codes straight to the tensor cores ({way})", reason
 
 
 def _decoding(device: torch.device) -> Choice:

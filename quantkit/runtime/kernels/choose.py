@@ -1,30 +1,48 @@
 """Which kernel computes a product, by scheme, device and number of tokens: the one place.
 
-    4 or 8 bits in memory, evenly spaced, groups of a multiple of 32
-        up to FEW tokens     skinny      codes go to the tensor cores as they are read
+    up to 4 bits, on Hopper, unless groups have minimums or the shape is odd (hopper.fits)
+        up to MANY tokens    hopper      CUDA, compiled at the first use
         more                 dense       the weight is multiplied out, then cuBLAS
+    4 or 8 bits in memory, evenly spaced, groups of a multiple of 32
+        up to FEW tokens     skinny      codes go to the tensor cores as they are read (Triton)
+        more                 dense
     anything else            none        ``QuantLinear`` dequantizes with torch
 
-The numbers are measured on an H200 (benchmarks/kernels_gpu.py) and scale with the processors of
-another GPU; into how many shares the inputs are divided, ``tune`` measures on each.
+The numbers are measured on an H200 (benchmarks/kernels_gpu.py); into how many shares ``skinny``
+divides the inputs, ``tune`` measures on each GPU.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit.runtime.kernels import dense, skinny, support, tune
+from quantkit.core.qweight import QWeight
+from quantkit.runtime.kernels import dense, hopper, skinny, support, tune
 from quantkit.runtime.kernels.fragments import Fragments
 from quantkit.runtime.kernels.skinny import Config
 
-FEW = 192
+FEW, MANY = 192, 1024
+
+
+def blocked(q: QWeight, device: torch.device) -> bool:
+    """Whether the kernels that will compute with ``q`` want it in blocks."""
+    fits = hopper.fits(q.scheme, *q.shape, q.minimum is not None)
+    return fits and hopper.why_not(support.of(device)) is None
+
+
+def counters(weight: Fragments) -> int:
+    """How many numbers ``arrived`` has for the kernels that compute with ``weight``."""
+    if weight.blocked:
+        return hopper.counters(support.of(weight.words.device).processors)
+    return weight.tiles * -(-FEW // 8)
 
 
 def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) -> Tensor:
-    """x [tokens, in] -> [tokens, out] in the dtype of x. ``arrived`` as for ``skinny.matmul``, for
-    FEW tokens."""
+    """x [tokens, in] -> [tokens, out] in the dtype of x. ``arrived`` int32 [counters], all 0."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and len(x) <= FEW:
+    if half and weight.blocked and len(x) <= MANY:
+        return hopper.product(x, weight, bias, arrived)
+    if half and not weight.blocked and len(x) <= FEW:
         here = support.of(x.device)
         early = support.early(x.device)
 

@@ -16,6 +16,13 @@ is read 16 bytes a lane, coalesced, once, and not a value ever moves between thr
 
 Fewer bits are kept in 4, five and six in 8. Scales and offsets [tiles, groups, g, w] lie as a
 thread meets them. The last tile is filled up with codes that weigh nothing.
+
+*Blocked*, for the kernels of Hopper (4 bits): its copy engine is told once for four tiles and 128
+inputs, and its ``wgmma`` reads x from where it lies, so lane t has to hold the inputs that the
+instruction gives it, 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of 16, in the place of 8 t .. 8 t + 7 of 32:
+
+    words  int32 [tiles / 4, in / 128, 4 tiles, 4 times 32 inputs, lane, 4]
+    scale  [tiles / 4, groups, 4 tiles, g, w]
 """
 
 from dataclasses import dataclass
@@ -28,6 +35,10 @@ from quantkit.core.qweight import QWeight, Scheme
 INPUTS = 32  # a lane's eight neighbours, for each of the four t
 LANES = 32
 _NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # which input lies in the n-th four bits of a word
+BLOCK = 4  # tiles
+STEP = 128  # inputs of a block
+# which of 32 inputs lies in the place of the n-th, blocked: the e-th of lane t is number 8 t + e
+_SPREAD = [8 * (e // 2) + 2 * t + e % 2 for t in range(4) for e in range(8)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Fragments:
     scale   [tiles, groups, 8, rows / 8], float16, bfloat16 or float32
     offset  the same shape, or None: either in code units, scale * (middle - zero) without its
             scale (``scaled``), or a minimum as it is
+    blocked whether words, scale and offset lie in blocks (see the module)
     """
 
     scheme: Scheme
@@ -47,6 +59,7 @@ class Fragments:
     scale: Tensor
     offset: Tensor | None
     scaled: bool
+    blocked: bool = False
 
     @property
     def bits(self) -> int:
@@ -57,6 +70,10 @@ class Fragments:
     def rows(self) -> int:
         """Outputs of a tile."""
         return 32 if self.bits == 4 else 16
+
+    @property
+    def tiles(self) -> int:
+        return len(self.words) * (BLOCK if self.blocked else 1)
 
     @property
     def kind(self) -> str:
@@ -80,12 +97,13 @@ def container(scheme: Scheme) -> int:
     return 4 if scheme.bits <= 4 else 8
 
 
-def arrange(q: QWeight) -> Fragments:
-    """Lay out a weight whose groups are contiguous, on the device where it is."""
+def arrange(q: QWeight, *, blocked: bool = False) -> Fragments:
+    """Lay out a weight whose groups are contiguous, on the device where it is. ``blocked`` takes
+    codes of at most four bits and a multiple of 128 inputs."""
     out, width = q.shape
     bits = container(q.scheme)
     rows = 32 if bits == 4 else 16
-    missing = -out % rows
+    missing = -out % (rows * BLOCK if blocked else rows)
     middle = q.scheme.midpoint
     codes = torch.nn.functional.pad(q.codes, (0, 0, 0, missing), value=middle)
     offset, scaled = q.minimum, False
@@ -93,30 +111,47 @@ def arrange(q: QWeight) -> Fragments:
         offset, scaled = (middle - q.zero.to(torch.int16)).to(torch.float16), True
     elif q.minimum is not None:
         offset = q.minimum.float() + middle * q.scale.float()
-    return Fragments(
-        q.scheme,
-        out,
-        width,
-        _four(codes) if bits == 4 else _eight(codes),
-        _beside(q.scale, missing, rows),
-        None if offset is None else _beside(offset, missing, rows),
-        scaled,
-    )
+    if blocked:
+        codes = codes.reshape(-1, width // INPUTS, INPUTS)[..., _SPREAD].reshape(-1, width)
+    words, scale = _four(codes) if bits == 4 else _eight(codes), _beside(q.scale, missing, rows)
+    offset = None if offset is None else _beside(offset, missing, rows)
+    if blocked:
+        words = _in_blocks(words.reshape(len(words), -1, STEP // INPUTS, LANES, 4))
+        scale, offset = _in_blocks(scale), None if offset is None else _in_blocks(offset)
+    return Fragments(q.scheme, out, width, words, scale, offset, scaled, blocked)
 
 
 def restore(fragments: Fragments) -> QWeight:
     """The weight that was arranged; a minimum comes back with the rounding of one addition."""
-    codes = _four_back(fragments.words) if fragments.bits == 4 else _eight_back(fragments.words)
-    middle = fragments.scheme.midpoint
-    scale = _apart(fragments.scale)[: fragments.out]
+    words, scale, offset = fragments.words, fragments.scale, fragments.offset
+    if fragments.blocked:
+        words, scale = _out_of_blocks(words).flatten(1, 2), _out_of_blocks(scale)
+        offset = None if offset is None else _out_of_blocks(offset)
+    codes = _four_back(words) if fragments.bits == 4 else _eight_back(words)
+    if fragments.blocked:
+        spread = codes.reshape(len(codes), -1, INPUTS)
+        codes = torch.empty_like(spread)
+        codes[..., _SPREAD] = spread
+        codes = codes.flatten(1)
+    middle, out = fragments.scheme.midpoint, fragments.out
+    scale = _apart(scale)[:out]
     zero = minimum = None
-    if fragments.offset is not None:
-        offset = _apart(fragments.offset)[: fragments.out]
+    if offset is not None:
+        offset = _apart(offset)[:out]
         if fragments.scaled:
             zero = (middle - offset.float()).to(torch.uint8)
         else:
             minimum = offset - middle * scale.float()
-    return QWeight(fragments.scheme, codes[: fragments.out], scale, zero, minimum=minimum)
+    return QWeight(fragments.scheme, codes[:out], scale, zero, minimum=minimum)
+
+
+def _in_blocks(held: Tensor) -> Tensor:
+    """[tiles, n, ...] -> [tiles / BLOCK, n, BLOCK, ...]"""
+    return held.reshape(-1, BLOCK, *held.shape[1:]).transpose(1, 2).contiguous()
+
+
+def _out_of_blocks(held: Tensor) -> Tensor:
+    return held.transpose(1, 2).flatten(0, 1)
 
 
 def _four(codes: Tensor) -> Tensor:

@@ -1,0 +1,574 @@
+// y = x W^T on Hopper, W in 4 bits: tensor cores fed from codes that stay packed.
+//
+// One warp copies (bulk copies of the copy engine, into a ring of STAGES stages), the others compute.
+// A stage holds 128 inputs: codes and scales of ROWS rows, and x of N tokens. A lane's codes are a
+// vector of 16 bytes (fragments.py, blocked), and unpacking gives it the left operand of an
+// instruction in registers: no value moves between threads. The ring is filled with weights before
+// the kernel in front of this one has ended.
+//
+// FEW tokens: reading takes the time. A program is four warps, each with a tile of 32 rows; the inputs
+// of 128 rows are divided among the programs of a cluster, whose first one adds all sums up, in order,
+// through shared memory. Several programs fit on a processor, also of the kernel behind.
+//
+// More tokens: multiplying takes the time. One program to a processor, four warpgroups of 64 rows each:
+// while one unpacks, the others multiply (wgmma). There are as many programs as processors; each takes
+// `whole` pairs of a row block and a token block, and an equal stretch of all steps of the rest. Where
+// a pair is shared, the program with its first step waits for the others' sums and adds them, in order.
+//
+// hopper.py defines, in front of this text:
+//   N        tokens of a block: 8 or 16 with FEW, else up to 128
+//   FEW      see above
+//   STAGES   of the ring
+//   RESIDENT programs that shall fit on a processor at once
+//   STEP     inputs that share a scale, as far as this kernel sees: 32, 64 or 128
+//   EXACT    1: products are exact, and sums are scaled; 0: weights are, and rounded to the dtype of
+//            x, as in a model that is not quantized
+//   BFLOAT   x, bias and out are bfloat16, not float16
+//   SCALE    a scale is 2: float16, 3: bfloat16, 4: float32
+//   ZEROS    whether groups have zero points (float16: middle - zero), or all of them MIDDLE
+//   WGMMA    (sums, a, b, keep): the instruction, for N
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define INLINE __device__ __forceinline__
+#define ROWS (FEW ? 128 : 256)
+#define TILES (ROWS / 32)
+#define BLOCKS (ROWS / 128)                         // of fragments: a copy each
+#define WARPS (FEW ? 4 : 16)                        // that compute
+#define COPYING (FEW ? 32 : 128)                    // threads, of which a warp has something to do
+#define HALVES (FEW ? 2 : 1)                        // of a tile that a warp has, 16 rows each
+#define WORDS_BYTES 2048                            // of a tile: 32 rows, 128 inputs
+#define SCALE_BYTES ((SCALE == 4 ? 4 : 2) * 32 * (128 / STEP))
+#define ZERO_BYTES (ZEROS * 64 * (128 / STEP))
+#define X_BYTES (N * 256)
+#define WORDS_AT X_BYTES
+#define SCALE_AT (WORDS_AT + TILES * WORDS_BYTES)
+#define ZERO_AT (SCALE_AT + TILES * SCALE_BYTES)
+#define USED_BYTES (ZERO_AT + TILES * ZERO_BYTES)
+#define STAGE_BYTES ((USED_BYTES + 1023) / 1024 * 1024)
+#define TURNED_ROW (HALVES * 32 + 16)               // bytes of a token, and padding
+#define TURNED_BYTES (16 / HALVES * TURNED_ROW)     // of a warp: 8 or 16 tokens
+#define BESIDE (N <= 64 ? 3 : 1)                     // shares of a sum that are read at a time
+#define BATCH (STEP < 64 ? STEP : 64)               // inputs that a warpgroup unpacks at a time
+
+struct __align__(64) Map { char held[128]; };       // CUtensorMap
+
+INLINE u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Barriers of the ring
+
+INLINE void prepare(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+INLINE void expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+INLINE void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+INLINE void await(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\nbra again;\nover:\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Copies
+
+INLINE void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+INLINE void copy_x(u32 to, const Map* map, int token, int half, u32 barrier) {  // 64 inputs, twice
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+      ::"r"(to), "l"(map), "r"(0), "r"(token), "r"(half), "r"(barrier) : "memory");
+}
+
+// Numbers
+
+INLINE u32 pair(float first, float second) {
+  u32 found;
+#if BFLOAT
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(second), "f"(first));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(second), "f"(first));
+#endif
+  return found;
+}
+INLINE u32 twice(float x) { return pair(x, x); }
+INLINE float half_number(u32 x) {
+  float found;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(found) : "h"((unsigned short)x));
+  return found;
+}
+INLINE float bfloat_number(u32 x) { return __uint_as_float(x << 16); }
+INLINE u32 minus(u32 a, u32 b) {
+  u32 found;
+#if BFLOAT
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+#else
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+#endif
+  return found;
+}
+INLINE u32 times(u32 a, u32 b) {
+  u32 found;
+#if BFLOAT
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(a), "r"(b));
+#endif
+  return found;
+}
+INLINE u32 times_plus(u32 a, u32 b, u32 c) {
+  u32 found;
+#if BFLOAT
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(c));
+#endif
+  return found;
+}
+
+// Codes
+
+struct Row {                                        // what a row's codes are turned into numbers with
+  u32 low, high;                                    // what unpacked pairs have too much
+  u32 scale, rest;                                  // with EXACT 0: the scale in one or two parts
+};
+
+INLINE u32 weighed(u32 x, const Row& row) {
+#if EXACT
+  return x;
+#elif BFLOAT                                        // a scale has more digits: rounded once
+  return times_plus(x, row.scale, times(x, row.rest));
+#else
+  return times(x, row.scale);
+#endif
+}
+template <u32 MASK, u32 ONE> INLINE u32 masked(u32 q) {
+  u32 found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(q), "n"(MASK), "n"(ONE));
+  return found;
+}
+// A word of eight codes: four pairs of neighbours. An exponent that makes the last bit of a mantissa
+// worth 1 (or 1/16) takes a code as it is.
+INLINE void unpack(u32 q, const Row& row, u32 (&pairs)[4]) {
+#if BFLOAT
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = weighed(minus(masked<0x000f000f, 0x43004300>(q >> 4 * i), row.low), row);
+#else
+  const u32 sixteenth = 0x2c002c00;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const u32 s = q >> 4 * i;
+    pairs[i] = weighed(minus(masked<0x000f000f, 0x64006400>(s), row.low), row);
+    pairs[i + 1] = weighed(times_plus(masked<0x00f000f0, 0x64006400>(s), sixteenth, row.high), row);
+  }
+#endif
+}
+// Scales and zero points of a lane's rows 8 w + g of a tile, w from `first` on
+INLINE void read_rows(const char* stage, int tile, int g, int group, int first, Row (&rows)[2 * HALVES],
+                      float (&scales)[2 * HALVES]) {
+  const int place = ((group * 4 + tile % 4) * 8 + g) * 4 + first;
+#pragma unroll
+  for (int i = 0; i < 2 * HALVES; i += 2) {
+    const char* held = stage + SCALE_AT + tile / 4 * (4 * SCALE_BYTES);
+#if SCALE == 4
+    const float2 found = *(const float2*)(held + (place + i) * 4);
+    scales[i] = found.x, scales[i + 1] = found.y;
+#else
+    const u32 found = *(const u32*)(held + (place + i) * 2);
+    scales[i] = SCALE == 3 ? bfloat_number(found & 0xffff) : half_number(found & 0xffff);
+    scales[i + 1] = SCALE == 3 ? bfloat_number(found >> 16) : half_number(found >> 16);
+#endif
+    float zeros[2] = {MIDDLE, MIDDLE};
+#if ZEROS
+    const u32 moved = *(const u32*)(stage + ZERO_AT + tile / 4 * (4 * ZERO_BYTES) + (place + i) * 2);
+    zeros[0] -= half_number(moved & 0xffff), zeros[1] -= half_number(moved >> 16);
+#endif
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      Row& row = rows[i + j];
+      row.low = twice((BFLOAT ? 128.0f : 1024.0f) + zeros[j]);
+      row.high = twice(-64.0f - zeros[j]);
+#if !EXACT
+      row.scale = twice(scales[i + j]);
+#if BFLOAT
+      row.rest = twice(scales[i + j] - __uint_as_float(row.scale << 16));
+#endif
+#endif
+    }
+  }
+}
+
+// Where the inputs of a stage are multiplied. Sums of 16 rows lie as both instructions have them: lane
+// 4 g + t has the tokens 8 j + 2 t and the one behind, of row g in 4 j and 4 j + 1, of row g + 8 in
+// 4 j + 2 and 4 j + 3.
+
+#if FEW
+
+INLINE void multiply(float* sums, const u32 (&a)[4], u32 b0, u32 b1) {
+#if BFLOAT
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+INLINE void compute(const char* stage, int warp, int lane, float (&sums)[2][N / 2]) {
+  const uint4* words = (const uint4*)(stage + WORDS_AT + warp * WORDS_BYTES) + lane;
+  const u32 x = shared(stage) + lane % 8 * 128;     // a row of 128 bytes, its eighths swizzled
+#pragma unroll
+  for (int from = 0; from < 128; from += STEP) {
+    Row rows[4];
+    float scales[4];
+    read_rows(stage, warp, lane / 4, from / STEP, 0, rows, scales);
+    float found[2][2][N / 2];                       // two chains: neither waits for the other
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) found[i / 2][i % 2][j] = 0.0f;
+#pragma unroll
+    for (int k = from; k < from + STEP; k += 32) {
+      const uint4 q = words[k];                     // 32 lanes for 32 inputs
+      u32 pairs[4][4], b[N / 8][4];
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        const u32 at = x + k / 64 * (N * 128) + n * 1024 + ((k % 64 / 8 + lane / 8) ^ (lane % 8)) * 16;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3]) : "r"(at) : "memory");
+      }
+      unpack(q.x, rows[0], pairs[0]), unpack(q.y, rows[1], pairs[1]);
+      unpack(q.z, rows[2], pairs[2]), unpack(q.w, rows[3], pairs[3]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const u32 a[4] = {pairs[2 * h][2 * j], pairs[2 * h + 1][2 * j], pairs[2 * h][2 * j + 1],
+                            pairs[2 * h + 1][2 * j + 1]};
+#pragma unroll
+          for (int n = 0; n < N / 8; ++n) multiply(found[j][h] + 4 * n, a, b[n][2 * j], b[n][2 * j + 1]);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        sums[h][i] = fmaf(found[0][h][i] + found[1][h][i], scales[2 * h + (i & 2) / 2], sums[h][i]);
+  }
+}
+
+#else
+
+INLINE void settle(float (&sums)[N / 2]) {          // what comes behind must not be moved before
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+// x of N tokens and 16 inputs in shared memory: rows of 128 bytes, swizzled by the copy engine
+INLINE u64 operand(u32 at) { return 0x4000004000010000ull | (u64)((at & 0x3ffff) >> 4); }
+
+INLINE void compute(const char* stage, int warp, int lane, float (&sums)[1][N / 2]) {
+  const int tile = warp / 2, half = warp % 2;       // warp w of a warpgroup has its rows 16 w to 16 w + 15
+  const u32 x = shared(stage), words = x + WORDS_AT + tile * WORDS_BYTES + lane * 16 + half * 8;
+  Row rows[2];
+  float scales[2];
+#if EXACT
+  float part[N / 2];
+#endif
+#pragma unroll
+  for (int from = 0; from < 128; from += BATCH) {
+    if (from % STEP == 0) read_rows(stage, tile, lane / 4, from / STEP, 2 * half, rows, scales);
+    u32 a[BATCH / 16][4];
+#pragma unroll
+    for (int i = 0; i < BATCH / 32; ++i) {
+      uint2 q;
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(q.x), "=r"(q.y) : "r"(words + (from / 32 + i) * 512) : "memory");
+      u32 upper[4], lower[4];
+      unpack(q.x, rows[0], upper), unpack(q.y, rows[1], lower);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[2 * i + j / 2][j % 2 * 2] = upper[j], a[2 * i + j / 2][j % 2 * 2 + 1] = lower[j];
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH / 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < BATCH / 16; ++i) {
+      const int input = from + 16 * i;
+      const u64 b = operand(x + input / 64 * (N * 128) + input % 64 * 2);
+#if EXACT
+      WGMMA(part, a[i], b, input % STEP != 0);
+#else
+      WGMMA(sums[0], a[i], b, 1);
+#endif
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+#if EXACT
+    if ((from + BATCH) % STEP == 0) {
+      settle(part);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) sums[0][i] = fmaf(part[i], scales[(i & 2) / 2], sums[0][i]);
+    }
+#else
+    settle(sums[0]);
+#endif
+  }
+}
+
+#endif
+
+// Who computes what: steps [from, to) of a pair of a row block and a token block
+
+struct Part {
+  u32 pair, from, to;
+};
+
+#if FEW
+
+INLINE u32 programs_of_cluster() {
+  u32 found;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(found));
+  return found;
+}
+INLINE bool next(Part& part, u32 count, u32 pairs, u32 steps, u32 whole) {
+  const u32 all = programs_of_cluster(), own = blockIdx.x % all;
+  part = {blockIdx.x / all, steps * own / all, steps * (own + 1) / all};
+  return count == 0;
+}
+// The sums of a cluster, in its first program. False for the others.
+INLINE bool together(float (&sums)[2][N / 2], char* memory, int thread, const Part&, u32, u32, u32, float*, u32*) {
+  const u32 all = programs_of_cluster(), own = blockIdx.x % all;
+  if (all == 1) return true;
+  // everybody is through with the ring: it takes the sums
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (own) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"(shared(memory)));
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const float* four = sums[j / (N / 8)] + j % (N / 8) * 4;
+      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
+                       there + (((own - 1) * (N / 4) + j) * 128 + thread) * 16),
+                   "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]) : "memory");
+    }
+  }
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (own) return false;
+  for (u32 other = 0; other < all - 1; ++other)
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const float4 found = ((const float4*)memory)[(other * (N / 4) + j) * 128 + thread];
+      float* four = sums[j / (N / 8)] + j % (N / 8) * 4;
+      four[0] += found.x, four[1] += found.y, four[2] += found.z, four[3] += found.w;
+    }
+  return true;
+}
+
+#else
+
+INLINE u32 first_of(u32 program, u64 all) { return (u32)(all * program / gridDim.x); }
+INLINE u32 program_of(u64 unit, u64 all) { return (u32)(((unit + 1) * gridDim.x - 1) / all); }
+
+INLINE bool next(Part& part, u32 count, u32 pairs, u32 steps, u32 whole) {
+  if (count < whole) {
+    part = {count * gridDim.x + blockIdx.x, 0, steps};
+    return true;
+  }
+  const u32 before = whole * gridDim.x;
+  const u64 all = (u64)(pairs - before) * steps;
+  const u32 end = first_of(blockIdx.x + 1, all);
+  const u32 unit = count == whole ? first_of(blockIdx.x, all) : (part.pair - before) * steps + part.to;
+  if (unit >= end) return false;
+  const u32 own = unit / steps;
+  part = {before + own, unit % steps, min(steps, end - own * steps)};
+  return true;
+}
+// All sums of a pair, in the program that has its first step; the others leave theirs, one pair each.
+// False for those.
+INLINE bool together(float (&sums)[1][N / 2], char*, int thread, const Part& part, u32 pairs, u32 steps,
+                     u32 whole, float* shares, u32* arrived) {
+  if (part.from == 0 && part.to == steps) return true;
+  const int warp = thread / 32, lane = thread % 32;
+  const u32 before = whole * gridDim.x;
+  float4* left = (float4*)shares + warp * (N / 8) * 32 + lane;
+  const u64 size = ROWS * N / 4;                    // of what a program leaves
+  u32* counter = arrived + (part.pair - before) * WARPS + warp;
+  if (part.from) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+      left[blockIdx.x * size + j * 32] = make_float4(sums[0][4 * j], sums[0][4 * j + 1], sums[0][4 * j + 2], sums[0][4 * j + 3]);
+    __syncwarp();
+    if (lane == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    return false;
+  }
+  const u64 all = (u64)(pairs - before) * steps, end = (u64)(part.pair - before + 1) * steps;
+  const u32 others = program_of(end - 1, all) - blockIdx.x;
+  if (lane == 0) {
+    u32 found;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    while (found < others);
+    *counter = 0;                                   // for the next launch
+  }
+  __syncwarp();
+#pragma unroll
+  for (int from = 0; from < N / 8; from += 4)       // of several programs at a time: they arrive together
+    for (u32 other = 1; other <= others; other += BESIDE) {
+      float4 found[BESIDE][4];
+#pragma unroll
+      for (u32 i = 0; i < BESIDE; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          found[i][j] = __ldcg(left + (blockIdx.x + min(other + i, others)) * size + (from + j) * 32);
+#pragma unroll
+      for (u32 i = 0; i < BESIDE; ++i)
+        if (other + i <= others)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            float* four = sums[0] + 4 * (from + j);
+            four[0] += found[i][j].x, four[1] += found[i][j].y, four[2] += found[i][j].z, four[3] += found[i][j].w;
+          }
+    }
+  return true;
+}
+
+#endif
+
+// A warp's rows of N tokens: turned round in shared memory, so that a token's rows are neighbours
+INLINE void write(float (&sums)[HALVES][N / 2], unsigned short* out, const unsigned short* bias, char* turned,
+                  int row, int token, int tokens, int width, int lane) {
+  float more[2 * HALVES] = {};
+  if (bias)
+#pragma unroll
+    for (int w = 0; w < 2 * HALVES; ++w) {
+      const int at = row + 8 * w + lane / 4;
+      if (at < width) more[w] = BFLOAT ? bfloat_number(bias[at]) : half_number(bias[at]);
+    }
+  // four matrices of 8 rows and 8 tokens at a time: of one block of tokens, or of two
+  const int beside = 2 / HALVES, chunks = 2 * HALVES;
+  const int matrix = lane / 8, own_chunk = lane % chunks, own_token = lane / chunks;
+  const u32 to = shared(turned) + (lane % 8 + matrix / chunks * 8) * TURNED_ROW + matrix % chunks * 16;
+  const char* from = turned + own_token * TURNED_ROW + own_chunk * 16;
+  const int column = row + own_chunk * 8;
+#pragma unroll
+  for (int j = 0; j < N / 8; j += beside) {
+    if (token + 8 * j >= tokens) break;
+    u32 r[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int w = m % chunks, at = 4 * (j + m / chunks) + w % 2 * 2;
+      r[m] = pair(sums[w / 2][at] + more[w], sums[w / 2][at + 1] + more[w]);
+    }
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+    __syncwarp();
+    const int own = token + 8 * j + own_token;
+    const uint4 found = *(const uint4*)from;
+    if (own < tokens && column < width) *(uint4*)(out + (u64)own * width + column) = found;
+    __syncwarp();
+  }
+}
+
+// tokens    rows of x, and of out [tokens, width]
+// blocks    of 128 rows that there are; what a pair has behind them is read again, and not written
+// pairs     row blocks times token blocks, the latter next to each other
+// steps     inputs / 128
+// repeated  steps that have the same scale: 1 but for groups wider than 128
+// whole     pairs that every program computes by itself (0 with FEW)
+// shares    float32, for every program ROWS * N, and arrived 16 for every pair that is shared, all 0:
+//           not with FEW
+extern "C" __global__ void __launch_bounds__(32 * WARPS + COPYING, RESIDENT)
+product(const __grid_constant__ Map x, const char* __restrict__ words, const char* __restrict__ scale,
+        const char* __restrict__ zero, const unsigned short* __restrict__ bias, unsigned short* __restrict__ out,
+        float* shares, u32* arrived, int tokens, int width, u32 blocks, u32 pairs, u32 token_blocks, u32 steps,
+        u32 repeated, u32 whole) {
+  extern __shared__ __align__(1024) char memory[];
+  __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  if (thread == 0) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
+    for (int i = 0; i < STAGES; ++i) prepare(shared(full + i), 1), prepare(shared(empty + i), WARPS);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  Part part;
+  if (warp >= WARPS) {                              // copies
+#if !FEW
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    if (warp > WARPS) return;
+#endif
+    if (lane) return;                               // one thread tells the copy engine
+    const u32 groups = steps / repeated * (128 / STEP), ring = shared(memory);
+    const char *words_at[BLOCKS], *scale_at[BLOCKS], *zero_at[BLOCKS];
+    u32 left = 0;                                   // steps until there is another scale
+    auto weights = [&](u32 stage) {                 // of a step, and on to the next one
+      const u32 barrier = shared(full + stage), to = ring + stage * STAGE_BYTES;
+      expect(barrier, USED_BYTES);
+      const bool moves = --left == 0;
+      if (moves) left = repeated;
+#pragma unroll
+      for (u32 i = 0; i < BLOCKS; ++i) {
+        copy(to + WORDS_AT + i * (4 * WORDS_BYTES), words_at[i], 4 * WORDS_BYTES, barrier);
+        copy(to + SCALE_AT + i * (4 * SCALE_BYTES), scale_at[i], 4 * SCALE_BYTES, barrier);
+        if (ZEROS) copy(to + ZERO_AT + i * (4 * ZERO_BYTES), zero_at[i], 4 * ZERO_BYTES, barrier);
+        words_at[i] += 4 * WORDS_BYTES;
+        if (moves) scale_at[i] += 4 * SCALE_BYTES, zero_at[i] += 4 * ZERO_BYTES;
+      }
+    };
+    u32 stage = 0, round = 0;
+    for (u32 count = 0; next(part, count, pairs, steps, whole); ++count) {
+      left = repeated - part.from % repeated;
+#pragma unroll
+      for (u32 i = 0; i < BLOCKS; ++i) {
+        const u64 block = min(part.pair / token_blocks * BLOCKS + i, blocks - 1);
+        const u64 group = block * groups + part.from / repeated * (128 / STEP);
+        words_at[i] = words + (block * steps + part.from) * (4 * WORDS_BYTES);
+        scale_at[i] = scale + group * (4 * SCALE_BYTES / (128 / STEP));
+        zero_at[i] = zero + group * 256;
+      }
+      const int token = part.pair % token_blocks * N;
+      u32 step = part.from;
+      if (count == 0) {
+        const u32 filled = min(STAGES, part.to - part.from);
+        for (u32 i = 0; i < filled; ++i) weights(i);
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        for (; stage < filled; ++stage, ++step) copy_x(ring + stage * STAGE_BYTES, &x, token, 2 * step, shared(full + stage));
+      }
+      for (; step < part.to; ++step, ++stage) {
+        if (stage == STAGES) stage = 0, ++round;
+        if (round) await(shared(empty + stage), round - 1 & 1);
+        weights(stage);
+        copy_x(ring + stage * STAGE_BYTES, &x, token, 2 * step, shared(full + stage));
+      }
+    }
+    return;
+  }
+#if !FEW
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+#endif
+  float sums[HALVES][N / 2];
+  u32 stage = 0, round = 0;
+  char* turned = memory + STAGES * STAGE_BYTES + warp * TURNED_BYTES;
+  for (u32 count = 0; next(part, count, pairs, steps, whole); ++count) {
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) sums[h][i] = 0.0f;
+    for (u32 step = part.from; step < part.to; ++step, ++stage) {
+      if (stage == STAGES) stage = 0, ++round;
+      await(shared(full + stage), round & 1);
+      compute(memory + stage * STAGE_BYTES, warp, lane, sums);
+      __syncwarp();
+      if (lane == 0) arrive(shared(empty + stage));
+    }
+    if (together(sums, memory, thread, part, pairs, steps, whole, shares, arrived))
+      write(sums, out, bias, turned, part.pair / token_blocks * ROWS + warp * (16 * HALVES),
+            part.pair % token_blocks * N, tokens, width, lane);
+  }
+}

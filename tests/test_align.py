@@ -113,4 +113,4 @@ def test_centred_gram_measures_the_error_that_a_bias_cannot_take_up():
     centred = x - x.mean(0)
     expected = ((centred @ (weight - quantized).T) ** 2).sum() / ((centred @ weight.T) ** 2).sum()
     error, _ = relative_error(weight, quantized, stats.gram)
-    assert error == pytest.approx(float(expected))
+    assert float(error) == pytest.approx(float(expected))

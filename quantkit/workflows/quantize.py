@@ -541,17 +541,18 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
 
 
 def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
-    """A finished block in the ledger."""
+    """A finished block in the ledger. Here, and once, it is waited for what a GPU has computed."""
+    results = [outcome.linears[job.inner] for job in jobs]
+    errors = torch.stack([solved.error for solved in results]).tolist() if results else []
     layers = {
         job.disk: {
-            "error": solved.error,
+            "error": error,
             "damp": solved.damp,
             "dead": solved.dead,
             "method": solved.method,
             **solved.notes,
         }
-        for job in jobs
-        for solved in [outcome.linears[job.inner]]
+        for job, solved, error in zip(jobs, results, errors)
     }
     return {"layers": layers, "others": list(outcome.others)}
 

@@ -154,11 +154,14 @@ class Block:
             )
             for key, members in seen.items()
         ]
-        return [self._closing(group, piece, output) for group in groups]
+        writers = [group for group in groups if group.writes]
+        off = [self._distance(group, piece, output) for group in writers]
+        distances = torch.stack(off).tolist() if off else []  # a GPU is waited for once
+        closing = {group for group, distance in zip(writers, distances) if distance < 0.05}
+        return [replace(group, closes=group in closing) for group in groups]
 
-    def _closing(self, group: InputGroup, piece: Tensor, output: Tensor) -> InputGroup:
-        if not group.writes:
-            return group
+    def _distance(self, group: InputGroup, piece: Tensor, output: Tensor) -> Tensor:
+        """How far noise that is added to a writer's output comes out of the block changed."""
         # a power of two near the output's size, so that bf16 sums stay comparable
         size = output.float().pow(2).mean().sqrt()
         generator = torch.Generator().manual_seed(0)
@@ -171,8 +174,7 @@ class Block:
             change = self.forward(piece).float() - output.float()
         finally:
             handle.remove()
-        off = (change - noise.float()).norm() / noise.float().norm()
-        return InputGroup(group.names, group.width, writes=True, closes=bool(off < 0.05))
+        return (change - noise.float()).norm() / noise.float().norm()
 
 
 class Walk:

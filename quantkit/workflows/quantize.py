@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import formats
-from quantkit.core import provenance, rules
+from quantkit.core import pinned, provenance, rules
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
@@ -364,7 +364,8 @@ def _quantize_blocks(
     ranks: Ranks,
 ) -> None:
     threaded = _threaded(plan)
-    with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
+    device = plan.skeleton.device
+    with one_behind(threaded, device) as behind, staging(plan.skeleton, threaded) as ahead:
         _walk_blocks(
             plan, states, writer, ledger, report, rides, strict, progress, ranks, behind, ahead
         )
@@ -522,7 +523,7 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
 
     def get(disk: str) -> Tensor:
         # in two steps: in one, the CPU would make a float32 copy first
-        return skeleton.read(disk).to(skeleton.device).float()
+        return pinned.carried(skeleton.read(disk), skeleton.device).float()
 
     def weight(name: str) -> Tensor:
         tensor = get(f"{jobs[name].disk}.weight")

@@ -245,7 +245,6 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     with disk_errors(output.folder), memory.limited(on, task.max_gpu_memory):
         writer, ledger = _begin(plan, rows, output)
         try:
-            _copy_dense(plan, writer, ledger, report)
             report.plan = memory.placed(plan, room, rows, _tokens_at_once(ledger), ranks)
             memory.backing_off(report, progress, lambda plan: walk(plan, writer, ledger))
             ranks.leave()
@@ -331,24 +330,23 @@ def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, 
     return writer, ledger
 
 
-def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report) -> None:
+def _copy_dense(plan: Plan, writer: ShardWriter | None, ledger: Ledger | None) -> None:
     """Embeddings, norms, head: as they are, but float32 becomes float16."""
-    if _DENSE in ledger:
+    if writer is None or ledger is None or _DENSE in ledger:
         return
-    with report.timing("copy"):
-        for name, spec in plan.layout.dense.items():
-            tensor = plan.skeleton.checkpoint.get(name)
-            cast = tensor.to(spec.dtype)
-            if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
-                raise QuantkitError(
-                    f"{name} has values that do not fit into {spec.dtype}",
-                    "save the model in bfloat16 first",
-                )
-            writer.write(name, cast)
-        for name, spec in plan.layout.ones.items():
-            writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
-        writer.sync()
-        plan.skeleton.checkpoint.release()
+    for name, spec in plan.layout.dense.items():
+        tensor = plan.skeleton.checkpoint.get(name)
+        cast = tensor.to(spec.dtype)
+        if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
+            raise QuantkitError(
+                f"{name} has values that do not fit into {spec.dtype}",
+                "save the model in bfloat16 first",
+            )
+        writer.write(name, cast)
+    for name, spec in plan.layout.ones.items():
+        writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
+    writer.sync()
+    plan.skeleton.checkpoint.release()
     ledger.finish(_DENSE, {})
 
 
@@ -397,6 +395,9 @@ def _walk_blocks(
     everyone = shared(report.calibration.rows, plan.way.tokens, ranks.size)
     rows = everyone[ranks.part(len(everyone))]
     batches = [*rows, *ride.batches, *_other_shapes(everyone, rows)]
+    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
+    with report.timing("copy"):
+        behind(_copy_dense, plan, writer, ledger)
     with report.timing("embed"), closing(walk.embedding(batches)) as hidden:
         full = states.keep(islice(hidden, len(rows)), [batch.shape for batch in rows])
         aside = islice(hidden, len(ride.batches))
@@ -404,7 +405,6 @@ def _walk_blocks(
         for _ in hidden:  # other shapes are only made known
             pass
         quantized = full.copy() if plan.method.aligned else None
-    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
     solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")

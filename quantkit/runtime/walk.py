@@ -229,21 +229,22 @@ class Walk:
             for batch in batches:
                 yield self._record(batch)
 
-    @torch.no_grad()
-    def logits(
-        self,
-        batches: list[Tensor],
-        hidden: Iterable[Tensor],
-        head: dict[str, nn.Parameter] | None = None,
-    ) -> Iterator[Tensor]:
+    def logits(self, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """The model's predictions [rows, tokens, vocabulary] from hidden states behind the last
-        block, a batch at a time. ``head``: parameters that the output head has instead of its own.
-        """
+        block, a batch at a time."""
         with self.surroundings(head=True):
             for batch, state in zip(batches, hidden):
-                with self._headed(head or {}):
-                    output = self._behind(batch, state)
-                yield output.logits
+                yield self.predicted(batch, state)
+
+    @torch.no_grad()
+    def predicted(
+        self, batch: Tensor, state: Tensor, head: dict[str, nn.Parameter] | None = None
+    ) -> Tensor:
+        """The predictions of one batch, while the surroundings and their head are in memory.
+        ``head``: parameters that the output head has instead of its own."""
+        with self._headed(head or {}):
+            found: Tensor = self._behind(batch, state).logits
+        return found
 
     @torch.no_grad()
     def head_inputs(self, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Tensor]:

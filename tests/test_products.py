@@ -60,6 +60,15 @@ def test_an_update_reaches_the_parts(split):
         assert torch.equal(part, expected)
 
 
+def test_rows_of_a_factor_are_its_own(split):
+    hessian, errors = hessian_and_errors()
+    factor = Factor(errors.clone())
+    rows = slice(32, 80)
+    factor.put(rows, 2 * errors[rows])
+    expected = products.times(hessian[:, rows], Factor(2 * errors[rows]))
+    assert torch.equal(products.times(hessian[:, rows], factor.of_rows(rows)), expected)
+
+
 @pytest.mark.parametrize("strip", [2048, 48])
 def test_energy_is_the_quadratic_form(monkeypatch, strip):
     hessian, errors = hessian_and_errors()

@@ -14,6 +14,8 @@ Those rounding errors have nothing to do with r and come with either sign, so th
 their sum: 2e-4 of the energy at most, over all linears of the demo model (without H2: 1e-3).
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,26 @@ class Factor:
     def update(self, rows: slice, change: Tensor) -> None:
         """Add ``change`` to some rows."""
         self.matrix[rows] += change
+        self._split(rows)
+
+    def put(self, rows: slice, values: Tensor) -> None:
+        """Let some rows be these."""
+        self.matrix[rows] = values
+        self._split(rows)
+
+    def _split(self, rows: slice) -> None:
         if self.parts:
             for whole, part in zip(self.parts, split(self.matrix[rows])):
                 whole[rows] = part
+
+    def of_rows(self, rows: slice) -> "Factor":
+        """Some of its rows, in the same memory."""
+        some = copy(self)
+        some.matrix = self.matrix[rows]
+        if self.parts:
+            high, low = self.parts
+            some.parts = high[rows], low[rows]
+        return some
 
 
 def times(a: Tensor, b: Factor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import formats
-from quantkit.core import pinned, provenance, rules
+from quantkit.core import durations, pinned, profile, provenance, rules
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
@@ -26,7 +26,7 @@ from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
-from quantkit.runtime import gather
+from quantkit.runtime import gather, speed
 from quantkit.runtime.device import pick_dtype
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.ranks import Ranks, join
@@ -248,6 +248,8 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
             report.plan = memory.placed(plan, room, rows, _tokens_at_once(ledger), ranks)
             memory.backing_off(report, progress, lambda plan: walk(plan, writer, ledger))
             ranks.leave()
+            if measured := profile.running():
+                measured.speed = speed.products(on, skeleton.dtype)
             with report.timing("seal"):
                 seal.seal(report, output, writer, task, hashes.result())
         finally:
@@ -429,6 +431,9 @@ def _walk_blocks(
             else:
                 with report.timing("solve"):
                     outcome = _solve(plan, index, block, full, quantized, ranks)
+                if measured := profile.running():
+                    tokens = sum(batch.numel() for batch in rows)
+                    measured.add(durations.least(plan.shapes.blocks[index], tokens))
                 done = _described(jobs, outcome) | {"tokens": plan.way.tokens}
                 with report.timing("write"):
                     behind(_keep, plan, index, outcome, writer, ledger, part, done)

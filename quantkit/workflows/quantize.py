@@ -445,10 +445,10 @@ def _walk_blocks(
         plan.skeleton.checkpoint.release()
         loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
-    with report.timing("write"):
-        behind.finish()
     job = plan.layout.head
     if job:
+        with report.timing("write"):  # writer and ledger are used here now
+            behind.finish()
         started = time.perf_counter()
         done = finished.get(job.name)
         if done is None:
@@ -460,6 +460,8 @@ def _walk_blocks(
         with report.timing("check"):
             head = heading.written(plan, job, writer, ranks) if job else None
             report.measured = ride.finish(walk, head)
+    with report.timing("write"):
+        behind.finish()
 
 
 def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:

@@ -30,6 +30,7 @@ def carried(tensor: Tensor, device: torch.device) -> Tensor:
 def fill(tensor: Tensor, read: Callable[[Tensor, int], object]) -> None:
     """Fill a contiguous tensor on a GPU: ``read(piece, start)`` puts its bytes from ``start`` on
     into ``piece``, uint8 on the CPU."""
+    assert tensor.is_contiguous()  # or a copy would be filled
     for start, part in _parts(tensor):
         piece = _piece()[: len(part)]
         read(piece, start)

@@ -14,6 +14,18 @@ in a process of its own:
 With --ranks N (repeatable) every run is started by torchrun as N processes, each on a GPU of its
 own; speed-ups are over the first N, whole and per block.
 
+Peers run in the same call, each as the command that its --peer gives, and are set against every
+run:
+
+    --peer 'llm-compressor=env PYTHONPATH=WHEELS python bench_llmcompressor.py --layers 2'
+
+A peer ends with a line ``RESULT {...}`` that has its seconds a block (quant_s_per_layer).
+
+The first block of a process carries what is made once (kernels, libraries' handles): it is told
+apart, and ``s_per_block`` is the mean of all others, with everything that a block takes (reading,
+solving, writing, the check that rides along). A model may have fewer blocks than its shape has:
+what the whole one would take is then extrapolated, and said to be. Memory is that of any number.
+
 Seconds by phase come from --profile, which waits for the GPU at every phase's ends and so takes a
 little longer. The floor is the arithmetic that cannot be avoided (a forward pass, the Hessians'
 upper halves, Cholesky, one pass of rounding) at --tflops.
@@ -23,6 +35,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,12 +50,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantkit import data
 from quantkit.core.checkpoint import ShardWriter, TensorSpec
+from quantkit.core.progress import Progress, Step
 
 IDS = 8192  # what the tokenizer that is lent to the model knows
 COMMON = {"max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0, "dtype": "float16"}
-# weblab-10b and deepseek-llm-67b: their configurations, and the widths of the inputs in a block
-# that linears have in common
-SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+# weblab-10b and deepseek-llm-67b: their configurations, the widths of the inputs in a block that
+# linears have in common, and their blocks
+SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "neox-10b": (
         {
             "model_type": "gpt_neox",
@@ -54,6 +68,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
             "tie_word_embeddings": False,
         },
         (4864, 4864, 4864, 19456),
+        36,
     ),
     "llama-67b": (
         {
@@ -66,6 +81,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
             "tie_word_embeddings": False,
         },
         (8192, 8192, 8192, 22016),
+        95,
     ),
 }
 
@@ -83,7 +99,7 @@ def main() -> None:
     print(f"model of {args.blocks} blocks made in {time.perf_counter() - made:.0f} s", flush=True)
     seconds = floor(args.shape, args.rows * args.tokens) / args.tflops / 1e12
     result: dict[str, Any] = {
-        "command": " ".join(["quantize_gpu.py", *sys.argv[1:]]),
+        "command": _public(["quantize_gpu.py", *sys.argv[1:]]),
         "machine": {
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "cores": os.cpu_count(),
@@ -92,6 +108,7 @@ def main() -> None:
         },
         "floor_s_per_block": round(seconds, 3),
         "runs": {},
+        "peers": {},
     }
     for run in args.run:
         first = None
@@ -100,6 +117,7 @@ def main() -> None:
             if found is None:
                 continue
             first = first or found
+            found["floor_share"] = round(seconds / ranks / found["s_per_block"], 3)
             if ranks > 1:
                 found["speed_up"] = {
                     key: round(first[key] / found[key], 2) for key in ("s_per_block", "wall_s")
@@ -107,6 +125,17 @@ def main() -> None:
             name = run if ranks == 1 else f"{run}, {ranks} GPUs"
             result["runs"][name] = found
             print(name, json.dumps(found), flush=True)
+    for peer in args.peer or []:
+        name, _, command = peer.partition("=")
+        told = _peer(shlex.split(command))
+        if told is None:
+            continue
+        result["peers"][name] = told
+        print(name, json.dumps(told), flush=True)
+        for name_of_run, found in result["runs"].items():
+            times = round(told["s_per_block"] / found["s_per_block"], 2)
+            found.setdefault("times_as_fast_as", {})[name] = times
+            print(f"{name_of_run}: {times} times as fast as {name}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
@@ -126,10 +155,44 @@ def _measured(args: argparse.Namespace, run: str, ranks: int) -> dict[str, Any] 
         print(f"{run} on {ranks} failed with exit code {process.returncode}")
         return None
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return found | {
+    first, *others = found.pop("each_block_s")
+    mean = sum(others) / len(others) if others else first
+    found |= {
         "wall_s": round(wall, 2),
-        "s_per_block": round(found["blocks_s"] / args.blocks, 3),
+        "first_block_s": round(first, 3),
+        "s_per_block": round(mean, 3),
     }
+    blocks = SHAPES[args.shape][2]
+    if blocks > args.blocks:
+        found["extrapolated"] = {
+            "blocks": blocks,
+            "from": args.blocks,
+            "wall_s": round(wall + (blocks - args.blocks) * mean, 1),
+        }
+    return found
+
+
+def _peer(command: list[str]) -> dict[str, Any] | None:
+    """What a peer tells of itself, or None when it failed."""
+    start = time.perf_counter()
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    wall = time.perf_counter() - start
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    if process.returncode or not lines:
+        print(f"{shlex.join(command)} failed with exit code {process.returncode}")
+        return None
+    told: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    return {
+        "s_per_block": told["quant_s_per_layer"],
+        "wall_s": round(wall, 2),
+        "command": _public(command),
+        "told": told,
+    }
+
+
+def _public(words: list[str]) -> str:
+    """A command without the folders of this machine; peers are told by their names."""
+    return shlex.join(Path(word.partition("=")[0]).name for word in words)
 
 
 def _arguments() -> argparse.Namespace:
@@ -143,6 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run", action="append", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--ranks", action="append", type=int, help="GPUs, 1 if not given")
+    parser.add_argument("--peer", action="append", metavar="NAME=COMMAND")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--low-memory", default="6GB")
     parser.add_argument("--low-ram", default="4GB")
@@ -233,10 +297,10 @@ def _child(args: argparse.Namespace) -> None:
         options |= {"max_gpu_memory": args.low_memory, "max_memory": args.low_ram}
     if run in ("fast", "low"):
         options["fast"] = True
-    measured = profile.start() if args.profile else None
+    measured, steps = profile.start() if args.profile else None, _Steps()
     with _host_memory() as peak:
         carry = quantize_awq if run == "awq" else quantize
-        report = carry(str(_source(args)), args.folder / "out", **options)
+        report = carry(str(_source(args)), args.folder / "out", progress=steps, **options)
     blocks = ("solve", "write", "propagate")
     if not report.written:
         return  # the first process speaks for all
@@ -248,6 +312,7 @@ def _child(args: argparse.Namespace) -> None:
                 "start_s": round(started - began, 2),
                 "run_s": round(time.perf_counter() - started, 2),
                 "blocks_s": round(sum(report.seconds.get(name, 0.0) for name in blocks), 2),
+                "each_block_s": steps.seconds,
                 "seconds": {name: round(spent, 2) for name, spent in report.seconds.items()},
                 "phases": {n: round(s, 2) for n, s in measured.seconds.items()} if measured else {},
                 "gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
@@ -256,6 +321,22 @@ def _child(args: argparse.Namespace) -> None:
             }
         )
     )
+
+
+class _Steps(Progress):
+    """The seconds of each block, of the last walk if there were several."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._since = 0.0
+
+    def begin(self, title: str, total: int) -> None:
+        self.seconds, self._since = [], time.perf_counter()
+
+    def step(self, step: Step) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._since)
+        self._since = now
 
 
 class _host_memory:  # noqa: N801  (used like a function)

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
-from quantkit.methods import align, rtn
+from quantkit.methods import align, factor, products, rtn
 from quantkit.methods.gptq import relative_error
 
 OUT, WIDTH, TOKENS = 12, 48, 400
@@ -40,6 +40,23 @@ def test_target_is_the_regularised_least_squares_correction(fraction, damp):
     correction = (missing.T @ x / TOKENS) @ torch.linalg.inv(regularised)
     found = align.aligned_target(weight, moments(x, missing), fraction, damp)
     torch.testing.assert_close(found, weight + fraction * correction, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("block", [16, 20, 48])
+def test_a_gpu_solves_in_blocks(monkeypatch, block):
+    """A GPU's way, with the CPU's products: as near as 17 bits are."""
+    weight, x, missing = data()
+    stats = moments(x, missing)
+    expected = align.aligned_target(weight, stats, 0.5, 0.01)
+    before = stats.cross.clone()
+    monkeypatch.setattr(products, "_mm", lambda a, b: a.double() @ b.double())
+    monkeypatch.setattr(products, "splits", lambda matrix: True)
+    monkeypatch.setattr(factor, "_GPU_BLOCK", block)
+    found = align.aligned_target(weight, stats, 0.5, 0.01)
+    assert torch.equal(stats.cross, before)
+    off = float((found - expected).norm() / (expected - weight).norm())
+    assert off < 1e-3
+    assert (off > 0) == (block < WIDTH)  # one block is not multiplied
 
 
 def test_fraction_zero_leaves_the_weight():
@@ -113,4 +130,4 @@ def test_centred_gram_measures_the_error_that_a_bias_cannot_take_up():
     centred = x - x.mean(0)
     expected = ((centred @ (weight - quantized).T) ** 2).sum() / ((centred @ weight.T) ** 2).sum()
     error, _ = relative_error(weight, quantized, stats.gram)
-    assert error == pytest.approx(float(expected))
+    assert float(error) == pytest.approx(float(expected))

@@ -696,3 +696,4 @@ def test_a_profile_shows_where_the_time_went(tmp_path, capsys):
         int(line.split()[-3]) for line in told.splitlines() if line.rstrip("│ ").endswith("%")
     ]
     assert 95 <= sum(shares) <= 105
+    assert "The floor is" in told and "TFLOP/s that a large product reaches here" in told

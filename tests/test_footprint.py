@@ -9,7 +9,7 @@ import pytest
 import tiny
 from tools import model, quantized
 
-from quantkit.core import footprint
+from quantkit.core import durations, footprint
 from quantkit.core.footprint import Block, Group, Mode, Room, Run, Shapes
 from quantkit.runtime.load import load
 from quantkit.runtime.outline import outlined
@@ -97,6 +97,13 @@ def test_weblab_10b_on_a_small_gpu(changes):
     """6 GB of GPU memory and 4 GB of RAM are enough."""
     mode = footprint.choose(WEBLAB, run(**changes), Room(6 * 10**9, 4 * 10**9))
     assert mode and mode.states == "disk"
+
+
+def test_the_least_that_a_block_takes():
+    """What benchmarks/quantize_gpu.py counts by itself for this shape, at 750 TFLOP/s."""
+    found = durations.least(NEOX, 128 * 2048)
+    assert found.keys() == {"forward", "hessian", "factor", "round"}
+    assert sum(found.values()) / 750e12 == pytest.approx(0.363, abs=5e-4)
 
 
 def on_device(mode, **changes):

@@ -358,7 +358,7 @@ def test_relative_error_is_that_of_the_outputs():
     rounded = rtn.quantize(weight, Scheme(3, 16)).dequantize().double()
     expected = ((x @ (weight - rounded).T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
     found, _ = relative_error(weight, rounded, x.T @ x / len(x))
-    assert found == pytest.approx(float(expected), rel=1e-9)
+    assert float(found) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_tile_is_smaller_than_the_widths_tested():

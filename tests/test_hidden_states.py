@@ -104,15 +104,15 @@ def test_nothing_is_kept_of_nothing(tmp_path):
 
 
 def test_threads_end_with_the_states(tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())  # others may end meanwhile
     states = Keeping("ram", tmp_path).keep(iter(batches()), SHAPES)
     assert same(states, batches())
-    assert threading.active_count() > before
+    own = set(threading.enumerate()) - before
+    assert own
     del states
-    for thread in threading.enumerate():
-        if thread.name.startswith("states"):
-            thread.join(10)
-    assert threading.active_count() == before
+    for thread in own:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in own)
 
 
 # ---- whole runs

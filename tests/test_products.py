@@ -60,9 +60,27 @@ def test_an_update_reaches_the_parts(split):
         assert torch.equal(part, expected)
 
 
-def test_energy_is_the_quadratic_form(monkeypatch):
+def test_rows_of_a_factor_are_its_own(split):
+    hessian, errors = hessian_and_errors()
+    factor = Factor(errors.clone())
+    rows = slice(32, 80)
+    factor.put(rows, 2 * errors[rows])
+    expected = products.times(hessian[:, rows], Factor(2 * errors[rows]))
+    assert torch.equal(products.times(hessian[:, rows], factor.of_rows(rows)), expected)
+
+
+@pytest.mark.parametrize("strip", [2048, 48])
+def test_energy_is_the_quadratic_form(monkeypatch, strip):
     hessian, errors = hessian_and_errors()
     expected = float(((errors.T @ hessian) * errors.T).sum())
-    assert products.energy(hessian, errors.T) == pytest.approx(expected, rel=1e-4)
-    monkeypatch.setattr(products, "_NUMBERS", 5 * 160)  # five rows at a time
-    assert products.energy(hessian, errors.T) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(products, "_STRIP", strip)
+    found = products.energy(hessian, errors.T)
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_energy_on_a_gpu_is_near(split):
+    hessian, errors = hessian_and_errors(320, 256)
+    for rows in (errors.T, torch.randn(256, 320, generator=torch.Generator().manual_seed(5))):
+        expected = float(((rows.double() @ hessian.double()) * rows.double()).sum())
+        assert float(products.energy(hessian, rows)) == pytest.approx(expected, rel=1e-3)

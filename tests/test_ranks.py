@@ -115,7 +115,8 @@ def solved(rows, error, energy, index=None, damp=0.01):
     codes = torch.randint(0, 16, (rows, 32), dtype=torch.uint8)
     scheme = Scheme(4, 16)
     q = QWeight(scheme, codes, torch.rand(rows, 2).half(), group_of=index)
-    return Solved(q, torch.rand(rows).half(), error, energy, damp, 1, "gptq")
+    told = (torch.tensor(x, dtype=torch.float64) for x in (error, energy))
+    return Solved(q, torch.rand(rows).half(), *told, damp, 1, "gptq")
 
 
 def test_parts_become_whole():
@@ -123,7 +124,7 @@ def test_parts_become_whole():
     found = joined(parts)
     assert torch.equal(found.qweight.codes[32:], parts[1].qweight.codes)
     assert torch.equal(found.bias, torch.cat([part.bias for part in parts]))
-    assert found.error == pytest.approx((0.3 + 0.4) / 4) and found.energy == 4
+    assert float(found.error) == pytest.approx((0.3 + 0.4) / 4) and found.energy == 4
     assert (found.damp, found.dead) == (0.1, 1)
     assert joined(parts[:1]) is parts[0]
 

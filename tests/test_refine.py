@@ -112,6 +112,37 @@ def test_refit_finds_the_least_squares_scales(scheme):
     assert changed > OUT // 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_systems_are_solved_alike_on_every_device(dtype):
+    columns, hessian, levels, grid = start(Scheme(4, 16))
+    hessian, levels = hessian.to(dtype), levels.to(dtype)
+    wanted = hessian @ columns.to(dtype)
+    system, right = refine._normal_equations(wanted, hessian, levels, len(grid.scale))
+    found, expected = (way(system, right) for way in (refine._by_cholesky, refine._by_elimination))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["_by_cholesky", "_by_elimination"])
+def test_a_row_without_a_solution_keeps_its_scales(monkeypatch, way):
+    """Levels that are all zero leave nothing to solve for; others are solved as ever."""
+    columns, hessian, levels, grid = start(Scheme(4, 16))
+    whole = refit(columns, hessian, levels, grid)
+    levels[:, 3] = 0
+    levels[32:, 5] = 0
+    monkeypatch.setattr(refine, "_by_elimination", getattr(refine, way))
+    monkeypatch.setattr(refine, "_RIDGE", -2.0)  # no system is positive definite any more
+    spoiled = refit(columns, hessian, levels, grid)
+    assert spoiled.scale.isfinite().all()
+    before = row_objectives(columns, hessian, levels, grid)
+    after = row_objectives(columns, hessian, levels, spoiled)
+    assert bool((after <= before * (1 + 1e-9)).all())
+    monkeypatch.setattr(refine, "_RIDGE", 1e-6)
+    fitted = refit(columns, hessian, levels, grid)
+    assert torch.equal(fitted.scale[:, 3], grid.scale[:, 3])
+    others = [row for row in range(OUT) if row not in (3, 5)]
+    torch.testing.assert_close(fitted.scale[:, others], whole.scale[:, others])
+
+
 def test_refit_keeps_old_scales_that_float16_makes_better():
     """Rounding each of the best scales by itself is not the best choice of float16 numbers."""
     scheme = Scheme(4, 16)

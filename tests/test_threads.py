@@ -1,11 +1,16 @@
 """Blocks that are read ahead and written behind in threads, as on a GPU, change no byte."""
 
+import errno
+
 import pytest
 import tiny
 from safetensors.torch import load_file
 from tools import QUICK, model
 from torch.testing import assert_close
 
+from quantkit.core.checkpoint import ShardWriter
+from quantkit.core.ledger import Ledger
+from quantkit.errors import QuantkitError
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import quantize as workflow
@@ -71,3 +76,40 @@ def test_what_the_thread_cannot_read_is_told_by_the_walk(tmp_path, threaded, mon
     with pytest.raises(OSError, match="cannot be read"):
         quantize(str(model("gpt_neox")), tmp_path / "out", group=32, **QUICK)
     assert not (tmp_path / "out").exists()
+
+
+SMALL = {**QUICK, "group": 32}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (ShardWriter, "write", 1),  # the dense tensors come first
+        (ShardWriter, "write", 9),
+        (ShardWriter, "sync", 1),
+        (ShardWriter, "sync", 2),
+        (Ledger, "finish", 1),
+        (Ledger, "finish", 2),
+        (Ledger, "finish", 3),
+    ],
+)
+def test_what_a_thread_cannot_write_ends_the_run_and_the_next_goes_on(
+    tmp_path, threaded, monkeypatch, owner, name, call
+):
+    source, original, calls = str(model("gpt_neox")), getattr(owner, name), []
+
+    def full(*given):
+        calls.append(name)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(QuantkitError, match="the disk is full"):
+            quantize(source, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+    quantize(source, tmp_path / "out", **SMALL)
+    quantize(source, tmp_path / "plain", **SMALL)
+    one, other = (tmp_path / kind / "model.safetensors" for kind in ("out", "plain"))
+    assert one.read_bytes() == other.read_bytes()

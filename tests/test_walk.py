@@ -725,7 +725,7 @@ def test_error_is_what_rounding_lost(
         weight = Checkpoint(folder(name)).get(f"{block.name}.{inner}.weight").double()
         lost = x @ (weight - solved[inner].qweight.dequantize()).T
         wanted = float(lost.square().sum() / (x @ weight.T).square().sum())
-        assert solved[inner].error == pytest.approx(wanted, rel=1e-3)
+        assert float(solved[inner].error) == pytest.approx(wanted, rel=1e-3)
 
     solve(folder(name), False, inspect=inspect)
 

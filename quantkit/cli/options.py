@@ -164,22 +164,34 @@ def profiling(command: Command) -> Command:
             result = command(**options)
         finally:
             profiling.stop()
-        _tell_phases(found.seconds)
+        _tell_phases(found.seconds, found.floor(), found.speed)
         return result
 
     return measured
 
 
-def _tell_phases(seconds: dict[str, float]) -> None:
+def _tell_phases(seconds: dict[str, float], floor: dict[str, float], speed: float) -> None:
+    """Seconds by phase, and the floor below them where it is known (core/profile.py)."""
     from quantkit.cli.console import stdout
     from quantkit.cli.tables import plain_table
 
-    whole = sum(seconds.values())
+    whole, least = sum(seconds.values()), sum(floor.values())
     rows = [
-        [name, f"{spent:.2f}", f"{100 * spent / whole:.0f} %"]
+        [name, f"{spent:.2f}", _seconds(floor.get(name)), f"{100 * spent / whole:.0f} %"]
         for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
     ]
-    stdout().print(plain_table("seconds by phase", ["phase", "seconds", "share"], rows))
+    header = ["phase", "seconds", "floor", "share"]
+    stdout().print(plain_table("seconds by phase", header, rows))
+    if least:
+        stdout().print(
+            f"The floor is {least:.3g} s, {100 * least / whole:.2g} % of these {whole:.2f} s: one "
+            "forward pass, Hessians, their factors and one pass of rounding at the "
+            f"{speed / 1e12:.3g} TFLOP/s that a large product reaches here."
+        )
+
+
+def _seconds(count: float | None) -> str:
+    return "" if count is None else f"{count:.3g}"
 
 
 def writing(command: Command) -> Command:

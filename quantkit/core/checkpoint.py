@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from quantkit.errors import QuantkitError
 
 INDEX = f"model.safetensors{SUFFIX}"
 _MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
+_CPU = torch.device("cpu")
 
 
 class WeightFile(Protocol):
@@ -328,11 +330,11 @@ class ShardWriter:
         for number in sorted(dirty):
             self._open[number].sync()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device = _CPU) -> Tensor:
         """What the file now holds under ``name``: to check it, or to continue from it."""
         spec = self._specs[name]
         number, offset = self._place[name]
-        raw = self._open[number].read(offset, spec.nbytes)
+        raw = self._open[number].read(offset, spec.nbytes, device)
         return raw.view(spec.dtype).reshape(spec.shape)
 
     def close(self) -> None:

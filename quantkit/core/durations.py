@@ -83,6 +83,19 @@ def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: S
     )
 
 
+def least(block: Block, tokens: int) -> dict[str, float]:
+    """Operations that a block's quantization by calibration cannot do without, by the phases of
+    ``--profile``: one forward pass, half of each symmetric Hessian, its Cholesky factor, and one
+    pass of rounding."""
+    groups = block.groups
+    return {
+        "forward": 2.0 * tokens * block.linears,
+        "hessian": float(sum(tokens * group.width * (group.width + 1) for group in groups)),
+        "factor": sum(group.width**3 / 3 for group in groups),
+        "round": float(sum(group.numbers * group.width for group in groups)),
+    }
+
+
 def rounding(shapes: Shapes, stored: int, speed: Speed) -> float:
     """Seconds of a quantization without calibration: bytes are read, rounded and written."""
     return _START / 2 + stored / _READING + 40 * shapes.numbers / speed.memory

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# logits of a row are [tokens, vocabulary]: work on few tokens at a time
-_CHUNK = 64
+# logits of a row are [tokens, vocabulary]: work on few tokens at a time, on a GPU on enough to keep
+# it busy (footprint.py counts them)
+_CHUNK, _GPU_CHUNK = 64, 512
 _TOP = 5
 # edges of the histogram: 10 bins for every factor of ten from 1e-6 to 10 nats
 _LOWEST, _HIGHEST, _BINS = -6, 1, 70
@@ -120,12 +121,12 @@ class Comparison:
         left out."""
         if len(ids) < 2:
             return None
-        parts = []
-        for start in range(0, len(ids), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            following = ids[start + 1 : start + 1 + _CHUNK]
+        parts, chunk = [], _GPU_CHUNK if reference.is_cuda else _CHUNK
+        for start in range(0, len(ids), chunk):
+            part = slice(start, start + chunk)
+            following = ids[start + 1 : start + 1 + chunk]
             parts.append(_tokens(following, reference[part], other[part]))
-        kl, top1, top5, before, after = (torch.cat(column) for column in zip(*parts))
+        kl, top1, top5, before, after = _fetched([torch.cat(column) for column in zip(*parts)])
         self._tokens[label].append(kl)
         self._rows[label].append(
             _Row(
@@ -220,7 +221,7 @@ class Comparison:
 
 def _tokens(following: Tensor, reference: Tensor, other: Tensor) -> tuple[Tensor, ...]:
     """KL, top-1 and top-5 agreement of each token, and both models' negative log-likelihoods of
-    those that follow (as many as ``following`` has); all float32 on the CPU."""
+    those that follow (as many as ``following`` has); all float32, where the logits are."""
     p = reference.float().log_softmax(-1)
     q = other.float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
@@ -231,7 +232,13 @@ def _tokens(following: Tensor, reference: Tensor, other: Tensor) -> tuple[Tensor
     top5 = (likelier < _TOP).float()
     following = following.to(p.device)[:, None]
     before, after = (-x[: len(following)].gather(1, following)[:, 0] for x in (p, q))
-    return tuple(x.cpu() for x in (kl, top1, top5, before, after))
+    return kl, top1, top5, before, after
+
+
+def _fetched(columns: list[Tensor]) -> list[Tensor]:
+    """All of them on the CPU, in one copy; each in memory of its own."""
+    fetched = torch.cat(columns).cpu()
+    return [part.clone() for part in torch.split(fetched, [len(column) for column in columns])]
 
 
 def shown(value: float, error: float | None, digits: int = 4) -> str:

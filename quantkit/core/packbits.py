@@ -74,9 +74,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 # Codes that do not straddle bytes: all codes of a byte are moved at once, as the bytes of a wider
-# integer, and a piece at a time, so that everything stays in the caches.
+# integer, and a piece at a time, so that everything stays in a CPU's caches, and takes few launches
+# and little memory of a GPU.
 _IN_BYTES = {2: torch.int32, 4: torch.int16, 8: torch.int8}
-_PIECE = 1 << 20
+_PIECE, _GPU_PIECE = 1 << 20, 1 << 23
 
 
 def _squeezed(codes: Tensor, bits: int) -> Tensor:
@@ -85,10 +86,11 @@ def _squeezed(codes: Tensor, bits: int) -> Tensor:
         return codes
     wide = codes.view(_IN_BYTES[bits])
     packed = torch.empty(len(wide), dtype=torch.uint8, device=codes.device)
-    for start in range(0, len(wide), _PIECE):
-        x = wide[start : start + _PIECE]
+    step = _GPU_PIECE if codes.is_cuda else _PIECE
+    for start in range(0, len(wide), step):
+        x = wide[start : start + step]
         both = x | (x >> 4) if bits == 4 else x | (x >> 6) | (x >> 12) | (x >> 18)
-        packed[start : start + _PIECE] = both.bitwise_and_(0xFF)
+        packed[start : start + step] = both.bitwise_and_(0xFF)
     return packed
 
 
@@ -97,11 +99,12 @@ def _spread(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     codes = torch.empty(len(packed), dtype=_IN_BYTES[bits], device=packed.device)
-    for start in range(0, len(packed), _PIECE):
-        x = packed[start : start + _PIECE].to(codes.dtype)
+    step = _GPU_PIECE if packed.is_cuda else _PIECE
+    for start in range(0, len(packed), step):
+        x = packed[start : start + step].to(codes.dtype)
         if bits == 4:
             spread = (x | (x << 4)).bitwise_and_(0x0F0F)
         else:
             spread = (x | (x << 6) | (x << 12) | (x << 18)).bitwise_and_(0x03030303)
-        codes[start : start + _PIECE] = spread
+        codes[start : start + step] = spread
     return codes.view(torch.uint8)

@@ -8,7 +8,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from quantkit.core import pinned
 from quantkit.errors import QuantkitError
+
+_CPU = torch.device("cpu")
 
 
 class PlacedFile:
@@ -28,8 +31,13 @@ class PlacedFile:
 
     def write(self, offset: int, tensor: Tensor) -> None:
         """Put the bytes of a tensor there."""
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._put(offset, raw.data)
+        if not tensor.is_cuda:
+            raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._put(offset, raw.data)
+            return
+        for piece in pinned.leaving(tensor):
+            self._put(offset, piece.numpy().data)
+            offset += len(piece)
 
     def _put(self, offset: int, raw: memoryview) -> None:
         with self._lock:
@@ -37,10 +45,18 @@ class PlacedFile:
             while len(raw):  # a system writes at most 2 GB at once
                 raw = raw[self._handle.write(raw) :]
 
-    def read(self, offset: int, size: int) -> Tensor:
-        """uint8 [size]: what lies there now. Raises QuantkitError at the end of the file."""
-        found = torch.empty(size, dtype=torch.uint8)
-        left = found.numpy().data
+    def read(self, offset: int, size: int, device: torch.device = _CPU) -> Tensor:
+        """uint8 [size] on ``device``: what lies there now. Raises QuantkitError at the end of the
+        file."""
+        found = torch.empty(size, dtype=torch.uint8, device=device)
+        if found.is_cuda:
+            pinned.fill(found, lambda piece, start: self._get(offset + start, piece))
+        else:
+            self._get(offset, found)
+        return found
+
+    def _get(self, offset: int, into: Tensor) -> None:
+        left = into.numpy().data
         with self._lock:
             self._handle.seek(offset)
             while len(left):
@@ -48,7 +64,6 @@ class PlacedFile:
                 if not count:
                     raise QuantkitError(f"{self.path.name} ends before its tensors do")
                 left = left[count:]
-        return found
 
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine."""

@@ -120,9 +120,9 @@ class InputStats:
         return [tensor for tensor in found if tensor is not None]
 
     @property
-    def finite(self) -> bool:
-        """Whether all inputs were."""
-        return bool(self._upper.diagonal().isfinite().all())
+    def finite(self) -> Tensor:
+        """Whether all inputs were: one bool, where the sums are."""
+        return self._upper.diagonal().isfinite().all()
 
     def moments(self, centred: bool) -> "Moments":
         """Means over tokens, about zero or about the mean. Uses the accumulator up (no second copy

@@ -10,23 +10,18 @@ the regularised least-squares correction, taken a fraction ``a`` of the way (all
 calibration text: measured, KL on held-out text is lowest near a half).
 """
 
-import torch
 from torch import Tensor
 
 from quantkit.core.stats import Moments
-from quantkit.methods.factor import factored
+from quantkit.methods.factor import factored, solved
 
 
 def aligned_target(weight: Tensor, moments: Moments, fraction: float, damp: float) -> Tensor:
     """``weight`` [out, in] float32 -> T, same shape. ``moments`` must carry ``cross``."""
     assert moments.cross is not None
-    unit = moments.gram
-    with factored(unit, damp) as (energy, _):
-        # (U D U^T) Z^T = P^T, solved from the outside in
-        step = torch.linalg.solve_triangular(unit, moments.cross.T, upper=True, unitriangular=True)
-        step.div_(energy[:, None])
-        step = torch.linalg.solve_triangular(unit.T, step, upper=False, unitriangular=True)
-    return weight.add(step.T, alpha=fraction)
+    with factored(moments.gram, damp) as (energy, _):
+        correction = solved(moments.gram, energy, moments.cross.T)
+    return weight.add(correction.T, alpha=fraction)
 
 
 def corrected_bias(

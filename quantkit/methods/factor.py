@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.core.profile import phase
 from quantkit.errors import QuantkitError
+from quantkit.methods import products
 
 MAX_DAMP = 1.0
 _BLOCK = 512  # columns that are factored at a time on a CPU
@@ -77,6 +78,42 @@ def _factor(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
         block.copy_(block.tril().add_(upper.div_(root).triu(1)))
     sound = ~torch.stack(failures).any() & energy.isfinite().all()
     return energy if bool(sound) else None
+
+
+def solved(unit: Tensor, energy: Tensor, right: Tensor) -> Tensor:
+    """Z [in, n] with U diag(D) U^T Z = ``right``, while the Hessian is :func:`factored`.
+
+    On a GPU in blocks of rows, so that nearly all of it is products: a triangular solve in float32
+    runs at a sixteenth of their speed. They keep 17 bits (products.py). Measured on corrections of
+    targets (align.py), against float64: 5e-6 of them changes on the demo model, 4e-4 under the
+    worst Hessian that was made up, and 1e-9 of what they gain is lost.
+    """
+    if not products.splits(right):
+        step = torch.linalg.solve_triangular(unit, right, upper=True, unitriangular=True)
+        step.div_(energy[:, None])
+        whole: Tensor = torch.linalg.solve_triangular(unit.T, step, upper=False, unitriangular=True)
+        return whole
+    blocks = [slice(start, start + _GPU_BLOCK) for start in range(0, len(unit), _GPU_BLOCK)]
+    found = products.Factor(right.clone(memory_format=torch.contiguous_format))
+    for own in reversed(blocks):
+        _substitute(unit, found, own, slice(own.stop, None), upper=True)
+    found = products.Factor(found.matrix.div_(energy[:, None]))
+    for own in blocks:
+        _substitute(unit.T, found, own, slice(own.start), upper=False)
+    return found.matrix
+
+
+def _substitute(
+    triangle: Tensor, found: products.Factor, own: slice, done: slice, upper: bool
+) -> None:
+    """Solve for the rows ``own``, where the rows ``done`` are solved for already."""
+    rest = found.matrix[own]
+    if len(found.matrix[done]):
+        rest = rest - products.times(triangle[own, done], found.of_rows(done))
+    result = torch.linalg.solve_triangular(
+        triangle[own, own], rest, upper=upper, unitriangular=True
+    )
+    found.put(own, result)
 
 
 def permute(matrix: Tensor, order: Tensor) -> None:

@@ -163,8 +163,14 @@ def _range(grid: Grid, like: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The bounds of levels as tensors, and whether they are more than a number each."""
     if isinstance(grid.low, Tensor) and isinstance(grid.high, Tensor):
         return grid.low.contiguous(), grid.high.contiguous(), True
-    low, high = (torch.full((1,), float(x), device=like.device) for x in (grid.low, grid.high))
+    low, high = (_number(float(x), like.device) for x in (grid.low, grid.high))
     return low, high, False
+
+
+@cache
+def _number(value: float, device: torch.device) -> Tensor:
+    """On the device, once for all launches: there are two for each of some hundred groups."""
+    return torch.full((1,), value, device=device)
 
 
 def _power(count: int) -> int:

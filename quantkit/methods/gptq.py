@@ -108,11 +108,16 @@ def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> 
     return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
 
 
-def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> tuple[float, float]:
+def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``, and what it is relative
-    to. There is no error where that is nothing."""
+    to: one number each, where the Hessian is."""
     energy = products.energy(hessian, target)
-    return products.energy(hessian, target - rounded) / energy if energy else 0.0, energy
+    return share(products.energy(hessian, target - rounded), energy), energy
+
+
+def share(lost: Tensor, energy: Tensor) -> Tensor:
+    """What was lost of an energy; nothing of nothing."""
+    return torch.where(energy == 0, torch.zeros_like(lost), lost / energy)
 
 
 def _revived(energy: Tensor, alive: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def _refit_rows(wanted: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor) 
     diagonal = system.diagonal(dim1=1, dim2=2)
     undamped = diagonal.clone()
     diagonal += ridge[:, None]
-    solution, _ = torch.linalg.solve_ex(system, right)
+    solution = (_by_cholesky if system.is_cuda else _by_elimination)(system, right)
     diagonal.copy_(undamped)
     fitted = stored(torch.nan_to_num(solution).T)
 
@@ -60,6 +60,21 @@ def _refit_rows(wanted: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor) 
         return ((system @ s[:, :, None]).squeeze(2) * s).sum(1) - 2 * (right * s).sum(1)
 
     return torch.where(cost(fitted) < cost(scale), fitted, scale)
+
+
+def _by_elimination(system: Tensor, right: Tensor) -> Tensor:
+    """Solutions [out, groups]; no numbers, or any, where there is none."""
+    solution: Tensor = torch.linalg.solve_ex(system, right)[0]
+    return solution
+
+
+def _by_cholesky(system: Tensor, right: Tensor) -> Tensor:
+    """The same of symmetric, positive definite systems: half of the work, and on a GPU none of the
+    waiting for it and for its memory that batches of other systems come with (torch asks MAGMA)."""
+    lower, _ = torch.linalg.cholesky_ex(system)
+    half = torch.linalg.solve_triangular(lower, right[:, :, None], upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return solution.squeeze(2)
 
 
 def _normal_equations(

@@ -134,8 +134,10 @@ def advance(block: Block, hidden: States) -> None:
 
 
 def _checked(block: Block, stats: Stats) -> Stats:
-    for group, found in stats.items():
-        if not found.finite:
+    finite = [found.finite for found in stats.values()]
+    sound = torch.stack(finite).tolist() if finite else []  # a GPU is waited for once
+    for group, fine in zip(stats, sound):
+        if not fine:
             raise _not_finite(block, group)
     return stats
 

@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from quantkit.core import pinned
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors
@@ -160,6 +161,15 @@ class Skeleton:
         staged = self.staged.get(name)
         return self.checkpoint.get(name) if staged is None else staged
 
+    def _sent(self, name: str) -> Tensor:
+        """The tensor as :func:`load` is given it: if it is one of the model, on a GPU already and
+        in its dtype there, so that neither the CPU casts it nor the GPU holds it twice."""
+        tensor, live = self.read(name), self.live_names[name]
+        if self.device.type != "cuda" or self.disk_names.get(live) != name:
+            return tensor
+        sent = pinned.carried(tensor, self.device)
+        return sent.to(self._expected[live].dtype) if live in self._expected else sent
+
     def names_below(self, prefix: str) -> list[str]:
         """Names on disk of what belongs to the module ``prefix``."""
         return [d for d, live in self.live_names.items() if live.startswith(prefix + ".")]
@@ -176,7 +186,7 @@ class Skeleton:
         ]
         load(
             self.model,
-            {n: self.read(n) for n in names},
+            {n: self._sent(n) for n in names},
             self.device,
             self.dtype,
             self._conversions,

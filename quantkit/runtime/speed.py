@@ -10,6 +10,7 @@ from quantkit.core.durations import Speed
 from quantkit.core.machines import Gpu
 
 _SIDE, _REPEATS = 384, 24  # a millisecond each: some of them are not disturbed
+_GPU_SIDE = 8192
 _SHARE = 0.6  # of these speeds that a run reaches: its matrices do not stay in the caches
 _COLUMN = 2e-5  # seconds of Python and torch in one step of a column loop
 
@@ -37,8 +38,21 @@ def of_gpu(gpu: Gpu) -> Speed | None:
     return durations.of_gpu(gpu.half, gpu.single, gpu.bandwidth) if gpu.half else None
 
 
+def products(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second in square products, of a size that suits the device."""
+    if device.type != "cuda":
+        return _products(dtype)
+    a = torch.randn(_GPU_SIDE, _GPU_SIDE, device=device).to(dtype)  # equal numbers take less power
+
+    def work() -> None:
+        torch.mm(a, a)
+        torch.cuda.synchronize(device)
+
+    return 2 * _GPU_SIDE**3 / _fastest(work)
+
+
 def _products(dtype: torch.dtype) -> float:
-    """Floating-point operations a second in square products."""
+    """Floating-point operations a second in square products on a CPU."""
     a = torch.ones(_SIDE, _SIDE, dtype=dtype)
     return 2 * _SIDE**3 / _fastest(lambda: a @ a)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from quantkit.core import pinned
 from quantkit.runtime.skeleton import Skeleton
 
 
@@ -39,11 +40,9 @@ class Staging:
         skeleton = self._skeleton
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             found = {
-                name: skeleton.checkpoint.get(name).to(skeleton.device)
+                name: pinned.carried(skeleton.checkpoint.get(name), skeleton.device)
                 for name in skeleton.names_below(prefix)
             }
-        if self._stream:
-            self._stream.synchronize()
         return found
 
 

@@ -154,11 +154,14 @@ class Block:
             )
             for key, members in seen.items()
         ]
-        return [self._closing(group, piece, output) for group in groups]
+        writers = [group for group in groups if group.writes]
+        off = [self._distance(group, piece, output) for group in writers]
+        distances = torch.stack(off).tolist() if off else []  # a GPU is waited for once
+        closing = {group for group, distance in zip(writers, distances) if distance < 0.05}
+        return [replace(group, closes=group in closing) for group in groups]
 
-    def _closing(self, group: InputGroup, piece: Tensor, output: Tensor) -> InputGroup:
-        if not group.writes:
-            return group
+    def _distance(self, group: InputGroup, piece: Tensor, output: Tensor) -> Tensor:
+        """How far noise that is added to a writer's output comes out of the block changed."""
         # a power of two near the output's size, so that bf16 sums stay comparable
         size = output.float().pow(2).mean().sqrt()
         generator = torch.Generator().manual_seed(0)
@@ -171,8 +174,7 @@ class Block:
             change = self.forward(piece).float() - output.float()
         finally:
             handle.remove()
-        off = (change - noise.float()).norm() / noise.float().norm()
-        return InputGroup(group.names, group.width, writes=True, closes=bool(off < 0.05))
+        return (change - noise.float()).norm() / noise.float().norm()
 
 
 class Walk:
@@ -227,21 +229,22 @@ class Walk:
             for batch in batches:
                 yield self._record(batch)
 
-    @torch.no_grad()
-    def logits(
-        self,
-        batches: list[Tensor],
-        hidden: Iterable[Tensor],
-        head: dict[str, nn.Parameter] | None = None,
-    ) -> Iterator[Tensor]:
+    def logits(self, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """The model's predictions [rows, tokens, vocabulary] from hidden states behind the last
-        block, a batch at a time. ``head``: parameters that the output head has instead of its own.
-        """
+        block, a batch at a time."""
         with self.surroundings(head=True):
             for batch, state in zip(batches, hidden):
-                with self._headed(head or {}):
-                    output = self._behind(batch, state)
-                yield output.logits
+                yield self.predicted(batch, state)
+
+    @torch.no_grad()
+    def predicted(
+        self, batch: Tensor, state: Tensor, head: dict[str, nn.Parameter] | None = None
+    ) -> Tensor:
+        """The predictions of one batch, while the surroundings and their head are in memory.
+        ``head``: parameters that the output head has instead of its own."""
+        with self._headed(head or {}):
+            found: Tensor = self._behind(batch, state).logits
+        return found
 
     @torch.no_grad()
     def head_inputs(self, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Tensor]:

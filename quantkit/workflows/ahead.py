@@ -5,11 +5,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 _WORKERS = min(4, os.cpu_count() or 1)
 # bytes of codes or plain numbers that are being worked on or wait: two of the largest linears of a
 # 10B model are not (peak 1.0 GB instead of 0.87, and hardly faster)
@@ -66,10 +67,18 @@ def on_one_core() -> Iterator[None]:
 
 
 class Behind:
-    """Calls functions one at a time in a thread of its own, each while the caller goes on."""
+    """Calls functions one at a time in a thread of its own, each while the caller goes on. On a GPU
+    the thread has a stream of its own, so that neither waits for the other's work there.
 
-    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
+    A call begins when the GPU has done what the caller had given it before, so that all arguments
+    are there. They are held until its own work there is done: their memory is not used again while
+    it is read. The caller must not change them.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor | None, device: torch.device) -> None:
         self._pool = pool
+        cuda = pool is not None and device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if cuda else None
         self._last: Future[None] | None = None
 
     def __call__(self, work: Callable[..., None], *args: object) -> None:
@@ -78,8 +87,21 @@ class Behind:
         self.finish()
         if self._pool is None:
             work(*args)
-        else:
+        elif self._stream is None:
             self._last = self._pool.submit(work, *args)
+        else:
+            ready = torch.cuda.current_stream(self._stream.device).record_event()
+            self._last = self._pool.submit(self._on_stream, ready, work, args)
+
+    def _on_stream(
+        self, ready: torch.cuda.Event, work: Callable[..., None], args: tuple[object, ...]
+    ) -> None:
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            try:
+                work(*args)
+            finally:
+                self._stream.synchronize()  # ``args`` may be let go of from here on
 
     def finish(self) -> None:
         """Wait for the last call."""
@@ -89,13 +111,13 @@ class Behind:
 
 
 @contextmanager
-def one_behind(threaded: bool = True) -> Iterator[Behind]:
-    """A :class:`Behind` whose calls have all ended when this does; not ``threaded``: they end
-    before they return."""
+def one_behind(threaded: bool = True, device: torch.device = _CPU) -> Iterator[Behind]:
+    """A :class:`Behind` whose calls have all ended when this does, for a caller that computes on
+    ``device``; not ``threaded``: they end before they return."""
     if not threaded:
-        yield Behind(None)
+        yield Behind(None, device)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="behind") as pool:
-        behind = Behind(pool)
+        behind = Behind(pool, device)
         yield behind
         behind.finish()

@@ -83,7 +83,12 @@ class Awq:
         kept = [group for group in writers if group is not closing] if self.aligned else []
         widest = max((group.width for group in groups), default=1)
         every = gather.spacing(full, widest, self.gptq.tokens_per_input, ranks)
-        stats, outputs = gather.observe(block, full, groups, kept, every, ranks)
+        # writers are solved under other statistics where there is alignment: these are for scales
+        scalable = {name for fold in folds for name in fold.consumers}
+        observed = [
+            g for g in groups if quantized is None or not g.writes or g.names[0] in scalable
+        ]
+        stats, outputs = gather.observe(block, full, observed, kept, every, ranks)
         # everywhere: scales are chosen before it is known who solves what
         ranks.merge((found, range(ranks.size)) for found in stats.values())
         moments = {}

@@ -71,11 +71,11 @@ class RideAlong:
         """Both models' predictions, compared, for the rows of all ranks. ``head``: the parameters
         of a quantized head."""
         comparison = Comparison()
-        pairs = zip(
-            walk.logits(self.batches, self._original),
-            walk.logits(self.batches, self._quantized, head),
-        )
-        for labels, batch, (before, after) in zip(self._labels, self.batches, pairs):
-            for i, label in enumerate(labels):
-                comparison.add(label, batch[i], before[i], after[i])
+        states = zip(self._original, self._quantized)
+        with walk.surroundings(head=True):  # of both
+            for labels, batch, (original, quantized) in zip(self._labels, self.batches, states):
+                before = walk.predicted(batch, original)
+                after = walk.predicted(batch, quantized, head)
+                for i, label in enumerate(labels):
+                    comparison.add(label, batch[i], before[i], after[i])
         return Comparison.of(self._ranks.everyone(comparison))

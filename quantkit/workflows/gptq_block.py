@@ -164,7 +164,7 @@ def round_unreached(
         energy = original.square().sum()
         error = (original - qweight.dequantize()).square().sum() / energy
         put(block, name, qweight, bias)
-        solved[name] = Solved(qweight, bias, float(error), float(energy), 0.0, 0, "rtn")
+        solved[name] = Solved(qweight, bias, error.double(), energy.double(), 0.0, 0, "rtn")
     return solved
 
 

@@ -4,9 +4,9 @@ Its Hessian is that of the final norm's outputs in the original model. It has as
 are tokens, so that they are solved in pieces; rows do not depend on each other.
 """
 
-import torch
 from torch import Tensor, nn
 
+from quantkit.core import pinned
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
@@ -72,7 +72,7 @@ def _originals(plan: Plan, job: Job, start: int, stop: int) -> Originals:
 
     def part(leaf: str) -> Tensor:
         tensor = plan.skeleton.checkpoint.get(f"{job.disk}.{leaf}")
-        return tensor[start:stop].to(device, torch.float32)
+        return pinned.carried(tensor[start:stop], device).float()
 
     return Originals(
         {job.inner: job.scheme},

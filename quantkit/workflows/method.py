@@ -20,7 +20,8 @@ class Solved:
 
     bias     float16 [out], or None when the linear has none
     error    |x (T - Q)|^2 / |x T|^2 over the calibration inputs x, T the target: what rounding lost
-    energy   |x T|^2, the mean over tokens
+    energy   |x T|^2, the mean over tokens; both are numbers on the device, so that nobody waits for
+             them before the block is done
     damp     the damping that its Hessian took, 0 for none
     dead     inputs that were always zero
     method   what rounded it: rtn where no calibration token reached the linear
@@ -29,8 +30,8 @@ class Solved:
 
     qweight: QWeight
     bias: Tensor | None
-    error: float
-    energy: float
+    error: Tensor
+    energy: Tensor
     damp: float
     dead: int
     method: str

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.core.qweight import stacked
 from quantkit.core.stats import Moments
 from quantkit.errors import QuantkitError
+from quantkit.methods import gptq
 from quantkit.runtime.ranks import Ranks
 from quantkit.runtime.walk import Block, InputGroup, features
 from quantkit.workflows.method import Originals, Solved
@@ -114,15 +115,15 @@ def joined(parts: list[Solved]) -> Solved:
             "two processes put the inputs of one linear into different groups",
             "use --act-order static, or GPUs of one kind",
         )
-    energy = sum(part.energy for part in parts)
-    lost = sum(part.error * part.energy for part in parts)
+    energy = torch.stack([part.energy for part in parts])
+    lost = torch.stack([part.error for part in parts]) * energy
     biases = [part.bias for part in parts if part.bias is not None]
     return replace(
         first,
         qweight=stacked((part.qweight for part in parts), sum(p.qweight.shape[0] for p in parts)),
         bias=torch.cat(biases) if biases else None,
-        error=lost / energy if energy else 0.0,
-        energy=energy,
+        error=gptq.share(lost.sum(), energy.sum()),
+        energy=energy.sum(),
         damp=max(part.damp for part in parts),
     )
 

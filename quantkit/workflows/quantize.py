@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import formats
-from quantkit.core import provenance, rules
+from quantkit.core import durations, pinned, profile, provenance, rules
 from quantkit.core.calibration import Calibration
 from quantkit.core.checkpoint import Checkpoint, ShardWriter
 from quantkit.core.ledger import Ledger
@@ -26,7 +26,7 @@ from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
-from quantkit.runtime import gather
+from quantkit.runtime import gather, speed
 from quantkit.runtime.device import pick_dtype
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.ranks import Ranks, join
@@ -245,10 +245,11 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     with disk_errors(output.folder), memory.limited(on, task.max_gpu_memory):
         writer, ledger = _begin(plan, rows, output)
         try:
-            _copy_dense(plan, writer, ledger, report)
             report.plan = memory.placed(plan, room, rows, _tokens_at_once(ledger), ranks)
             memory.backing_off(report, progress, lambda plan: walk(plan, writer, ledger))
             ranks.leave()
+            if measured := profile.running():
+                measured.speed = speed.products(on, skeleton.dtype)
             with report.timing("seal"):
                 seal.seal(report, output, writer, task, hashes.result())
         finally:
@@ -331,24 +332,23 @@ def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, 
     return writer, ledger
 
 
-def _copy_dense(plan: Plan, writer: ShardWriter, ledger: Ledger, report: Report) -> None:
+def _copy_dense(plan: Plan, writer: ShardWriter | None, ledger: Ledger | None) -> None:
     """Embeddings, norms, head: as they are, but float32 becomes float16."""
-    if _DENSE in ledger:
+    if writer is None or ledger is None or _DENSE in ledger:
         return
-    with report.timing("copy"):
-        for name, spec in plan.layout.dense.items():
-            tensor = plan.skeleton.checkpoint.get(name)
-            cast = tensor.to(spec.dtype)
-            if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
-                raise QuantkitError(
-                    f"{name} has values that do not fit into {spec.dtype}",
-                    "save the model in bfloat16 first",
-                )
-            writer.write(name, cast)
-        for name, spec in plan.layout.ones.items():
-            writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
-        writer.sync()
-        plan.skeleton.checkpoint.release()
+    for name, spec in plan.layout.dense.items():
+        tensor = plan.skeleton.checkpoint.get(name)
+        cast = tensor.to(spec.dtype)
+        if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
+            raise QuantkitError(
+                f"{name} has values that do not fit into {spec.dtype}",
+                "save the model in bfloat16 first",
+            )
+        writer.write(name, cast)
+    for name, spec in plan.layout.ones.items():
+        writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
+    writer.sync()
+    plan.skeleton.checkpoint.release()
     ledger.finish(_DENSE, {})
 
 
@@ -364,7 +364,8 @@ def _quantize_blocks(
     ranks: Ranks,
 ) -> None:
     threaded = _threaded(plan)
-    with one_behind(threaded) as behind, staging(plan.skeleton, threaded) as ahead:
+    device = plan.skeleton.device
+    with one_behind(threaded, device) as behind, staging(plan.skeleton, threaded) as ahead:
         _walk_blocks(
             plan, states, writer, ledger, report, rides, strict, progress, ranks, behind, ahead
         )
@@ -396,6 +397,9 @@ def _walk_blocks(
     everyone = shared(report.calibration.rows, plan.way.tokens, ranks.size)
     rows = everyone[ranks.part(len(everyone))]
     batches = [*rows, *ride.batches, *_other_shapes(everyone, rows)]
+    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
+    with report.timing("copy"):
+        behind(_copy_dense, plan, writer, ledger)
     with report.timing("embed"), closing(walk.embedding(batches)) as hidden:
         full = states.keep(islice(hidden, len(rows)), [batch.shape for batch in rows])
         aside = islice(hidden, len(ride.batches))
@@ -403,7 +407,6 @@ def _walk_blocks(
         for _ in hidden:  # other shapes are only made known
             pass
         quantized = full.copy() if plan.method.aligned else None
-    finished = ranks.share(None if ledger is None else {p: ledger.report(p) for p in ledger})
     solved_before = sum(walk.block_name(index) in finished for index in range(len(walk)))
     if solved_before:
         progress.note(f"going on: {solved_before} blocks are solved already, they are only run")
@@ -428,6 +431,9 @@ def _walk_blocks(
             else:
                 with report.timing("solve"):
                     outcome = _solve(plan, index, block, full, quantized, ranks)
+                if measured := profile.running():
+                    tokens = sum(batch.numel() for batch in rows)
+                    measured.add(durations.least(plan.shapes.blocks[index], tokens))
                 done = _described(jobs, outcome) | {"tokens": plan.way.tokens}
                 with report.timing("write"):
                     behind(_keep, plan, index, outcome, writer, ledger, part, done)
@@ -439,10 +445,10 @@ def _walk_blocks(
         plan.skeleton.checkpoint.release()
         loss = _tell(jobs, done["layers"], plan, report, strict, progress)
         progress.step(Step(index + 1, parts, part, loss, time.perf_counter() - started))
-    with report.timing("write"):
-        behind.finish()
     job = plan.layout.head
     if job:
+        with report.timing("write"):  # writer and ledger are used here now
+            behind.finish()
         started = time.perf_counter()
         done = finished.get(job.name)
         if done is None:
@@ -454,6 +460,8 @@ def _walk_blocks(
         with report.timing("check"):
             head = heading.written(plan, job, writer, ranks) if job else None
             report.measured = ride.finish(walk, head)
+    with report.timing("write"):
+        behind.finish()
 
 
 def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:
@@ -522,7 +530,7 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
 
     def get(disk: str) -> Tensor:
         # in two steps: in one, the CPU would make a float32 copy first
-        return skeleton.read(disk).to(skeleton.device).float()
+        return pinned.carried(skeleton.read(disk), skeleton.device).float()
 
     def weight(name: str) -> Tensor:
         tensor = get(f"{jobs[name].disk}.weight")
@@ -541,17 +549,18 @@ def _originals(plan: Plan, index: int, block: Block) -> Originals:
 
 
 def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
-    """A finished block in the ledger."""
+    """A finished block in the ledger. Here, and once, it is waited for what a GPU has computed."""
+    results = [outcome.linears[job.inner] for job in jobs]
+    errors = torch.stack([solved.error for solved in results]).tolist() if results else []
     layers = {
         job.disk: {
-            "error": solved.error,
+            "error": error,
             "damp": solved.damp,
             "dead": solved.dead,
             "method": solved.method,
             **solved.notes,
         }
-        for job in jobs
-        for solved in [outcome.linears[job.inner]]
+        for job, solved, error in zip(jobs, results, errors)
     }
     return {"layers": layers, "others": list(outcome.others)}
 

@@ -133,7 +133,7 @@ class _Part:
         """Relative output error, and the rounded weights, one above the other."""
         weight, gram = torch.cat(self.weights), self.moments.gram
         rounded = gptq.solve(weight, gram, scheme, self.options).qweight.dequantize()
-        return gptq.relative_error(weight, rounded, gram)[0], rounded
+        return float(gptq.relative_error(weight, rounded, gram)[0]), rounded
 
     def errors(self, schemes: Sequence[Scheme]) -> dict[Scheme, float]:
         """Relative output errors. What smaller groups gain is the same factor at all bits, within

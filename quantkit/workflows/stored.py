@@ -80,10 +80,12 @@ def read(plan: Plan, job: Job, writer: ShardWriter, device: torch.device = _CPU)
     return q
 
 
-def finished(plan: Plan, job: Job, writer: ShardWriter) -> tuple[QWeight, Tensor | None]:
-    """A linear's weight and bias out of the output's files."""
-    bias = writer.read(f"{job.disk}.bias") if job.bias else None
-    return read(plan, job, writer), bias
+def finished(
+    plan: Plan, job: Job, writer: ShardWriter, device: torch.device = _CPU
+) -> tuple[QWeight, Tensor | None]:
+    """A linear's weight and bias out of the output's files, on ``device``."""
+    bias = writer.read(f"{job.disk}.bias", device) if job.bias else None
+    return read(plan, job, writer, device), bias
 
 
 def put_finished(
@@ -96,8 +98,9 @@ def put_finished(
 ) -> None:
     """Give the block what an earlier, interrupted run has written: its quantized weights, and the
     parameters ``others`` that it changed. Only the first rank has a ``writer``."""
+    on = plan.skeleton.device
     for job in plan.layout.jobs[index]:
-        put(block, job.inner, *ranks.share(finished(plan, job, writer) if writer else None))
+        put(block, job.inner, *ranks.share(finished(plan, job, writer, on) if writer else None))
     for name in others:
         tensor = writer.read(plan.disk_name(index, name)) if writer else None
         put_other(block, name, ranks.share(tensor))
@@ -122,4 +125,4 @@ class _Written:
         return self.plan.specs[name]
 
     def get(self, name: str) -> Tensor:
-        return self.writer.read(name).to(self.device)
+        return self.writer.read(name, self.device)

@@ -27,11 +27,13 @@ from quantkit.runtime import decode, fused
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
 from quantkit.runtime.draw import Draw, alike, candidates
 from quantkit.runtime.follow import follow
-from quantkit.runtime.fused import FixedLayer, _agree, _Ours, _rms_norms, fewer_launches
+from quantkit.runtime.fused import _agree, _Ours, _rms_norms, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
 from quantkit.runtime.kernels import small, support, tune
 from quantkit.runtime.load import load
+from quantkit.runtime.rows import Rows
 from quantkit.runtime.stream import Answer
+from quantkit.runtime.stretches import Stretches
 from quantkit.runtime.torch_engine import TorchEngine
 from quantkit.workflows.conversation import Conversation
 from quantkit.workflows.generate import Wanted, stream_generate
@@ -185,14 +187,21 @@ def test_a_fixed_cache_with_fused_kernels(net, monkeypatch):
 
 
 def computed(monkeypatch):
-    """How many tokens each call of the model has."""
-    calls, run = [], Captured._run
+    """How many tokens each call of the model has; those that are for nobody are left out."""
+    calls, read, step = [], Rows.read, Rows.step
 
-    def counted(self, tokens, *others):
-        calls.append(tokens.shape[1])
-        return run(self, tokens, *others)
+    def reading(self, parts, before, firsts):
+        tokens = max(map(len, parts))
+        if firsts != [self.cache.places]:
+            calls.append(tokens)
+        read(self, parts, before, firsts)
 
-    monkeypatch.setattr(Captured, "_run", counted)
+    def stepping(self, count):
+        calls.append(1)
+        return step(self, count)
+
+    monkeypatch.setattr(Rows, "read", reading)
+    monkeypatch.setattr(Rows, "step", stepping)
     return calls
 
 
@@ -208,14 +217,14 @@ def test_what_texts_begin_with_alike_is_kept_when_one_was_left_early(
     assert ran > 5  # some ran ahead
     assert in_cache(net).held == PROMPTS[0] + made
     for prompt, new in (
-        ([*PROMPTS[0], *made[:3], 9, 9], 2),  # not as it went on
-        ([*PROMPTS[0], *made[:3], 9, 9], 1),  # nothing new: the last one is for its logits
-        (PROMPTS[0], 1),
-        (PROMPTS[1], 3),
+        ([*PROMPTS[0], *made[:3], 9, 9], [1]),  # not as it went on; the last token is for a step
+        ([*PROMPTS[0], *made[:3], 9, 9], []),  # nothing new
+        (PROMPTS[0], []),
+        (PROMPTS[1], [2]),
     ):
         calls.clear()
         assert list(engine.stream(prompt, GREEDY, 6)) == generated(net, prompt, 6)
-        assert calls == [new] + [1] * 5
+        assert calls == new + [1] * 6
 
 
 def test_a_text_that_was_not_closed_does_not_harm_the_next(net, engine, capturing):
@@ -343,7 +352,7 @@ def test_a_cache_grows_and_keeps_what_is_in_it(net, engine, capturing, monkeypat
     monkeypatch.setattr(Captured, "reserve", noted)
     assert list(engine.stream(PROMPTS[0], GREEDY, 40)) == generated(net, PROMPTS[0], 40)
     assert sorted(set(rooms)) == [16, 24, 40, 64]
-    assert calls == [7] + [1] * 39
+    assert calls == [6] + [1] * 40
     for prompts in (PROMPTS, PROMPTS[::-1]):
         found = together(engine, prompts, [GREEDY] * 2, 30)
         assert found == [generated(net, prompt, 30) for prompt in prompts]
@@ -357,7 +366,7 @@ def test_one_step_serves_all_engines_and_none_reads_what_another_did(net, captur
     net.model.embed_tokens.weight.mul_(0.5)  # trained on, say
     found = list(TorchEngine(net, Ids()).stream(PROMPTS[0], GREEDY, 3))
     assert found == generated(net, PROMPTS[0], 3)
-    assert in_cache(net) is step and calls[0] == len(PROMPTS[0])
+    assert in_cache(net) is step and calls[0] == len(PROMPTS[0]) - 1
 
 
 def test_other_weights_are_captured_again(net, engine, capturing):
@@ -370,7 +379,7 @@ def test_other_weights_are_captured_again(net, engine, capturing):
 
 def test_memory_is_let_go(net, engine, capturing):
     list(engine.stream(PROMPTS[0], GREEDY, 3))
-    layer = in_cache(net)._cache.layers[0]
+    layer = in_cache(net)._rows.cache.layers[0]
     keys = weakref.ref(layer.keys)
     del layer
     release(net)
@@ -382,7 +391,7 @@ def test_memory_is_let_go(net, engine, capturing):
 def test_a_step_goes_with_its_model(capturing):
     loaded, tokenizer = load("demo", dtype="float32")
     list(stream_generate(loaded, tokenizer, "a", max_new_tokens=2))
-    step = weakref.ref(in_cache(loaded)._cache)
+    step = weakref.ref(in_cache(loaded)._rows)
     del loaded
     gc.collect()
     assert step() is None
@@ -412,7 +421,7 @@ def test_a_step_that_cannot_be_captured(net, engine, capturing, monkeypatch, tro
 
 def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkeypatch):
     list(engine.stream(PROMPTS[0], GREEDY, 3))
-    run, calls = Captured._run, []
+    run, calls = Rows._call, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -422,7 +431,7 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
 
     longer = [*PROMPTS[0], *range(20, 40)]
     monkeypatch.setattr(decode, "PREFILL", 8)
-    monkeypatch.setattr(Captured, "_run", interrupted)
+    monkeypatch.setattr(Rows, "_call", interrupted)
     for at in (1, 2, 3, 5):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -434,13 +443,13 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
 
 
 def test_growing_that_fails_leaves_a_step_that_serves_again(net, engine, capturing, monkeypatch):
-    def full(self, room, used):
+    def full(self, *_):
         raise torch.OutOfMemoryError("no memory is left")
 
     longer = [*PROMPTS[0], *range(20, 40)]
     list(engine.stream(PROMPTS[0], GREEDY, 3))
     with monkeypatch.context() as changed:
-        changed.setattr(FixedLayer, "enlarge", full)
+        changed.setattr(Stretches, "spread", full)
         with pytest.raises(torch.OutOfMemoryError):
             list(engine.stream(longer, GREEDY, 9))
     assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
@@ -668,7 +677,7 @@ def test_follow_reads_no_step_more_than_asked_for(net, capturing, monkeypatch):
         forget(net)
         calls.clear()
         assert len(list(follow(runner, PROMPTS[:1], [GREEDY], most))) == most
-        assert calls == [7] + [1] * (most - 1)
+        assert calls == [6] + [1] * most
 
 
 def test_an_answer_in_text(capturing):

@@ -25,7 +25,7 @@ from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import QuantkitWarning, UsageError
 from quantkit.runtime import decode, fused
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
-from quantkit.runtime.draw import Draw, alike, candidates
+from quantkit.runtime.draw import Draw, Limits, candidates
 from quantkit.runtime.follow import follow
 from quantkit.runtime.fused import _agree, _Ours, _rms_norms, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
@@ -616,7 +616,7 @@ def test_shares_are_those_of_one_text(settings):
 
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * 2
     chosen = Sampling(**settings)
-    shares, ids = candidates(logits, chosen)
+    shares, ids = candidates(logits, Limits.of([chosen] * 3, CPU))
     for row in range(3):
         one, one_ids = sampling.candidates(logits[row], chosen)
         meant, found = torch.zeros(40), torch.zeros(40)
@@ -625,13 +625,62 @@ def test_shares_are_those_of_one_text(settings):
         assert torch.allclose(found / found.sum(), meant / meant.sum(), atol=1e-6)
 
 
+SETTINGS = [
+    Sampling(temperature=0),
+    Sampling(seed=1),
+    Sampling(seed=2, top_k=5),
+    Sampling(seed=3, top_p=0.7, temperature=0.8),
+    Sampling(seed=4, min_p=0.2, repetition_penalty=1.5),
+    Sampling(temperature=0, repetition_penalty=2.0),
+    Sampling(seed=5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=0.8),
+    Sampling(seed=6, top_k=1),
+]
+
+
 def test_draw_knows_every_setting():
-    """A new one must be known here, or be left to the host."""
+    """A new one must be known here."""
     known = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
     assert {field.name for field in fields(Sampling)} == known
-    assert alike([Sampling(seed=1), Sampling()])
-    for name in known - {"seed"}:
-        assert not alike([Sampling(**{name: 1}), Sampling(**{name: 0.5})]), name
+
+
+def test_settings_of_each_text_are_its_own():
+    """What is drawn beside others, which come and go, is what is drawn alone."""
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(12, 8, 60, generator=random) * 2
+
+    def prompt(i):
+        return range(i, 9 + i)
+
+    def alone(i, steps):
+        draw = Draw([SETTINGS[i]], [prompt(i)], CPU)
+        return [int(draw(one[None, i])) for one in steps]
+
+    draw, here = (
+        Draw([SETTINGS[i] for i in range(4)], [prompt(i) for i in range(4)], CPU),
+        [*range(4)],
+    )
+    found = {i: [] for i in range(8)}
+    for step, one in enumerate(logits):
+        if step == 3:
+            draw.join([SETTINGS[i] for i in range(4, 8)], [prompt(i) for i in range(4, 8)])
+            here += range(4, 8)
+        if step == 7:
+            draw.keep([6, 1, 4, 2])
+            here = [6, 1, 4, 2]
+        for i, token in zip(here, draw(one[here]).tolist()):
+            found[i].append(token)
+    for i, tokens in found.items():
+        begun = 0 if i < 4 else 3
+        assert tokens == alone(i, logits[begun : begun + len(tokens)]), SETTINGS[i]
+    assert [len(tokens) for tokens in found.values()] == [7, 12, 12, 7, 9, 4, 9, 4]
+
+
+def test_logits_are_left_as_they_are():
+    """Others still want to know the model's own distribution."""
+    logits = torch.randn(2, 30)
+    before = logits.clone()
+    Draw([SETTINGS[4], SETTINGS[5]], [[3], [4]], CPU)(logits)
+    assert torch.equal(logits, before)
 
 
 def test_draws_follow_the_shares():
@@ -662,12 +711,12 @@ def test_a_seed_gives_the_same_text_alone_and_beside_others(net, engine, capturi
     assert len({tuple(engine.stream(PROMPTS[0], several, 8)) for _ in range(5)}) > 1
 
 
-def test_texts_with_settings_of_their_own_are_drawn_on_the_host(net, engine, capturing):
+def test_texts_with_settings_of_their_own_share_a_step(net, engine, capturing):
     settings = [GREEDY, Sampling(temperature=0, repetition_penalty=1e9)]
     greedy, penal = together(engine, PROMPTS, settings, 10)
     assert greedy == generated(net, PROMPTS[0], 10)
     assert len({*penal, *PROMPTS[1]}) == 10 + len(PROMPTS[1])
-    assert net not in decode._held
+    assert in_cache(net).texts == 2
 
 
 def test_follow_reads_no_step_more_than_asked_for(net, capturing, monkeypatch):

@@ -161,7 +161,7 @@ def test_a_context_is_filled_to_the_last_token(attention):
 def test_what_cannot_be_done_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(attend, "runs_on", lambda device: True)
     net = loaded("llama")
-    with pytest.raises(NotCaptured, match="^out of ink$"), attempt(net):
+    with pytest.raises(NotCaptured, match=r"^out of ink$"), attempt(net):
         rows_of(net)
         assert net.config._attn_implementation == attend.NAME
         raise ValueError("out of ink\nand paper")

@@ -142,7 +142,9 @@ class Rows:
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on, as the first ones, in this order."""
-        self._state[:, : len(rows)] = self._state[:, sent(torch.tensor(rows), self._device)]
+        self._state[:, : len(rows)] = self._state[
+            :, sent(torch.tensor(rows, dtype=torch.long), self._device)
+        ]
         self.leave(len(rows))
 
     @torch.inference_mode()

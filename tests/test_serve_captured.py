@@ -5,25 +5,27 @@ the same (tests/test_gpu_decode.py has the rest).
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from backends import GREEDY, alone, asked, served, turn
 from serving import demo, running
 from tools import model
 
 from quantkit.core.sampling import Sampling
 from quantkit.errors import UsageError
+from quantkit.runtime import load as load_module
+from quantkit.runtime.batch import bytes_per_token
 from quantkit.runtime.kernels import small, support
 from quantkit.runtime.load import load
 from quantkit.runtime.stretches import Stretches
 from quantkit.serve.engine import Job, Token
-from quantkit.serve.engines import captured
+from quantkit.serve.engines import captured, room
 from quantkit.serve.engines.captured import AHEAD, CapturedBackend, sizes_up_to
 from quantkit.serve.engines.logprobs import with_logprobs
 from quantkit.serve.engines.torch import TorchBackend
+from quantkit.workflows.serve_models import Settings, open_models
 
-GREEDY = Sampling(temperature=0)
 CONTEXT = 96
 
 
@@ -39,66 +41,20 @@ def quickly(monkeypatch):
     monkeypatch.setattr(captured, "PIECE", 16)
 
 
+@pytest.fixture
+def capturing(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(support, "device_why_not", lambda device: None)
+    monkeypatch.setattr(captured, "PIECE", 64)
+
+
 @pytest.fixture(scope="module")
 def net():
     return load("demo", dtype="float32")[0]
 
 
-@dataclass(eq=False)
-class Reader:
-    """As much of an engine.Stream as a backend sees, and what came."""
-
-    job: Job
-    cancelled: bool = False
-    tokens: list[Token] = field(default_factory=list)
-    finish: str | None = None
-
-    @property
-    def ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
-
-
 def backend_of(net, rows=4, places=300, ends=frozenset(), context=CONTEXT) -> CapturedBackend:
     return CapturedBackend(net, ends, context=context, rows=rows, places=places)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    random = torch.Generator().manual_seed(seed + 1000 * length)
-    return torch.randint(10, 8000, (length,), generator=random).tolist()
-
-
-def asked(length: int, new: int, seed: int = 0, sampling=GREEDY, logprobs=None) -> Reader:
-    return Reader(Job(prompt(length, seed), sampling, new, logprobs))
-
-
-def turn(backend) -> None:
-    for reader, tokens, finish in backend.turn():
-        assert reader.finish is None, "something came behind the end"
-        reader.tokens += tokens
-        reader.finish = finish
-
-
-def served(backend, readers: list[Reader]) -> None:
-    """All of them, each taken up as soon as there is room, up to the end."""
-    waiting = list(readers)
-    while waiting or backend.busy:
-        while waiting and backend.admits(waiting[0].job):
-            backend.add(waiting.pop(0))
-        turn(backend)
-
-
-def alone(net, job: Job) -> list[int]:
-    """By transformers."""
-    ids = torch.tensor([job.prompt])
-    found = net.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=job.max_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return found[0, len(job.prompt) :].tolist()
 
 
 def test_texts_of_all_lengths_come_and_go(net):
@@ -219,6 +175,17 @@ def test_a_long_prompt_delays_others_by_a_piece_at_a_time(net):
     assert len(running_one.tokens) - before >= pieces
 
 
+def test_no_more_than_so_much_of_a_prompt_is_ahead_of_the_gpu(net):
+    """Whoever comes next waits for that."""
+    backend = backend_of(net)
+    backend.add(asked(90, 2))
+    ahead = []
+    while backend._reading or backend._new:
+        turn(backend)
+        ahead.append(len(backend._coming))
+    assert ahead == [1, 2, 2, 2, 2, 2]
+
+
 def test_short_prompts_are_read_together(net, monkeypatch):
     read, pieces = captured.Rows.read, []
     backend = backend_of(net)
@@ -285,6 +252,35 @@ def test_a_cache_that_does_not_fit_is_refused(net):
         backend_of(net, places=10**10)
 
 
+def test_models_of_a_server_share_the_memory(net, monkeypatch):
+    each = bytes_per_token(net)
+    monkeypatch.setattr(room, "free", lambda device: 1000 * each)
+    assert [room.tokens(net, 10**6, None, models) for models in (1, 2)] == [500, 250]
+    assert room.tokens(net, 300, None) == 300
+    assert room.tokens(net, 10**6, 2000) == 2000
+
+
+def test_all_weights_are_in_memory_before_an_engine_takes_the_rest(capturing, monkeypatch):
+    done, put, init = [], load_module.put_together, CapturedBackend.__init__
+
+    def loading(*arguments):
+        done.append("load")
+        return put(*arguments)
+
+    def starting(self, *arguments, **more):
+        done.append("start")
+        init(self, *arguments, **more)
+
+    monkeypatch.setattr(load_module, "put_together", loading)
+    monkeypatch.setattr(CapturedBackend, "__init__", starting)
+    settings = Settings(dtype="float32", max_batch=2, context=64)
+    models = open_models(["demo", "demo"], ["a", "b"], settings, lambda text: None)
+    assert done == ["load", "load", "start", "start"]
+    for one in models:
+        one.vocabulary.close()
+        one.engine.close()
+
+
 # choosing
 
 
@@ -335,13 +331,6 @@ def test_logprobs_of_those_who_ask(net):
 
 
 # behind a server
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    """As on a GPU."""
-    monkeypatch.setattr(support, "device_why_not", lambda device: None)
-    monkeypatch.setattr(captured, "PIECE", 64)
 
 
 def test_over_http(net, capturing):

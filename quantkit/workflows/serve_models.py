@@ -169,7 +169,7 @@ def torch_backend(
             )
         except NotCaptured as error:
             reason = str(error)
-    note(f"the model is called for every step, as none was captured (CUDA graph): {reason}")
+    note(f"the model is called for every step, without CUDA graphs: {reason}")
     return TorchBackend(model, ends, context=context, rows=rows, places=places)
 
 

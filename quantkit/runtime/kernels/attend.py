@@ -33,6 +33,7 @@ _MORE = ("position_bias", "cache", "softcap", "s_aux")  # attention with one of 
 _WIDEST = 256  # numbers of a head
 _BLOCK = 64  # positions at a time
 _BLOCK_FLOAT = 32  # in float32, whose tiles are twice as large
+_STAGES = 1  # a block is not loaded before it is its turn
 
 
 @dataclass
@@ -114,12 +115,15 @@ def attention_step(
         cuda.gdc_wait()
     both, share = tl.program_id(0), tl.program_id(1)
     text, head = both // HEADS, both % HEADS
+    begin, count = tl.load(first + text), (tl.load(length + text) + 1).to(tl.int32)
+    active = tl.minimum(tl.cdiv(count, BLOCK), SHARES)  # a short text is a matter of few
+    if share >= active:
+        return
     row, column, place = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
     heads = head * GROUP + row
     own = query + text * query_stride + heads[:, None] * query_head + column[None, :]
     real = row[:, None] < GROUP
     asked = tl.load(own, mask=real & (column[None, :] < WIDTH), other=0.0)
-    begin, count = tl.load(first + text), (tl.load(length + text) + 1).to(tl.int32)
     text_keys = keys + head.to(tl.int64) * key_head + begin * key_place
     text_values = values + head.to(tl.int64) * value_head + begin * value_place
 
@@ -151,22 +155,26 @@ def attention_step(
     tl.store(here + ROWS * COLUMNS + row, weight, mask=own_row)
     tl.store(here + ROWS * COLUMNS + ROWS + row, highest, mask=own_row)
     tl.debug_barrier()
-    if tl.atomic_add(arrived + both, 1, sem="acq_rel") < SHARES - 1:
+    if tl.atomic_add(arrived + both, 1, sem="acq_rel") < active - 1:
         return
     tl.store(arrived + both, 0)
     # what every share counts for is known before its sums arrive: those are all read at once
-    first = shares + both * (SHARES * SIZE)
+    first_share = shares + both * (SHARES * SIZE)
     every = tl.arange(0, SHARES)[:, None] * SIZE + ROWS * COLUMNS + row[None, :]
-    each_highest = tl.load(first + every + ROWS, own_row[None, :], -1e30, cache_modifier=".cg")
-    each_weight = tl.load(first + every, own_row[None, :], 0.0, cache_modifier=".cg")
+    there = (tl.arange(0, SHARES)[:, None] < active) & own_row[None, :]
+    each_highest = tl.load(first_share + every + ROWS, there, -1e30, cache_modifier=".cg")
+    each_weight = tl.load(first_share + every, there, 0.0, cache_modifier=".cg")
     highest = tl.max(each_highest, 0)
     weight = tl.sum(each_weight * tl.exp(each_highest - highest[None, :]), 0)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for other in tl.static_range(SHARES):
-        there = first + other * SIZE
-        its_sums = tl.load(there + rows, real, 0.0, cache_modifier=".cg")
+        its = first_share + other * SIZE
+        its_sums = tl.load(its + rows, real & (other < active), 0.0, cache_modifier=".cg")
         its_highest = tl.load(
-            there + ROWS * COLUMNS + ROWS + row, own_row, -1e30, cache_modifier=".cg"
+            its + ROWS * COLUMNS + ROWS + row,
+            own_row & (other < active),
+            -1e30,
+            cache_modifier=".cg",
         )
         sums += its_sums * tl.exp(its_highest - highest)[:, None]
     sums = sums / tl.where(own_row, weight, 1.0)[:, None]
@@ -232,8 +240,7 @@ def attend(
     space = torch.empty(count * key_heads * split * size, device=query.device)
     early = support.early(query.device)
     interpreted = isinstance(attention_step, InterpretedFunction)
-    # one stage: a block is not loaded before it is its turn, for which not every GPU has the room
-    more = {} if interpreted else {"num_warps": 4, "num_stages": 1, "launch_pdl": early}
+    more = {} if interpreted else {"num_warps": 4, "num_stages": _STAGES, "launch_pdl": early}
     attention_step[(count * key_heads, split)](
         query,
         keys,

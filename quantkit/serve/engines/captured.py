@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, takewhile
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class _Text:
     def first(self) -> int:
         return self.stretch.first
 
+    def part(self, start: int, stop: int) -> list[int]:
+        """Tokens of its prompt that are read; the last one is not."""
+        return self.job.prompt[start : min(stop, len(self.job.prompt) - 1)]
+
     @property
     def through(self) -> bool:
         """Whether all of its prompt was read that is."""
@@ -76,7 +81,8 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Coming:
-    """A step that was begun: its texts, row by row, their tokens, and what is told of them."""
+    """A step that was begun: its texts, row by row, their tokens, and what is told of them; or the
+    reading of a piece, with no texts."""
 
     texts: list[_Text]
     tokens: Arriving
@@ -106,14 +112,18 @@ class CapturedBackend:
         self._model = model  # the rows have no hold of it
         self._places = Places(places)
         self.limits = Limits(min(context, places))
-        sizes = sizes_up_to(rows)
-        note(f"capturing a step for {', '.join(map(str, sizes))} texts")
+        sizes, started = sizes_up_to(rows), perf_counter()
+        note(f"capturing a step for {', '.join(map(str, sizes))} texts (CUDA graphs)")
         with attempt(model):
             self._step = Rows(model, rows, longest=self.limits.context, places=places)
             if attend.runs_on(model.device) and not self._step.direct:
                 raise ValueError("its attention is of another kind than quantkit's kernel computes")
             self._step.capture(sizes)
             self._warm_up()
+        note(
+            f"captured in {perf_counter() - started:.1f} s; keys and values of {places:,} tokens "
+            f"take {self._step.cache.bytes / 1e9:.1f} GB"
+        )
         self._device = model.device
         self._clear()
 
@@ -158,7 +168,10 @@ class CapturedBackend:
         for text in cancelled:
             self._end(text)
         begun = self._begin()
-        self._read()
+        if self._read() and not begun:
+            # what is read ahead is limited as steps are, for the sake of whoever comes next
+            self._coming.append(_Coming([], Arriving(self._step.length[:1]), None))
+            begun = True
         deliveries: list[Delivery] = [(text.stream, [], "stop") for text in cancelled]
         if self._coming and (len(self._coming) > AHEAD or not begun):
             deliveries += self._arrived(self._coming.popleft())
@@ -204,22 +217,24 @@ class CapturedBackend:
             text.begun += 1
         return True
 
-    def _read(self) -> None:
-        """Read a piece of new prompts; those that are through with it run from the next step on."""
+    def _read(self) -> bool:
+        """Read a piece of new prompts, if there are any; those that are through with it run from
+        the next step on."""
         self._reading = [text for text in self._reading if not text.gone]
         if not self._reading:
             self._reading, self._new = _few([text for text in self._new if not text.gone])
         texts = self._reading
         if not texts:
-            return
+            return False
         before = texts[0].read
-        parts = [text.job.prompt[before:-1][:PIECE] for text in texts]
+        parts = [text.part(before, before + PIECE) for text in texts]
         self._step.read(parts, before, [text.first for text in texts])
         for text, part in zip(texts, parts):
             text.read += len(part)
         if all(text.through for text in texts):
             self._join(texts)
             self._reading = []
+        return True
 
     def _join(self, texts: list[_Text]) -> None:
         prompts = [text.job.prompt for text in texts]

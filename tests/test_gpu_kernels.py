@@ -119,9 +119,11 @@ def texts_of(firsts: list[int], lengths: list[int], heads: int) -> attend.Texts:
 
 @pytest.mark.parametrize("heads, key_heads, width", [(4, 4, 64), (8, 2, 80)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_attention_of_a_step(heads, key_heads, width, dtype):
-    """Stretches in any order, of one token up to several blocks; what lies outside of them is
-    never read."""
+@pytest.mark.parametrize("split", [1, 8])
+def test_attention_of_a_step(heads, key_heads, width, dtype, split, monkeypatch):
+    """Stretches in any order, of one token up to several blocks, divided or not; what lies outside
+    of them is never read."""
+    monkeypatch.setattr(attend, "shares", lambda *_: split)
     torch.manual_seed(0)
     query = torch.randn(4, heads, 1, width).to(dtype)
     keys, values = (torch.randn(key_heads, 400, width).to(dtype) for _ in range(2))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from tools import model
+from transformers import LlamaForCausalLM
 
 from quantkit.runtime import decode
 from quantkit.runtime.kernels import attend
@@ -180,6 +181,26 @@ def test_attention_that_is_half_the_kernels_is_torchs(monkeypatch):
     texts.join([1, 0], [50, 20])
     texts.step(2)
     assert texts.made == {i: alone(net, PROMPTS[i], 2) for i in (1, 0)}
+
+
+def test_a_model_that_asks_the_cache_for_positions_is_told_by_it(monkeypatch):
+    """What the kernel is told it would not know."""
+    monkeypatch.setattr(attend, "runs_on", lambda device: True)
+
+    class Asking(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask, past_key_values, use_cache):
+            return super().forward(
+                input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache
+            )
+
+    net = loaded("llama")
+    asking = Asking(net.config).eval()
+    asking.load_state_dict(net.state_dict())
+    texts = Texts(rows_of(asking, sizes=(1,)))
+    assert not texts.rows.direct
+    texts.join([0], [30], piece=4)
+    texts.step(5)
+    assert texts.made[0] == alone(net, PROMPTS[0], 5)
 
 
 def test_generate_computes_a_batch_with_the_kernel(monkeypatch):

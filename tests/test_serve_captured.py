@@ -149,6 +149,25 @@ def test_who_is_gone_gets_no_more_and_leaves_at_once(net):
         assert reader.ids == alone(net, reader.job)
 
 
+def test_nothing_of_a_prompt_is_read_when_its_reader_is_gone(net, monkeypatch):
+    """Its places may be another one's by then."""
+    read, lengths = captured.Rows.read, []
+    backend = backend_of(net)
+    monkeypatch.setattr(
+        captured.Rows, "read", lambda s, p, *a: (lengths.extend(map(len, p)), read(s, p, *a))[1]
+    )
+    reading, new, stays = asked(70, 5, 1), asked(9, 5, 2), asked(6, 5, 3)
+    for reader in (reading, new, stays):
+        backend.add(reader)
+    turn(backend)
+    assert lengths == [16]
+    reading.cancelled = new.cancelled = True
+    while backend.busy:
+        turn(backend)
+    assert lengths == [16, 5]
+    assert stays.ids == alone(net, stays.job)
+
+
 def test_all_are_gone_while_steps_run(net):
     backend = backend_of(net)
     reader = asked(3, 50)

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as hal
 from quantkit.core.qweight import Scheme
 from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import QuantkitWarning, UsageError
-from quantkit.runtime import decode, fused
+from quantkit.runtime import decode, fused, stretches
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
 from quantkit.runtime.draw import Draw, Limits, candidates
 from quantkit.runtime.follow import follow
@@ -33,7 +33,6 @@ from quantkit.runtime.kernels import small, support, tune
 from quantkit.runtime.load import load
 from quantkit.runtime.rows import Rows
 from quantkit.runtime.stream import Answer
-from quantkit.runtime.stretches import Stretches
 from quantkit.runtime.torch_engine import TorchEngine
 from quantkit.workflows.conversation import Conversation
 from quantkit.workflows.generate import Wanted, stream_generate
@@ -443,15 +442,21 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
 
 
 def test_growing_that_fails_leaves_a_step_that_serves_again(net, engine, capturing, monkeypatch):
-    def full(self, *_):
-        raise torch.OutOfMemoryError("no memory is left")
+    spread, grown = stretches._spread, []
+
+    def full(*arguments):
+        if len(grown) == 3:  # in the second layer
+            raise torch.OutOfMemoryError("no memory is left")
+        grown.append(1)
+        return spread(*arguments)
 
     longer = [*PROMPTS[0], *range(20, 40)]
     list(engine.stream(PROMPTS[0], GREEDY, 3))
     with monkeypatch.context() as changed:
-        changed.setattr(Stretches, "spread", full)
+        changed.setattr(stretches, "_spread", full)
         with pytest.raises(torch.OutOfMemoryError):
             list(engine.stream(longer, GREEDY, 9))
+    assert in_cache(net).room == 0 and in_cache(net).held == []  # nothing half made counts
     assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
     assert in_cache(net).held[: len(longer)] == longer
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from backends import GREEDY, alone, asked, served, turn
+from backends import GREEDY, Reader, alone, asked, prompt, served, turn
 from serving import demo, running
 from tools import model
 
@@ -16,7 +16,7 @@ from quantkit.core.sampling import Sampling
 from quantkit.errors import UsageError
 from quantkit.runtime import load as load_module
 from quantkit.runtime.batch import bytes_per_token
-from quantkit.runtime.kernels import small, support
+from quantkit.runtime.kernels import attend, small, support
 from quantkit.runtime.load import load
 from quantkit.runtime.stretches import Stretches
 from quantkit.serve.engine import Job, Token
@@ -220,6 +220,23 @@ def test_short_prompts_are_read_together(net, monkeypatch):
     assert pieces == [[3, 4], [7, 2]]
 
 
+def test_with_the_kernels_of_a_gpu(monkeypatch):
+    """In Triton's interpreter."""
+    monkeypatch.undo()
+    monkeypatch.setattr(captured, "PIECE", 16)
+    monkeypatch.setattr(attend, "runs_on", lambda device: True)
+    tiny, _ = load(str(model("llama")), dtype="float32")
+    backend = backend_of(tiny, rows=3, places=90, context=64)
+    assert backend._step.direct
+    lengths = [(9, 4), (1, 5), (40, 3), (5, 6)]
+    readers = [
+        Reader(Job([i % 250 for i in prompt(length)], GREEDY, new)) for length, new in lengths
+    ]
+    served(backend, readers)
+    for reader in readers:
+        assert reader.ids == alone(tiny, reader.job)
+
+
 # memory
 
 
@@ -382,6 +399,13 @@ def test_what_cannot_be_captured_is_served_as_before_and_says_so(capturing, monk
         assert isinstance(server.models[0].engine._backend, TorchBackend)
         assert server.post("/v1/completions", prompt=[5, 6], max_tokens=2).status_code == 200
     assert any("called for every step" in line and "Sliding" in line for line in told)
+
+    told.clear()
+    monkeypatch.setattr(attend, "runs_on", lambda device: True)
+    assert isinstance(
+        demo("own", str(model("gptj")), note=told.append).engine._backend, TorchBackend
+    )
+    assert any("attention is of another kind" in line for line in told)
 
     def fails(self, sizes):
         raise RuntimeError("out of ink")

@@ -31,9 +31,14 @@ class Running:
             return client.post(path, json=body)
 
 
-def demo(name: str = "demo", model: str = "demo", **settings: Any) -> Served:
+def demo(
+    name: str = "demo",
+    model: str = "demo",
+    note: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> Served:
     """In float32, so that a batch chooses the tokens that a single text does."""
-    return open_model(model, name, Settings(**{"dtype": "float32", **settings}), lambda text: None)
+    return open_model(model, name, Settings(**{"dtype": "float32", **settings}), note)
 
 
 @contextmanager

@@ -23,14 +23,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as hal
 from quantkit.core.qweight import Scheme
 from quantkit.core.sampling import Sampler, Sampling
 from quantkit.errors import QuantkitWarning, UsageError
-from quantkit.runtime import decode, fused
+from quantkit.runtime import decode, fused, stretches
 from quantkit.runtime.decode import Captured, captured, forget, release, why_not
-from quantkit.runtime.draw import Draw, alike, candidates
+from quantkit.runtime.draw import Draw, Limits, candidates
 from quantkit.runtime.follow import follow
-from quantkit.runtime.fused import FixedLayer, _agree, _Ours, _rms_norms, fewer_launches
+from quantkit.runtime.fused import _agree, _Ours, _rms_norms, fewer_launches
 from quantkit.runtime.gpu_linear import GpuLinear
 from quantkit.runtime.kernels import small, support, tune
 from quantkit.runtime.load import load
+from quantkit.runtime.rows import Rows
 from quantkit.runtime.stream import Answer
 from quantkit.runtime.torch_engine import TorchEngine
 from quantkit.workflows.conversation import Conversation
@@ -185,14 +186,21 @@ def test_a_fixed_cache_with_fused_kernels(net, monkeypatch):
 
 
 def computed(monkeypatch):
-    """How many tokens each call of the model has."""
-    calls, run = [], Captured._run
+    """How many tokens each call of the model has; those that are for nobody are left out."""
+    calls, read, step = [], Rows.read, Rows.step
 
-    def counted(self, tokens, *others):
-        calls.append(tokens.shape[1])
-        return run(self, tokens, *others)
+    def reading(self, parts, before, firsts):
+        tokens = max(map(len, parts))
+        if firsts != [self.cache.places]:
+            calls.append(tokens)
+        read(self, parts, before, firsts)
 
-    monkeypatch.setattr(Captured, "_run", counted)
+    def stepping(self, count):
+        calls.append(1)
+        return step(self, count)
+
+    monkeypatch.setattr(Rows, "read", reading)
+    monkeypatch.setattr(Rows, "step", stepping)
     return calls
 
 
@@ -208,14 +216,14 @@ def test_what_texts_begin_with_alike_is_kept_when_one_was_left_early(
     assert ran > 5  # some ran ahead
     assert in_cache(net).held == PROMPTS[0] + made
     for prompt, new in (
-        ([*PROMPTS[0], *made[:3], 9, 9], 2),  # not as it went on
-        ([*PROMPTS[0], *made[:3], 9, 9], 1),  # nothing new: the last one is for its logits
-        (PROMPTS[0], 1),
-        (PROMPTS[1], 3),
+        ([*PROMPTS[0], *made[:3], 9, 9], [1]),  # not as it went on; the last token is for a step
+        ([*PROMPTS[0], *made[:3], 9, 9], []),  # nothing new
+        (PROMPTS[0], []),
+        (PROMPTS[1], [2]),
     ):
         calls.clear()
         assert list(engine.stream(prompt, GREEDY, 6)) == generated(net, prompt, 6)
-        assert calls == [new] + [1] * 5
+        assert calls == new + [1] * 6
 
 
 def test_a_text_that_was_not_closed_does_not_harm_the_next(net, engine, capturing):
@@ -343,7 +351,7 @@ def test_a_cache_grows_and_keeps_what_is_in_it(net, engine, capturing, monkeypat
     monkeypatch.setattr(Captured, "reserve", noted)
     assert list(engine.stream(PROMPTS[0], GREEDY, 40)) == generated(net, PROMPTS[0], 40)
     assert sorted(set(rooms)) == [16, 24, 40, 64]
-    assert calls == [7] + [1] * 39
+    assert calls == [6] + [1] * 40
     for prompts in (PROMPTS, PROMPTS[::-1]):
         found = together(engine, prompts, [GREEDY] * 2, 30)
         assert found == [generated(net, prompt, 30) for prompt in prompts]
@@ -357,7 +365,7 @@ def test_one_step_serves_all_engines_and_none_reads_what_another_did(net, captur
     net.model.embed_tokens.weight.mul_(0.5)  # trained on, say
     found = list(TorchEngine(net, Ids()).stream(PROMPTS[0], GREEDY, 3))
     assert found == generated(net, PROMPTS[0], 3)
-    assert in_cache(net) is step and calls[0] == len(PROMPTS[0])
+    assert in_cache(net) is step and calls[0] == len(PROMPTS[0]) - 1
 
 
 def test_other_weights_are_captured_again(net, engine, capturing):
@@ -370,7 +378,7 @@ def test_other_weights_are_captured_again(net, engine, capturing):
 
 def test_memory_is_let_go(net, engine, capturing):
     list(engine.stream(PROMPTS[0], GREEDY, 3))
-    layer = in_cache(net)._cache.layers[0]
+    layer = in_cache(net)._rows.cache.layers[0]
     keys = weakref.ref(layer.keys)
     del layer
     release(net)
@@ -382,7 +390,7 @@ def test_memory_is_let_go(net, engine, capturing):
 def test_a_step_goes_with_its_model(capturing):
     loaded, tokenizer = load("demo", dtype="float32")
     list(stream_generate(loaded, tokenizer, "a", max_new_tokens=2))
-    step = weakref.ref(in_cache(loaded)._cache)
+    step = weakref.ref(in_cache(loaded)._rows)
     del loaded
     gc.collect()
     assert step() is None
@@ -412,7 +420,7 @@ def test_a_step_that_cannot_be_captured(net, engine, capturing, monkeypatch, tro
 
 def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkeypatch):
     list(engine.stream(PROMPTS[0], GREEDY, 3))
-    run, calls = Captured._run, []
+    run, calls = Rows._call, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -422,7 +430,7 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
 
     longer = [*PROMPTS[0], *range(20, 40)]
     monkeypatch.setattr(decode, "PREFILL", 8)
-    monkeypatch.setattr(Captured, "_run", interrupted)
+    monkeypatch.setattr(Rows, "_call", interrupted)
     for at in (1, 2, 3, 5):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -434,15 +442,21 @@ def test_an_interruption_leaves_nothing_half_read(net, engine, capturing, monkey
 
 
 def test_growing_that_fails_leaves_a_step_that_serves_again(net, engine, capturing, monkeypatch):
-    def full(self, room, used):
-        raise torch.OutOfMemoryError("no memory is left")
+    spread, grown = stretches._spread, []
+
+    def full(*arguments):
+        if len(grown) == 3:  # in the second layer
+            raise torch.OutOfMemoryError("no memory is left")
+        grown.append(1)
+        return spread(*arguments)
 
     longer = [*PROMPTS[0], *range(20, 40)]
     list(engine.stream(PROMPTS[0], GREEDY, 3))
     with monkeypatch.context() as changed:
-        changed.setattr(FixedLayer, "enlarge", full)
+        changed.setattr(stretches, "_spread", full)
         with pytest.raises(torch.OutOfMemoryError):
             list(engine.stream(longer, GREEDY, 9))
+    assert in_cache(net).room == 0 and in_cache(net).held == []  # nothing half made counts
     assert list(engine.stream(longer, GREEDY, 9)) == generated(net, longer, 9)
     assert in_cache(net).held[: len(longer)] == longer
 
@@ -607,7 +621,7 @@ def test_shares_are_those_of_one_text(settings):
 
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * 2
     chosen = Sampling(**settings)
-    shares, ids = candidates(logits, chosen)
+    shares, ids = candidates(logits, Limits.of([chosen] * 3, CPU))
     for row in range(3):
         one, one_ids = sampling.candidates(logits[row], chosen)
         meant, found = torch.zeros(40), torch.zeros(40)
@@ -616,13 +630,62 @@ def test_shares_are_those_of_one_text(settings):
         assert torch.allclose(found / found.sum(), meant / meant.sum(), atol=1e-6)
 
 
+SETTINGS = [
+    Sampling(temperature=0),
+    Sampling(seed=1),
+    Sampling(seed=2, top_k=5),
+    Sampling(seed=3, top_p=0.7, temperature=0.8),
+    Sampling(seed=4, min_p=0.2, repetition_penalty=1.5),
+    Sampling(temperature=0, repetition_penalty=2.0),
+    Sampling(seed=5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=0.8),
+    Sampling(seed=6, top_k=1),
+]
+
+
 def test_draw_knows_every_setting():
-    """A new one must be known here, or be left to the host."""
+    """A new one must be known here."""
     known = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
     assert {field.name for field in fields(Sampling)} == known
-    assert alike([Sampling(seed=1), Sampling()])
-    for name in known - {"seed"}:
-        assert not alike([Sampling(**{name: 1}), Sampling(**{name: 0.5})]), name
+
+
+def test_settings_of_each_text_are_its_own():
+    """What is drawn beside others, which come and go, is what is drawn alone."""
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(12, 8, 60, generator=random) * 2
+
+    def prompt(i):
+        return range(i, 9 + i)
+
+    def alone(i, steps):
+        draw = Draw([SETTINGS[i]], [prompt(i)], CPU)
+        return [int(draw(one[None, i])) for one in steps]
+
+    draw, here = (
+        Draw([SETTINGS[i] for i in range(4)], [prompt(i) for i in range(4)], CPU),
+        [*range(4)],
+    )
+    found = {i: [] for i in range(8)}
+    for step, one in enumerate(logits):
+        if step == 3:
+            draw.join([SETTINGS[i] for i in range(4, 8)], [prompt(i) for i in range(4, 8)])
+            here += range(4, 8)
+        if step == 7:
+            draw.keep([6, 1, 4, 2])
+            here = [6, 1, 4, 2]
+        for i, token in zip(here, draw(one[here]).tolist()):
+            found[i].append(token)
+    for i, tokens in found.items():
+        begun = 0 if i < 4 else 3
+        assert tokens == alone(i, logits[begun : begun + len(tokens)]), SETTINGS[i]
+    assert [len(tokens) for tokens in found.values()] == [7, 12, 12, 7, 9, 4, 9, 4]
+
+
+def test_logits_are_left_as_they_are():
+    """Others still want to know the model's own distribution."""
+    logits = torch.randn(2, 30)
+    before = logits.clone()
+    Draw([SETTINGS[4], SETTINGS[5]], [[3], [4]], CPU)(logits)
+    assert torch.equal(logits, before)
 
 
 def test_draws_follow_the_shares():
@@ -653,12 +716,12 @@ def test_a_seed_gives_the_same_text_alone_and_beside_others(net, engine, capturi
     assert len({tuple(engine.stream(PROMPTS[0], several, 8)) for _ in range(5)}) > 1
 
 
-def test_texts_with_settings_of_their_own_are_drawn_on_the_host(net, engine, capturing):
+def test_texts_with_settings_of_their_own_share_a_step(net, engine, capturing):
     settings = [GREEDY, Sampling(temperature=0, repetition_penalty=1e9)]
     greedy, penal = together(engine, PROMPTS, settings, 10)
     assert greedy == generated(net, PROMPTS[0], 10)
     assert len({*penal, *PROMPTS[1]}) == 10 + len(PROMPTS[1])
-    assert net not in decode._held
+    assert in_cache(net).texts == 2
 
 
 def test_follow_reads_no_step_more_than_asked_for(net, capturing, monkeypatch):
@@ -668,7 +731,7 @@ def test_follow_reads_no_step_more_than_asked_for(net, capturing, monkeypatch):
         forget(net)
         calls.clear()
         assert len(list(follow(runner, PROMPTS[:1], [GREEDY], most))) == most
-        assert calls == [7] + [1] * (most - 1)
+        assert calls == [6] + [1] * most
 
 
 def test_an_answer_in_text(capturing):

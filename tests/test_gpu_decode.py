@@ -11,12 +11,16 @@ import warnings
 
 import pytest
 import torch
+from backends import alone, asked, served
+from backends import turn as turned
 
 from quantkit.core.sampling import Sampling
 from quantkit.errors import QuantkitWarning
 from quantkit.runtime import decode
 from quantkit.runtime.load import load
 from quantkit.runtime.torch_engine import CacheState, TorchEngine
+from quantkit.serve.engines import captured
+from quantkit.serve.engines.captured import CapturedBackend
 from quantkit.workflows.conversation import Conversation
 from quantkit.workflows.generate import Wanted, stream_generate
 
@@ -77,7 +81,7 @@ def together(engine, prompts, sampling, count):
 
 def replayed(model) -> bool:
     held = decode._held.get(model)
-    return isinstance(held, decode.Captured) and held._replay != held._advance
+    return isinstance(held, decode.Captured) and bool(held._rows._graphs)
 
 
 def test_text_alone_and_in_a_batch(engine, plainly):
@@ -219,3 +223,115 @@ def test_logits_in_the_dtype_of_a_gpu(dtype):
         return float((torch.stack(rows).float() - meant).norm() / meant.norm())
 
     assert apart(found) < 1.5 * apart(usual) + 1e-4
+
+
+def test_texts_with_settings_of_their_own(engine):
+    """Share a step, and are what they are alone."""
+    prompts = [engine.encode(text) for text in TEXTS]
+    settings = [GREEDY, Sampling(seed=3, top_p=0.8), Sampling(seed=4, repetition_penalty=1.3)]
+    each = zip(prompts, settings)
+    lonely = [list(engine.stream(ids, one, 30)) for ids, one in each]
+    assert together(engine, prompts, settings, 30) == lonely
+
+
+# serving
+
+LENGTHS = [1, 7, 60, 200, 16, 3, 450, 33, 128, 5, 90, 2, 65, 64, 300, 11, 24, 180, 1, 77]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(captured, "PIECE", 128)
+
+
+def backend_of(model, **more) -> CapturedBackend:
+    settings = {"context": 1024, "rows": 12, "places": 4000} | more
+    backend = CapturedBackend(model, frozenset(), **settings)
+    assert backend._step.direct and backend._step._graphs.keys() == {1, 2, 4, 8, 12}
+    return backend
+
+
+def test_served_texts_are_what_they_are_alone(loaded, small_pieces):
+    """More than there are rows, of all lengths; prompts in pieces, rows and places used again."""
+    readers = [asked(n, 20 + 13 * i % 60, i) for i, n in enumerate(LENGTHS)]
+    backend = backend_of(loaded[0])
+    for _ in range(2):
+        again = [asked(n, 20 + 13 * i % 60, i) for i, n in enumerate(LENGTHS)]
+        served(backend, again)
+        for reader in again:
+            assert reader.ids == alone(loaded[0], reader.job), len(reader.job.prompt)
+    for reader in readers[:5]:
+        served(backend, [reader])  # with the graphs of few
+        assert reader.ids == alone(loaded[0], reader.job)
+    assert backend.load().kv_used == 0
+
+
+def test_places_are_brought_together_while_texts_run(loaded):
+    backend = backend_of(loaded[0], places=1100)
+    short = [asked(50, 150, seed) for seed in range(2)]
+    between = [asked(40, 260, 2), asked(100, 200, 3)]
+    for reader in (short[0], between[0], short[1], between[1]):
+        backend.add(reader)
+    for _ in range(20):
+        turned(backend)
+    for reader in short:
+        reader.cancelled = True
+    turned(backend)
+    late = asked(30, 400, 4)
+    assert backend.admits(late.job)
+    served(backend, [late])
+    for reader in (*between, late):
+        assert reader.ids == alone(loaded[0], reader.job)
+
+
+def test_served_seeds_and_logprobs(loaded, small_pieces):
+    settings = [
+        Sampling(seed=n, temperature=0.6 + n / 20, top_p=0.9 if n % 2 else 1.0, top_k=n % 3 * 10)
+        for n in range(10)
+    ]
+
+    def readers():
+        return [asked(20 + 9 * n, 40, n, one, logprobs=n % 4) for n, one in enumerate(settings)]
+
+    together, lonely = readers(), readers()
+    served(backend_of(loaded[0]), together)
+    backend = backend_of(loaded[0])
+    for reader in lonely:
+        served(backend, [reader])
+    for one, other in zip(together, lonely):
+        assert one.ids == other.ids
+        for a, b in zip(one.tokens, other.tokens):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+            assert [i for i, _ in a.top] == [i for i, _ in b.top]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_served_in_the_dtype_of_a_gpu(dtype, small_pieces):
+    """Tokens that are the likeliest, or nearly, as float32 sees it: a text that looked at another
+    one's keys would soon take what is out of the question."""
+    model, _ = load("demo", device="cuda", dtype=dtype)
+    exact, _ = load("demo", device="cuda", dtype="float32")
+    readers = [asked(n, 60, i) for i, n in enumerate(LENGTHS)]
+    served(backend_of(model), readers)
+    first = 0
+    for reader in readers:
+        ids = torch.tensor([reader.job.prompt + reader.ids], device="cuda")
+        with torch.inference_mode():
+            logits = exact(ids).logits[0, len(reader.job.prompt) - 1 : -1]
+        taken = logits.gather(1, ids[0, len(reader.job.prompt) :, None])[:, 0]
+        short = logits.amax(-1) - taken
+        assert float(short.max()) < 0.5
+        first += int((short == 0).sum())
+    assert first > 0.97 * 60 * len(readers)
+
+
+def test_memory_of_a_server_comes_back(loaded):
+    served(backend_of(loaded[0]), [asked(9, 9)])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    backend = backend_of(loaded[0], places=12000)
+    held = torch.cuda.memory_allocated() - before
+    assert held >= backend._step.cache.bytes
+    backend.close()
+    del backend
+    assert torch.cuda.memory_allocated() - before < held / 4

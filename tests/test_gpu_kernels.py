@@ -4,11 +4,10 @@ divided."""
 import pytest
 import torch
 from kernels import random_weight
-from torch import nn
 from torch.nn import functional
 
 from quantkit.core.qweight import Scheme
-from quantkit.runtime.kernels import attend, choose, dense, skinny, tune, unpacking
+from quantkit.runtime.kernels import attend, choose, dense, skinny, small, tune, unpacking
 from quantkit.runtime.kernels.fragments import Fragments, arrange, restore
 from quantkit.runtime.kernels.skinny import Config
 from quantkit.runtime.kernels.support import GPU, gpu_why_not, scheme_why_not
@@ -113,20 +112,67 @@ def test_every_weight_can_be_divided(tokens, shape, group):
         assert all(one.fits(weight) for one in tune.around(config, weight))
 
 
+def texts_of(firsts: list[int], lengths: list[int], heads: int) -> attend.Texts:
+    arrived = counters(len(firsts) * heads)
+    return attend.Texts(torch.tensor(firsts), torch.tensor(lengths), 200, arrived)
+
+
 @pytest.mark.parametrize("heads, key_heads, width", [(4, 4, 64), (8, 2, 80)])
-def test_attention_of_a_step(heads, key_heads, width):
-    """Padding on the left, places that are not filled yet, and a mask that all texts share."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("split", [1, 8])
+def test_attention_of_a_step(heads, key_heads, width, dtype, split, monkeypatch):
+    """Stretches in any order, of one token up to several blocks, divided or not; what lies outside
+    of them is never read."""
+    monkeypatch.setattr(attend, "shares", lambda *_: split)
     torch.manual_seed(0)
-    query = torch.randn(2, heads, 1, width).half()
-    key, value = (torch.randn(2, key_heads, 200, width).half() for _ in range(2))
-    mask = torch.zeros(2, 1, 1, 200, dtype=torch.bool)
-    mask[0, ..., 5:100] = True
-    mask[1, ..., :190] = True
-    for seen in (mask, mask[:1]):
-        found = attend.attend(nn.Identity(), query, key, value, seen, None)
-        wide = [t.float().repeat_interleave(heads // key_heads, 1) for t in (key, value)]
-        meant = functional.scaled_dot_product_attention(query.float(), *wide, attn_mask=seen)
-        assert relative(found, meant.transpose(1, 2)) < 1e-3
+    query = torch.randn(4, heads, 1, width).to(dtype)
+    keys, values = (torch.randn(key_heads, 400, width).to(dtype) for _ in range(2))
+    firsts, lengths = [203, 5, 399, 130], [190, 94, 0, 63]
+    outside = torch.ones(400, dtype=torch.bool)
+    for first, length in zip(firsts, lengths):
+        outside[first : first + length + 1] = False
+    keys[:, outside] = values[:, outside] = float("nan")
+    texts = texts_of(firsts, lengths, key_heads)
+    found = attend.attend(query, keys, values, texts, None)
+    assert not texts.arrived.any()  # ready for the next launch
+    for row, (first, length) in enumerate(zip(firsts, lengths)):
+        own = (t[:, first : first + length + 1].float() for t in (keys, values))
+        wide = [t.repeat_interleave(heads // key_heads, 0) for t in own]
+        meant = functional.scaled_dot_product_attention(query[row].float(), *wide)
+        assert relative(found[row, 0], meant[:, 0]) < (1e-3 if dtype == torch.float16 else 1e-5)
+
+
+def test_attention_that_the_kernel_does_not_compute():
+    keys = torch.randn(2, 9, 16)
+
+    def attended(query, texts, held=keys, **others):
+        with attend.computing(texts):
+            attend.attention(None, query, held[None], held[None], None, **others)
+
+    query = torch.randn(1, 2, 1, 16)
+    for wrong, said in (
+        ({"query": query.double()}, "float64"),
+        ({"query": query.half()}, "several dtypes"),
+        ({"query": torch.randn(1, 2, 2, 16)}, "more tokens"),
+        ({"held": torch.randn(4, 9, 16)}, "more heads"),
+        ({"held": torch.randn(2, 9, 257)}, "wider"),
+        ({"held": keys.transpose(1, 2)}, "lie apart"),
+        ({"softcap": 50.0}, "softcap"),
+        ({"dropout": 0.1}, "dropout"),
+    ):
+        texts = texts_of([0], [3], 2)
+        with pytest.raises(attend.Unfit, match=said):
+            attended(**{"query": query, "texts": texts, **wrong})
+
+
+def test_keys_and_values_are_written_where_each_text_is():
+    keys, values = torch.zeros(2, 9, 16), torch.zeros(2, 9, 24)
+    key, value = torch.randn(3, 1, 2, 16).transpose(1, 2), torch.randn(3, 2, 1, 24)
+    small.keep(key, value, keys, values, torch.tensor([7, 0, 4]))
+    for row, place in enumerate((7, 0, 4)):
+        assert torch.equal(keys[:, place], key[row, :, 0])
+        assert torch.equal(values[:, place], value[row, :, 0])
+    assert int((keys != 0).any(-1).sum()) == int((values != 0).any(-1).sum()) == 6
 
 
 @pytest.mark.parametrize("bits, middle", [(4, 8), (4, 4), (8, 128)])

@@ -1,31 +1,33 @@
 """Decoding without Python between the tokens, on a GPU.
 
-One step of the model is captured as a CUDA graph, on a cache of fixed size, and replayed for every
-token; follow.py draws the tokens beside it. The cache grows when a text does, and the step is then
-captured again. A model has one such step, which texts take turns in: :func:`captured` hands it out,
-:func:`release` lets go of its memory.
+One step of the model is captured as a CUDA graph, on a cache of fixed size (rows.py), and replayed
+for every token; follow.py draws the tokens beside it. The cache grows when a text does, and the
+step is then captured again. A model has one such step, which texts take turns in: :func:`captured`
+hands it out, :func:`release` lets go of its memory.
 
 Models whose cache has no fixed size (sliding windows, recurrent layers) are called for every token
 instead, and so are all on a CPU.
 """
 
-import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from quantkit.core.prefix import shared
 from quantkit.errors import QuantkitWarning
 from quantkit.runtime.batch import has_state
 from quantkit.runtime.kernels import support
+
+if TYPE_CHECKING:
+    from quantkit.runtime.rows import Rows
 
 PREFILL = 1024  # tokens of a prompt that are computed together
 UNKNOWN = 1 << 20  # tokens of context, where a model does not say
@@ -34,7 +36,8 @@ _FIRST = 512  # tokens to come that there is room for from the beginning
 
 
 class Captured:
-    """A step of ``model`` for so many ``texts``, and their keys and values (a follow.Runner).
+    """A step of ``model`` for so many ``texts``, and their keys and values (a follow.Runner). The
+    texts begin together, and lie side by side in the cache.
 
     room   tokens of each text that there is memory for
     """
@@ -45,156 +48,89 @@ class Captured:
         self.texts, self.turn = texts, 0
         self.weights = _weights(model)
         self._of = weakref.ref(model)  # the model goes when its user lets go of it, and this too
-        self._last = context(model) - 1
-        known = inspect.signature(model.forward).parameters
-        self._settings = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._positions = "position_ids" in known
-        device = model.device
-        self.token = torch.zeros(texts, dtype=torch.long, device=device)
-        self.places = torch.zeros(texts, 1, dtype=torch.long, device=device)
-        self.length = torch.zeros((), dtype=torch.long, device=device)
         self.drop()
 
     def drop(self) -> None:
         """Let go of the memory; who is in the middle of a text must begin it again."""
         self.forget()
         self.room = 0
-        self._replay: Callable[[], Tensor] = self._advance
-        self._cache: Any = None
+        self._rows: Rows | None = None
 
     def forget(self) -> None:
         """Nothing that was read counts any more."""
         self.turn += 1
-        self._columns = 0  # what is computed, or about to be: ``length``, as the host knows it
+        self._computed = 0  # tokens of the longest text that are in the cache, or about to be
         self._read: Sequence[list[int]] = [[]]
 
     @property
     def held(self) -> list[int]:
         """The tokens of a single text that are known and in the cache."""
-        return self._read[0][: self._columns] if self.room and self.texts == 1 else []
+        return self._read[0][: self._computed] if self.room and self.texts == 1 else []
 
-    @torch.inference_mode()
     def begin(self, texts: Sequence[list[int]], more: int) -> Tensor:
         """Logits [texts, vocab] behind ``texts``. What a single one begins with like the one before
-        stays; several are filled up on the left with tokens that the mask leaves out."""
+        stays."""
         keep = shared(self.held, texts[0][:-1])
-        longest = max(map(len, texts))
         self.turn += 1
-        self._columns, self._read = keep, texts
+        self._computed, self._read = keep, texts
         self.reserve(wanted(texts, more))
-        device = self.token.device
-        rows = torch.tensor([[0] * (longest - len(row)) + row for row in texts], device=device)
-        empty = torch.tensor([longest - len(row) for row in texts], device=device)[:, None]
-        places = (torch.arange(longest, device=device) - empty).clamp(min=0)
-        self.mask.copy_(torch.arange(self.room, device=device) >= empty)
-        self.length.fill_(keep)
-        with torch.cuda.device_of(self.token):
-            for start in range(keep, longest, PREFILL):
-                stop = min(start + PREFILL, longest)
-                seen = self.mask.clone()
-                seen[:, stop:] = False  # causal as it is: transformers then needs no mask for it
-                logits = self._run(rows[:, start:stop], places[:, start:stop], seen)
-                self._columns = stop
-        self.places.copy_(longest - empty)
-        return logits
+        lengths = [len(text) - 1 for text in texts]  # the last token is for the step
+        firsts = [row * self.room for row in range(len(texts))]
+        rows = self._having()
+        for start in range(keep, max(lengths), PREFILL):
+            stop = start + PREFILL
+            rows.read(
+                [text[start : min(stop, n)] for text, n in zip(texts, lengths)], start, firsts
+            )
+            self._computed = min(stop, max(lengths))
+        rows.seat(0, firsts, lengths, [text[-1] for text in texts])
+        return self._step(rows)
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        self.reserve(self._columns + 1)
-        self.token.copy_(tokens)
-        with torch.cuda.device_of(self.token):
-            logits = self._replay()
-        self._columns += 1
+        self.reserve(self._computed + 1)
+        rows = self._having()
+        with torch.inference_mode():
+            rows.token.copy_(tokens)
+        return self._step(rows)
+
+    def _step(self, rows: "Rows") -> Tensor:
+        logits = rows.step(self.texts)
+        self._computed += 1
         return logits
 
-    @torch.inference_mode()
     def reserve(self, tokens: int) -> None:
         """Have room for so many tokens of each text; a half more where it has to grow, which is
         then rare. What is in the cache stays."""
         if tokens <= self.room:
             return
+        from quantkit.runtime.rows import Rows  # Triton
+
         room = -(-max(tokens, self.room * 3 // 2) // _STEP) * _STEP
         model, before = self._model(), self.room
-        self.room, self._replay = 0, self._advance  # its memory first, and nothing half made counts
-        if before == 0:
+        self.room = 0  # nothing half made counts
+        if before:
+            rows = self._having()
+            rows.widen(room, self._computed)
+        else:
+            self._rows = None  # its memory first
             if _held.get(model) is not self:
                 release(model)  # who was in the middle of a text takes the place back, and so on
                 _held[model] = self
-            self._cache = StaticCache(config=model.config, max_cache_len=room)
-            self._cache.layers = _fixed(len(self._cache.layers), room, self.length)
-        else:
-            for layer in self._cache.layers:
-                layer.enlarge(room, self._columns)
-        mask = torch.ones(self.texts, room, dtype=torch.bool, device=self.token.device)
-        if before:
-            mask[:, :before] = self.mask
-        self.mask = mask
-        if self.token.device.type == "cuda":
-            self._capture(model, room)
+            places = self.texts * room
+            rows = Rows(model, self.texts, longest=context(model), places=places, room=room)
+            self._rows = rows
+        rows.capture([self.texts])
         self.room = room
 
-    def _capture(self, model: PreTrainedModel, room: int) -> None:
-        from quantkit.runtime.fused import fewer_launches  # Triton
-
-        places, device = self.places.clone(), self.token.device
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device_of(self.token), fewer_launches(model):
-            torch.cuda.empty_cache()
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(2):  # kernels are compiled, and workspaces taken, beforehand
-                    self.length.fill_(room - 1)  # where nothing is yet
-                    self.places.zero_()
-                    self._advance()
-            torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(graph):
-                logits = self._advance()
-        self.places.copy_(places)
-        self.length.fill_(self._columns)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        self._replay = replay
-
-    def _advance(self) -> Tensor:
-        logits = self._run(self.token[:, None], self.places, self.mask)
-        self.places.add_(1).clamp_(max=self._last)  # texts that have ended are carried along
-        return logits
-
-    def _run(self, tokens: Tensor, places: Tensor, mask: Tensor) -> Tensor:
-        """Logits [texts, vocab] behind some more tokens [texts, n], at ``places`` of the same
-        shape; ``mask`` [texts, room] is what they may look at."""
-        where = {"position_ids": places} if self._positions else {}
-        found = self._model()(
-            input_ids=tokens,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **where,
-            **self._settings,
-        )
-        self.length += tokens.shape[1]
-        logits: Tensor = found.logits[:, -1]
-        return logits
+    def _having(self) -> "Rows":
+        assert self._rows is not None, "there is room for no text"
+        return self._rows
 
     def _model(self) -> PreTrainedModel:
         found = self._of()
         if found is None:
             raise ReferenceError("the model of this step is gone")
         return found
-
-
-def _fixed(count: int, room: int, length: Tensor) -> list[Any]:
-    """Layers of a cache that count with the same ``length``."""
-    from quantkit.runtime.fused import FixedLayer  # Triton
-
-    layers = [FixedLayer(max_cache_len=room) for _ in range(count)]
-    for layer in layers:
-        layer.cumulative_length = length
-    return layers
 
 
 # a step, or why there is none
@@ -231,20 +167,15 @@ def captured(
 
 def _tried(model: PreTrainedModel, texts: int, tokens: int) -> Captured | str:
     """A step with room for so many tokens, or why it could not be captured."""
-    from triton.errors import TritonError
+    from quantkit.runtime.rows import NotCaptured, attempt
 
-    from quantkit.runtime.kernels import attend
-
-    before = model.config._attn_implementation
-    attend.use(model)
     made = Captured(model, texts)
     try:
-        made.reserve(tokens)
-    except (RuntimeError, TypeError, ValueError, TritonError) as error:
+        with attempt(model):
+            made.reserve(tokens)
+    except NotCaptured as reason:
         made.drop()
-        model.set_attn_implementation(before)
-        # an error in the middle of a capture ends the capture with another one
-        return str(error.__context__ or error).partition("\n")[0]
+        return str(reason)
     return made
 
 

@@ -1,6 +1,7 @@
 """Which device computes, and in which precision."""
 
 import torch
+from torch import Tensor
 
 from quantkit.errors import UsageError
 
@@ -47,3 +48,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def fast_bf16_on_cpu() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor``, which is on the CPU, on its way to ``device``: the host does not wait for it."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

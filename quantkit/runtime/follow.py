@@ -8,7 +8,7 @@ behind it is dropped. Everywhere else a step begins when the token before it was
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,19 +50,19 @@ def follow(
     device = logits.device
     choose = Draw(sampling, prompts, device) if runner.ahead else _host(sampling, prompts, device)
     tokens = choose(logits)
-    turn, begun, coming = runner.turn, 1, deque([_Arriving(tokens)])
+    turn, begun, coming = runner.turn, 1, deque([Arriving(tokens)])
     for count in range(most):
         while begun < min(most, count + 1 + runner.ahead):
             if runner.turn == turn:
                 logits = runner.step(tokens)
             else:
-                known = zip(*(one.tokens() for one in coming)) if coming else [()] * len(texts)
+                known = zip(*(one.numbers() for one in coming)) if coming else [()] * len(texts)
                 logits = runner.begin([text + list(more) for text, more in zip(texts, known)], most)
                 turn = runner.turn
             tokens = choose(logits)
-            coming.append(_Arriving(tokens))
+            coming.append(Arriving(tokens))
             begun += 1
-        found = coming.popleft().tokens()
+        found = coming.popleft().numbers()
         for text, token in zip(texts, found):
             text.append(token)
         yield found
@@ -75,20 +75,21 @@ def _host(
     return lambda logits: torch.tensor([s.next(row) for s, row in zip(samplers, logits)])
 
 
-class _Arriving:
-    """Tokens on their way from the device."""
+class Arriving:
+    """A tensor on its way from the device."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self._event = None
-        self._here = tokens
-        if tokens.device.type == "cuda":
-            self._here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._here.copy_(tokens, non_blocking=True)
+        self._here = tensor
+        if tensor.device.type == "cuda":
+            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._here.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tokens.device))
+            self._event.record(torch.cuda.current_stream(tensor.device))
 
-    def tokens(self) -> list[int]:
+    def numbers(self) -> list[Any]:
+        """Its numbers, as soon as they are here."""
         if self._event is not None:
             self._event.synchronize()
-        found: list[int] = self._here.tolist()
+        found: list[Any] = self._here.tolist()
         return found

@@ -1,9 +1,9 @@
 """A step of a transformers model with fewer launches, while it is captured.
 
 Nothing of the model is changed: during the capture, norms, the rotary function, activations, sums
-and products are answered by kernels that do the same in one launch, and the cache writes keys and
-values in one. RMS norms and the rotary function are tried on numbers first, since models differ in
-what they multiply with and which columns they pair.
+and products are answered by kernels that do the same in one launch. RMS norms and the rotary
+function are tried on numbers first, since models differ in what they multiply with and which
+columns they pair.
 """
 
 import sys
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.cache_utils import StaticLayer
 
 from quantkit.runtime.kernels import small
 
@@ -184,41 +183,3 @@ def _agree(theirs: Any, device: torch.device, dtype: torch.dtype) -> bool:
         a.shape == b.shape and torch.allclose(a, b, rtol=0.02, atol=0.05)
         for a, b in zip(found, wanted)
     )
-
-
-class FixedLayer(StaticLayer):
-    """transformers' layer of a cache of fixed size, which writes one token in one launch. All
-    layers of a cache share ``cumulative_length``; who runs the model counts it on."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            place = self.cumulative_length
-            self.lazy_initialization(key_states, value_states)
-            self.cumulative_length = place
-        tokens = key_states.shape[2]
-        if tokens == 1 and key_states.stride(-1) == value_states.stride(-1) == 1:
-            small.keep(key_states, value_states, self.keys, self.values, self.cumulative_length)
-            return self.keys, self.values
-        places = torch.arange(tokens, device=self.keys.device) + self.cumulative_length
-        self.keys.index_copy_(2, places, key_states)
-        self.values.index_copy_(2, places, value_states)
-        return self.keys, self.values
-
-    def enlarge(self, room: int, used: int) -> None:
-        """Have places for ``room`` tokens; the first ``used`` stay."""
-        self.max_cache_len = room
-        if self.is_initialized:
-            self.keys = _enlarged(self.keys, room, used)
-            self.values = _enlarged(self.values, room, used)
-
-    def reset(self) -> None:
-        """What is there is masked out until it is written again; the counter is not ours."""
-
-
-def _enlarged(old: Tensor, room: int, used: int) -> Tensor:
-    texts, heads, _, width = old.shape
-    new = old.new_zeros(texts, heads, room, width)
-    new[:, :, :used] = old[:, :, :used]
-    return new

@@ -16,7 +16,6 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import decode, decode_cpu
 from quantkit.runtime.batch import Batch, refuse_state
 from quantkit.runtime.decode_cpu import LlamaState
-from quantkit.runtime.draw import alike
 from quantkit.runtime.follow import follow
 from quantkit.runtime.tokenizer import Tokenizer, end_ids
 
@@ -65,7 +64,7 @@ class TorchEngine(Tokenizer):
         for models that take one text at a time (batch.refuse_state)."""
         refuse_state(self.model)
         most = min(max_new_tokens, self._room(prompts))
-        runner = decode.captured(self.model, prompts, most) if alike(sampling) else None
+        runner = decode.captured(self.model, prompts, most)
         steps = (
             _leaving(self.model, prompts, sampling)
             if runner is None

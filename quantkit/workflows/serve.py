@@ -42,7 +42,7 @@ def serve(
 
     from quantkit.serve.app import create_app
     from quantkit.serve.guard import local_hosts
-    from quantkit.workflows.serve_models import Settings, names_of, open_model
+    from quantkit.workflows.serve_models import Settings, names_of, open_models
 
     settings = Settings(**options)
     api_key = api_key or os.environ.get(KEY) or None
@@ -54,8 +54,7 @@ def serve(
     if api_key is not None and (not api_key.isascii() or not api_key.isprintable()):
         raise UsageError("--api-key must be printable ASCII, as it travels in a header")
     with _bound(host, port) as listening:  # before the models are loaded, which takes longer
-        names = names_of(tuple(models))
-        served = [open_model(*one, settings, note) for one in zip(models, names)]
+        served = open_models(models, names_of(tuple(models)), settings, note)
         hosts = local_hosts(tuple(allowed_host)) if local or allowed_host else None
         app = create_app(served, hosts=hosts, api_key=api_key, with_page=page)
         server = uvicorn.Server(configuration(app, drain_seconds))

@@ -1,6 +1,6 @@
 """Models for ``quantkit serve``: each is opened once, and its engine chosen by what it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from quantkit.serve.engine import Engine
 from quantkit.serve.engines import NAMES
 from quantkit.serve.model import Served
 from quantkit.serve.prompts import Vocabulary
-from quantkit.serve.worker import Worker
+from quantkit.serve.worker import Backend, Worker
 from quantkit.workflows.sizes import bytes_of
 
 _CONTEXT = 2048  # tokens, where a model does not say what it was trained with
@@ -51,27 +51,58 @@ class Settings:
             templates.find(self.template)
 
 
-def open_model(model: str, name: str, settings: Settings, note: Callable[[str], None]) -> Served:
-    """Load ``model``. ``note`` is told what was chosen. Raises QuantkitError when it does not
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model whose weights are in memory. ``start`` makes its engine, which takes memory for keys
+    and values: of what is free when it is one of so many that have none yet."""
+
+    start: Callable[[int], Engine]
+    vocabulary: Vocabulary
+    own: Mapping[str, Any]
+
+
+def open_models(
+    models: Sequence[str], names: Sequence[str], settings: Settings, note: Note
+) -> list[Served]:
+    """Load ``models``, and then start the engines, so that all have their weights in memory before
+    one takes what is left. ``note`` is told what was chosen. Raises QuantkitError when one does not
     load."""
+    ready = [_load(*one, settings, note) for one in zip(models, names)]
+    return [start(len(ready) - number) for number, start in enumerate(ready)]
+
+
+def open_model(model: str, name: str, settings: Settings, note: Note) -> Served:
+    """One alone."""
+    return open_models([model], [name], settings, note)[0]
+
+
+def _load(model: str, name: str, settings: Settings, note: Note) -> Callable[[int], Served]:
     source = resolve(model, settings.revision)
     chosen = choose(source, settings.engine, settings.device, context=settings.context)
     if chosen.llama is not None:
-        running, vocabulary, own = _llamacpp(chosen.llama, settings)
+        loaded = _llamacpp(chosen.llama, settings)
         form, size = "gguf", chosen.llama.path.stat().st_size
     else:
         opened = open_checkpoint(source)
         making = {"torch": _torch, "vllm": _vllm}[chosen.name]
-        running, vocabulary, own = making(opened, settings)
+        loaded = making(opened, settings, lambda text: note(f"{name}: {text}"))
         form, size = opened.format, bytes_of(opened)
     about = {"format": form, "bytes": size, "source": source.name}
-    note(
-        f"{name}: {form}, {size / 1e9:.2f} GB, engine {chosen.name} ({chosen.why}), "
-        f"context {running.limits.context} tokens"
-    )
-    if vocabulary.template is None:
-        note(f"{name} has no chat template: it answers /v1/completions only (--template)")
-    return Served(name, running, vocabulary, own, settings.max_tokens, about)
+
+    def start(models: int) -> Served:
+        engine, vocabulary = loaded.start(models), loaded.vocabulary
+        note(
+            f"{name}: {form}, {size / 1e9:.2f} GB, engine {chosen.name} ({chosen.why}), "
+            f"context {engine.limits.context} tokens"
+        )
+        if vocabulary.template is None:
+            note(f"{name} has no chat template: it answers /v1/completions only (--template)")
+        return Served(name, engine, vocabulary, loaded.own, settings.max_tokens, about)
+
+    return start
 
 
 def names_of(models: tuple[str, ...]) -> list[str]:
@@ -91,53 +122,87 @@ def names_of(models: tuple[str, ...]) -> list[str]:
     return found
 
 
-Made = tuple[Engine, Vocabulary, Mapping[str, Any]]
-
-
-def _torch(opened: Opened, settings: Settings) -> Made:
+def _torch(opened: Opened, settings: Settings, note: Note) -> _Loaded:
     from quantkit.runtime.load import put_together
-    from quantkit.serve.engines.torch import TorchBackend
 
     device = pick_device(settings.device)
     tokenizer = opened.tokenizer()
     model = put_together(opened, device, pick_dtype(settings.dtype, device))
     config = model.config.get_text_config()
     said = model.generation_config.to_dict()
-    backend = TorchBackend(
-        model,
-        end_ids(said, tokenizer),
-        context=_context(vars(config) | config.to_dict(), settings),
-        rows=settings.max_batch,
-        kv_tokens=settings.kv_tokens,
-    )
+    context = _context(vars(config) | config.to_dict(), settings)
+    ends = end_ids(said, tokenizer)
+
+    def start(models: int) -> Engine:
+        return Worker(torch_backend(model, ends, context, settings, note, models), settings.queue)
+
     size = model.get_input_embeddings().num_embeddings
-    vocabulary = Vocabulary(Tokenizer(tokenizer), size, settings.template)
-    return Worker(backend, settings.queue), vocabulary, said
+    return _Loaded(start, Vocabulary(Tokenizer(tokenizer), size, settings.template), said)
 
 
-def _llamacpp(model: LlamaCpp, settings: Settings) -> Made:
+def torch_backend(
+    model: Any,
+    ends: frozenset[int],
+    context: int,
+    settings: Settings,
+    note: Note,
+    models: int = 1,
+) -> Backend:
+    """``model`` with a captured step where it can have one, else called for every step; says which,
+    and why. Takes its part of the memory that ``models`` share."""
+    from quantkit.runtime.batch import refuse_state
+    from quantkit.runtime.decode import why_not
+    from quantkit.serve.engines import room
+    from quantkit.serve.engines.torch import TorchBackend
+
+    refuse_state(model)
+    rows = settings.max_batch
+    places = room.tokens(model, rows * context, settings.kv_tokens, models)
+    reason = why_not(model)
+    if reason is None:
+        from quantkit.runtime.rows import NotCaptured  # Triton
+        from quantkit.serve.engines.captured import CapturedBackend
+
+        try:
+            return CapturedBackend(
+                model, ends, context=context, rows=rows, places=places, note=note
+            )
+        except NotCaptured as error:
+            reason = str(error)
+    note(f"the model is called for every step, without CUDA graphs: {reason}")
+    return TorchBackend(model, ends, context=context, rows=rows, places=places)
+
+
+def _llamacpp(model: LlamaCpp, settings: Settings) -> _Loaded:
     from quantkit.serve.engines.llamacpp import LlamaCppBackend
 
+    def start(_: int) -> Engine:
+        return Worker(LlamaCppBackend(model), settings.queue)
+
     vocabulary = Vocabulary(model, model.vocabulary, settings.template)
-    return Worker(LlamaCppBackend(model), settings.queue), vocabulary, model.own_settings
+    return _Loaded(start, vocabulary, model.own_settings)
 
 
-def _vllm(opened: Opened, settings: Settings) -> Made:
+def _vllm(opened: Opened, settings: Settings, _: Note) -> _Loaded:
     from quantkit.serve.engines.vllm import VllmEngine
 
     config, said = opened.model_config, opened.source.read_json("generation_config.json") or {}
     tokenizer = opened.tokenizer()
-    engine = VllmEngine(
-        weights(opened),
-        opened.format,
-        end_ids(said, tokenizer),
-        context=_context(config, settings),
-        rows=settings.max_batch,
-        queue=settings.queue,
-        dtype=settings.dtype,
-    )
+    context = _context(config, settings)
+
+    def start(_: int) -> Engine:
+        return VllmEngine(
+            weights(opened),
+            opened.format,
+            end_ids(said, tokenizer),
+            context=context,
+            rows=settings.max_batch,
+            queue=settings.queue,
+            dtype=settings.dtype,
+        )
+
     size = int(config["vocab_size"])
-    return engine, Vocabulary(Tokenizer(tokenizer), size, settings.template), said
+    return _Loaded(start, Vocabulary(Tokenizer(tokenizer), size, settings.template), said)
 
 
 def weights(opened: Opened) -> Path:

@@ -264,12 +264,12 @@ def _keep(
     value,
     keys,
     values,
-    place,
+    at,
     key_text,
     key_head,
     value_text,
     value_head,
-    room,
+    places,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     DEEP: tl.constexpr,
@@ -281,29 +281,29 @@ def _keep(
     if PDL:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    at = both.to(tl.int64) * room + tl.load(place)
+    there = head.to(tl.int64) * places + tl.load(at + text)
     own = tl.load(key + text * key_text + head * key_head + column, mask=column < WIDTH)
-    tl.store(keys + at * WIDTH + column, own, mask=column < WIDTH)
+    tl.store(keys + there * WIDTH + column, own, mask=column < WIDTH)
     own = tl.load(value + text * value_text + head * value_head + column, mask=column < DEEP)
-    tl.store(values + at * DEEP + column, own, mask=column < DEEP)
+    tl.store(values + there * DEEP + column, own, mask=column < DEEP)
 
 
-def keep(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Tensor) -> None:
-    """Write key and value [texts, heads, 1, width] into keys and values [texts, heads, room,
-    width] at ``place``, an integer on the GPU."""
-    texts, heads, room, width = keys.shape
+def keep(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> None:
+    """Write key and value [texts, heads, 1, width] into keys and values [heads, places, width],
+    those of each text at the place that ``at`` has for it, int64 [texts]."""
+    heads, places, width = keys.shape
     deep = values.shape[-1]
-    _keep[(texts * heads,)](
+    _keep[(len(at) * heads,)](
         key,
         value,
         keys,
         values,
-        place,
+        at,
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        room,
+        places,
         HEADS=heads,
         WIDTH=width,
         DEEP=deep,

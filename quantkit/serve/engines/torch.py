@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
-import psutil
-import torch
 from torch import Tensor
 
 from quantkit.core.sampling import Sampler
-from quantkit.runtime.batch import Batch, bytes_per_token, refuse_state
+from quantkit.runtime.batch import Batch, refuse_state
 from quantkit.serve.engine import Finish, Job, Limits, Load, Stream, Token
+from quantkit.serve.engines.logprobs import with_logprobs
 from quantkit.serve.worker import Delivery
 
 _PIECE = 512  # tokens of prompts that are read in one turn, all rows together
-_SHARE = {"cpu": 0.5, "cuda": 0.8}  # of the memory that the model left free, for keys and values
 
 
 @dataclass
@@ -50,14 +48,14 @@ class _Group:
 
     def keep(self, staying: list[bool]) -> None:
         if not all(staying):
-            self.rows = list(compress(self.rows, staying))
             self.batch.keep([i for i, stays in enumerate(staying) if stays])
+            self.rows = list(compress(self.rows, staying))  # told of when their memory is free
 
 
 class TorchBackend:
     """``model`` from the one loader. ``ends``: the tokens that end a text; ``context``: tokens of a
-    text at most; ``rows``: texts that run together; ``kv_tokens``: of all of them (default: what
-    fits into a part of the free memory). Raises QuantkitError for a model that cannot run so."""
+    text at most; ``rows``: texts that run together; ``places``: tokens of all of them. Raises
+    QuantkitError for a model that cannot run so."""
 
     name = "torch"
 
@@ -68,13 +66,12 @@ class TorchBackend:
         *,
         context: int,
         rows: int,
-        kv_tokens: int | None = None,
+        places: int,
     ) -> None:
         refuse_state(model)
         self._model, self._ends, self.rows = model, ends, rows
-        room = kv_tokens or _free_memory(model.device) // bytes_per_token(model)
-        self._room = min(room, rows * context)
-        self.limits = Limits(min(context, self._room))
+        self._room = places
+        self.limits = Limits(min(context, places))
         self._new: list[_Row] = []  # not begun
         self._reading = self._running = _Group(Batch(model), [])
         self.close()
@@ -162,14 +159,6 @@ class TorchBackend:
         return row.stream, [with_logprobs(row.last, logits, job.logprobs)], finish
 
 
-def with_logprobs(token: int, logits: Tensor, count: int) -> Token:
-    """``token`` with its log probability, and the ``count`` likeliest tokens with theirs."""
-    logs = torch.log_softmax(logits.float(), -1)
-    best = logs.topk(count) if count else None
-    top = zip(best.indices.tolist(), best.values.tolist()) if best else ()
-    return Token(token, float(logs[token]), tuple(top))
-
-
 def _size(job: Job) -> int:
     return len(job.prompt) + job.max_tokens
 
@@ -182,12 +171,3 @@ def _few(rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
         if i and longest * (i + 1) > _PIECE:
             return rows[:i], rows[i:]
     return rows, []
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes to use."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    return int(free * _SHARE[device.type])

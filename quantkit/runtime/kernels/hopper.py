@@ -66,8 +66,8 @@ class Shape:
 
 
 SHAPES = (
-    Shape(8, True, 3, 5, True),
-    Shape(16, True, 4, 4, True),
+    Shape(8, True, 5, 3, True),
+    Shape(16, True, 5, 3, True),
     Shape(32, False, 8, 1, True),
     Shape(64, False, 6, 1, True),
     Shape(128, False, 4, 1, False),

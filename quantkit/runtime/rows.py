@@ -142,9 +142,8 @@ class Rows:
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows go on, as the first ones, in this order."""
-        self._state[:, : len(rows)] = self._state[
-            :, sent(torch.tensor(rows, dtype=torch.long), self._device)
-        ]
+        index = sent(torch.tensor(rows, dtype=torch.long), self._device)
+        self._state[:, : len(rows)] = self._state[:, index]
         self.leave(len(rows))
 
     @torch.inference_mode()
@@ -159,12 +158,12 @@ class Rows:
         follows, good until the next step. Lengths go on by one; the tokens are for others to
         set."""
         size = next(size for size in self._sizes if size >= count)
+        if self._device.type != "cuda":
+            return self._advance(size)[:count]
+        graph, logits = self._graphs[size]
         with torch.cuda.device_of(self._state):
-            if size not in self._graphs:
-                return self._advance(size)[:count]
-            graph, logits = self._graphs[size]
             graph.replay()
-            return logits[:count]
+        return logits[:count]
 
     @torch.inference_mode()
     def widen(self, room: int, used: int) -> None:

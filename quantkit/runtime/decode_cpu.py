@@ -1,9 +1,10 @@
 """One token after another on a CPU, for models built like Llama.
 
 A 4-bit model of 300M parameters reads 190 MB for a token, in 5 ms; transformers' modules and its
-growing cache take as long again. Here a block is 17 calls of torch instead of about 60: the linears
-that share an input are one product, keys and values have their place beforehand, norms are one call
-in the model's precision. Prompts go through the same code.
+growing cache take as long again, and more. Here a single token is one compiled function
+(kernels/cpu_token.py) where numba is installed. Prompts, and single tokens without numba, are 17
+calls of torch a block instead of about 60: the linears that share an input are one product, keys
+and values have their place beforehand, norms are one call in the model's precision.
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from quantkit.runtime import token_loop
 from quantkit.runtime.joined import Joined
+from quantkit.runtime.token_loop import TokenLoop
 
 _MODELS = ("llama", "mistral", "qwen2")
 _ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the text's length
@@ -52,6 +55,18 @@ class LlamaState:
         self._length = self._room = 0
         shape = (len(self._blocks), self._kv_heads, 0, self._width)
         self._keys = self._values = torch.empty(shape, dtype=self._embed.dtype)
+        self._loop = self._compiled()
+
+    def _compiled(self) -> TokenLoop | None:
+        """What computes single tokens, where it can."""
+        joined = [*(one for block in self._blocks for one in block.linears), self._head]
+        linears = [one.one for one in joined if one.one is not None]
+        whole = len(linears) == len(joined) and token_loop.fits(linears, self._embed.dtype)
+        if token_loop.why_not() or not whole:
+            return None
+        norms = [norm for block in self._blocks for norm in (block.before, block.between)]
+        heads = self._heads, self._kv_heads, self._width
+        return TokenLoop(linears, [*norms, self._norm], heads, self._eps)
 
     def cut(self, keep: int) -> int:
         """Forget all but the first ``keep`` tokens -> how many are kept."""
@@ -63,6 +78,15 @@ class LlamaState:
         start, stop = self._length, self._length + len(ids)
         if stop > self._room:
             self._grow(stop)
+        if self._loop is not None and len(ids) == 1:
+            logits = self._loop.compute(self._embed[ids[0]], start)
+        else:
+            logits = self._calls(ids, start, stop)
+        self._length = stop
+        return logits
+
+    def _calls(self, ids: list[int], start: int, stop: int) -> Tensor:
+        """The same by calls of torch."""
         x = functional.embedding(torch.tensor(ids), self._embed)
         cos, sin = (angles[start:stop, None].to(x.dtype) for angles in (self._cos, self._sin))
         mask = None
@@ -77,7 +101,6 @@ class LlamaState:
             gate, up = found[:, : self._inner], found[:, self._inner :]
             x = x + block.down(functional.silu(gate).mul_(up))
         last = functional.rms_norm(x[-1:], shape, self._norm, self._eps)
-        self._length = stop
         return self._head(last)[0]
 
     def _attend(
@@ -123,6 +146,8 @@ class LlamaState:
         self._sin = torch.cat([-sin[0][:, :half], sin[0][:, half:]], 1)
         self._keys, self._values = (self._enlarged(old, room) for old in (self._keys, self._values))
         self._room = room
+        if self._loop is not None:
+            self._loop.hold(self._keys, self._values, self._cos, self._sin)
 
     def _enlarged(self, old: Tensor, room: int) -> Tensor:
         new = old.new_empty(*old.shape[:2], room, self._width)
@@ -143,3 +168,4 @@ class _Block:
         self.out = Joined([attention.o_proj])
         self.gate_up = Joined([mlp.gate_proj, mlp.up_proj])
         self.down = Joined([mlp.down_proj])
+        self.linears = (self.qkv, self.out, self.gate_up, self.down)

@@ -11,8 +11,8 @@ with: there is one copy of them. Sums are float32, and so are activations, but f
 in bfloat16 the inputs of a 4-bit product are rounded to it, as torch does, where the processor can
 multiply that (``PAIRS``).
 
-Measured on two cores of an EPYC (Zen 5, 44 GB/s), 310M parameters, groups of 32: 5.2 ms a token, of
-which 4.6 are products of 4 bits at 41 GB/s. torch's kernel takes 5.2 ms, and its calls around it as
+Measured on two cores of an EPYC (Zen 5, 44 GB/s), 310M parameters, groups of 32: 5.5 ms a token, of
+which 4.6 are products of 4 bits at 42 GB/s. torch's kernel takes 5.2 ms, and its calls around it as
 much again. What was worth most: each thread's rows in one piece (8.6 -> 5.9 ms), and asking for
 scales two groups ahead, which lie a page apart (29 -> 41 GB/s).
 """

@@ -1,7 +1,10 @@
-"""Tokens a second on a CPU, batch 1: our loop, transformers' on the same 4-bit model, our loop in
-bfloat16, and llama.cpp on the same numbers as Q4_0, where it is importable.
+"""Tokens a second on a CPU, batch 1, all in one run and in turns: quantkit's torch engine (with a
+compiled token and by calls of torch), transformers' generate on the same weights, and where
+llama-cpp-python is importable, llama.cpp on the same numbers as Q4_0: through quantkit's engine,
+through llama-cpp-python's own loop, and llama_decode alone, one token after another with nothing
+chosen, which is what llama-bench measures.
 
-    python benchmarks/generate_cpu.py [--threads 2] [--new 128] [--prompt 32] [--repeats 3]
+    python benchmarks/generate_cpu.py [--threads 2] [--new 128] [--prompt 32] [--repeats 5]
 
 The model is a Llama of random weights, about 310M parameters. Runs take turns, so that what else
 the machine does falls on all alike; the best of the repeats counts.
@@ -19,7 +22,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit import data
 from quantkit.core.sampling import Sampling
-from quantkit.runtime import llamacpp
+from quantkit.runtime import llamacpp, token_loop
+from quantkit.runtime.decode_cpu import LlamaState
 from quantkit.runtime.load import load
 from quantkit.runtime.torch_engine import CacheState, TorchEngine
 from quantkit.workflows.convert import convert
@@ -77,44 +81,102 @@ def generated(model, ids: list[int], new: int) -> float:
     return (took[1] - took[0]) / new
 
 
+class Plain:
+    """llama-cpp-python by itself, with the settings of quantkit's engine."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        self.llama = llama_cpp.Llama(
+            str(file), n_ctx=1024, n_batch=512, n_threads=threads, verbose=False
+        )
+
+    def loop(self, ids: list[int], new: int) -> float:
+        """Its own loop, greedy."""
+        self.llama.reset()
+        tokens = self.llama.generate(ids, temp=0.0)
+        next(tokens)
+        started = perf_counter()
+        for _ in range(new):
+            next(tokens)
+        return (perf_counter() - started) / new
+
+    def decode(self, ids: list[int], new: int) -> float:
+        """llama_decode, called for every token."""
+        api, context = self.api, self.llama.ctx
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        prompt = (api.llama_token * len(ids))(*ids)
+        one = (api.llama_token * 1)(ids[0])
+        assert api.llama_decode(context, api.llama_batch_get_one(prompt, len(ids))) == 0
+        api.llama_synchronize(context)
+        started = perf_counter()
+        for _ in range(new):
+            assert api.llama_decode(context, api.llama_batch_get_one(one, 1)) == 0
+        api.llama_synchronize(context)
+        return (perf_counter() - started) / new
+
+
+def engines(work: Path, source: Path) -> dict[str, TorchEngine]:
+    """Each with a model of its own."""
+    found = {}
+    for name, folder in (
+        ("quantkit, int4", work / "int4"),
+        ("quantkit by calls, int4", work / "int4"),
+        ("cache of transformers, int4", work / "int4"),
+        ("quantkit, bf16", source),
+    ):
+        model, tokenizer = load(str(folder), device="cpu", dtype="bfloat16")
+        found[name] = TorchEngine(model, tokenizer)
+    calls = LlamaState(found["quantkit by calls, int4"].model)
+    calls._loop = None
+    found["quantkit by calls, int4"]._decoder._state = calls
+    plain = found["cache of transformers, int4"]
+    plain._decoder._state = CacheState(plain.model)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if reason := token_loop.why_not():
+        print(f"no token is compiled: {reason}")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         source = built(work / "dense", options.layers)
         quantize_rtn(str(source), str(work / "int4"), bits=4, group=32)
         ids = torch.randint(2, 8000, (options.prompt,), generator=torch.manual_seed(1)).tolist()
-        ours, tokenizer = load(str(work / "int4"), device="cpu", dtype="bfloat16")
-        plain, _ = load(str(work / "int4"), device="cpu", dtype="bfloat16")
-        dense, _ = load(str(source), device="cpu", dtype="bfloat16")
-        engines = {
-            "quantkit, int4": TorchEngine(ours, tokenizer),
-            "cache of transformers, int4": TorchEngine(plain, tokenizer),
-            "quantkit, bf16": TorchEngine(dense, tokenizer),
-        }
-        engines["cache of transformers, int4"]._decoder._state = CacheState(plain)
-        runs = {name: partial(seconds, one, ids, options.new) for name, one in engines.items()}
-        runs["transformers generate, int4"] = partial(generated, plain, ids, options.new)
+        torch_engines = engines(work, source)
+        runs = {n: partial(seconds, one, ids, options.new) for n, one in torch_engines.items()}
+        for kind, name in (("int4", "cache of transformers, int4"), ("bf16", "quantkit, bf16")):
+            model = torch_engines[name].model
+            runs[f"transformers generate, {kind}"] = partial(generated, model, ids, options.new)
+        closing = []
         if llamacpp.installed():
             convert(str(work / "int4"), to="gguf:q4_0", out=str(work / "gguf"))
             file = next((work / "gguf").glob("*.gguf"))
-            other = llamacpp.LlamaCpp(file, context=1024, threads=options.threads)
-            runs["llama.cpp, Q4_0"] = partial(seconds, other, ids, options.new)
+            engine = llamacpp.LlamaCpp(file, context=1024, threads=options.threads)
+            plain = Plain(file, options.threads)
+            runs["quantkit's llama.cpp, Q4_0"] = partial(seconds, engine, ids, options.new)
+            runs["llama-cpp-python, Q4_0"] = partial(plain.loop, ids, options.new)
+            runs["llama_decode alone, Q4_0"] = partial(plain.decode, ids, options.new)
+            closing = [engine, plain.llama]
         best: dict[str, float] = {}
         for _ in range(options.repeats):
             for name, run in runs.items():
                 best[name] = min(best.get(name, float("inf")), run())
+        for one in closing:
+            one.close()
     base = best["transformers generate, int4"]
     for name, took in best.items():
         print(f"{name:30} {1 / took:7.1f} tokens/s  {base / took:5.2f} x")
-    print(json.dumps({name: 1 / took for name, took in best.items()}))
+    print(json.dumps({name: round(1 / took, 1) for name, took in best.items()}))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ ONLY_IN = {
     "starlette": {"serve"},
     "uvicorn": {"serve", "workflows"},
     "httpx2": {"core", "serve"},
+    "numba": {"runtime"},
+    "llvmlite": {"runtime"},
 }
 
 

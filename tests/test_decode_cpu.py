@@ -1,16 +1,26 @@
-"""The CPU loop: the same tokens and logits as transformers, whatever the linears are made of."""
+"""The CPU loop: the same tokens and logits as transformers, whatever the linears are made of, with
+single tokens compiled and by calls of torch."""
 
 import pytest
 import torch
 from tools import model, quantized
 
 from quantkit.core.sampling import Sampling
-from quantkit.runtime import decode_cpu
+from quantkit.runtime import decode_cpu, token_loop
 from quantkit.runtime.load import load
 from quantkit.runtime.torch_engine import CacheState, TorchEngine
 
 IDS = [5, 17, 99, 3, 250, 31, 8, 120, 64, 77]
 GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(params=["compiled", "calls"])
+def way(request, monkeypatch):
+    if request.param == "calls":
+        monkeypatch.setattr(token_loop, "why_not", lambda: "it shall not be")
+    elif reason := token_loop.why_not():
+        pytest.skip(reason)
+    return request.param
 
 
 def stepwise(state, ids: list[int], at: int) -> torch.Tensor:
@@ -21,20 +31,22 @@ def stepwise(state, ids: list[int], at: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("source", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("at", [1, 4, 9])
-def test_logits_are_those_of_transformers(source, at):
+def test_logits_are_those_of_transformers(source, at, way):
     changes = {"sliding_window": None} if source == "mistral" else {}
     loaded, _ = load(str(model(source, **changes)), dtype="float32")
     assert decode_cpu.fits(loaded)
     with torch.inference_mode():
         wanted = loaded(torch.tensor([IDS])).logits[0, at - 1 :]
-    found = stepwise(decode_cpu.LlamaState(loaded), IDS, at)
+    state = decode_cpu.LlamaState(loaded)
+    assert (state._loop is not None) == (way == "compiled")
+    found = stepwise(state, IDS, at)
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-4)
     with torch.inference_mode():  # the model itself is as it was
         torch.testing.assert_close(loaded(torch.tensor([IDS])).logits[0, at - 1 :], wanted)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 3}, {"act_order": "group"}, {"sym": False}])
-def test_quantized_linears_of_all_kinds(settings):
+def test_quantized_linears_of_all_kinds(settings, way):
     folder = str(quantized("demo", **settings))
     loaded, tokenizer = load(folder, dtype="bfloat16")
     exact, _ = load(folder, dtype="float32")
@@ -42,12 +54,35 @@ def test_quantized_linears_of_all_kinds(settings):
     with torch.inference_mode():
         wanted = exact(torch.tensor([ids])).logits[0, 1:]
         theirs = loaded(torch.tensor([ids])).logits[0, 1:].float()
-    found = stepwise(decode_cpu.LlamaState(loaded), ids, 2).float()
+    state = decode_cpu.LlamaState(loaded)
+    plain = settings in ({}, {"sym": False})  # 4 bits, inputs in their order
+    assert (state._loop is not None) == (plain and way == "compiled")
+    found = stepwise(state, ids, 2).float()
     error, usual = ((x - wanted).norm() / wanted.norm() for x in (found, theirs))
     assert error < 1.3 * usual
     tokens = list(TorchEngine(exact, tokenizer).stream(ids, GREEDY, 12))
     made = exact.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
     assert tokens == made[0, len(ids) :].tolist()
+
+
+def test_full_precision_in_bfloat16(way):
+    """A dense model, and the demo's embeddings as its head."""
+    loaded, tokenizer = load("demo", dtype="bfloat16")
+    exact, _ = load("demo", dtype="float32")
+    ids = tokenizer.encode("日本の首都は東京です。")
+    with torch.inference_mode():
+        wanted = exact(torch.tensor([ids])).logits[0]
+        theirs = loaded(torch.tensor([ids])).logits[0].float()
+    state = decode_cpu.LlamaState(loaded)
+    assert (state._loop is not None) == (way == "compiled")
+    found = stepwise(state, ids, 1).float()
+    error, usual = ((x - wanted).norm() / wanted.norm() for x in (found, theirs))
+    assert error < 1.3 * usual
+
+
+def test_float16_is_not_compiled():
+    loaded, _ = load("demo", dtype="float16")
+    assert decode_cpu.LlamaState(loaded)._loop is None
 
 
 def test_joined_linears_share_their_memory():
@@ -61,7 +96,7 @@ def test_joined_linears_share_their_memory():
     assert len(set(places)) == 1
 
 
-def test_it_grows_and_is_cut(monkeypatch):
+def test_it_grows_and_is_cut(monkeypatch, way):
     monkeypatch.setattr(decode_cpu, "_STEP", 4)
     loaded, _ = load(str(model("llama")), dtype="float32")
     state = decode_cpu.LlamaState(loaded)

@@ -1,12 +1,14 @@
 """``quantkit env``: versions, the device, and why a faster kernel is not used."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
 from quantkit.cli.main import main
 from quantkit.core.qweight import Scheme
+from quantkit.runtime import token_loop
 from quantkit.runtime.kernels import hopper, support
 from quantkit.workflows import env
 
@@ -24,11 +26,25 @@ def test_versions_and_device(capsys):
     assert found["versions"]["vllm"] is None
     assert found["device"]["device"] == "cpu"
     assert {choice["scheme"] for choice in found["kernels"]} == {str(s) for s in env.SCHEMES}
-    assert "GPU" in found["decoding"]["reason"]
     text = shown(capsys)
     assert "not installed" in text
-    assert found["decoding"]["kernel"] in text and found["decoding"]["reason"] in text
+    assert found["decoding"]["kernel"] in text
     assert found["cache"] in text
+
+
+def test_how_a_cpu_decodes(capsys, monkeypatch):
+    monkeypatch.setattr(token_loop, "version", lambda name: "0.62.1")
+    found = json.loads(shown(capsys, "--json"))["decoding"]
+    assert "compiled" in found["kernel"] and found["reason"] is None
+    monkeypatch.setattr(token_loop, "version", lambda name: "0.61.2")
+    assert "0.61.2 is too old" in shown(capsys)
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(token_loop, "version", missing)
+    found = json.loads(shown(capsys, "--json"))["decoding"]
+    assert "torch" in found["kernel"] and "quantkit[cpu]" in found["reason"]
 
 
 def test_what_is_not_fast_has_its_reason():

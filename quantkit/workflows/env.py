@@ -12,6 +12,7 @@ import torch
 from quantkit import __version__
 from quantkit.core import cache
 from quantkit.core.qweight import Scheme
+from quantkit.runtime import token_loop
 from quantkit.runtime.device import fast_bf16_on_cpu, pick_device, pick_dtype
 from quantkit.runtime.kernels import cpu_int4, hopper, support
 
@@ -24,6 +25,7 @@ PACKAGES = (
     "huggingface_hub",
     "gguf",
     "llama-cpp-python",
+    "numba",
     "bitsandbytes",
     "vllm",
 )
@@ -138,7 +140,12 @@ def _on_gpu(scheme: Scheme, device: torch.device) -> tuple[str, str | None]:
 
 
 def _decoding(device: torch.device) -> Choice:
-    """Of models that ``runtime.decode`` has nothing else against."""
+    """Of models that ``runtime.decode``, or on a CPU ``runtime.decode_cpu``, has nothing else
+    against."""
+    if device.type == "cpu":
+        reason = token_loop.why_not()
+        fast = "one compiled function a token, of models built like Llama (numba)"
+        return Choice("decoding", fast if reason is None else "calls of torch", reason)
     reason = support.device_why_not(device)
     fast = "a captured step, replayed (CUDA graph)"
     return Choice("decoding", fast if reason is None else "a call for every token", reason)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from tools import command, model, sentence
@@ -224,8 +225,12 @@ def test_ctrl_c_stops_the_answer_and_then_the_chat(tmp_path):
         until("(stopped)")
         until("> ")
         assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        for _ in range(5):  # a signal between readline's prompt and its waiting is lost (CPython)
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(4)
+                break
+        assert process.returncode == 0
     finally:
         process.kill()
         process.wait()

@@ -54,7 +54,7 @@ def test_layout_is_undone(name):
 
 @each_weight
 def test_the_weight_itself(name):
-    q = weight(name)
+    q = weight(name).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     held = arrange(q, blocked=True)
     assert torch.equal(dense.dequantize(held, torch.float32), q.dequantize())
     assert torch.equal(dense.dequantize(held, torch.float32, 2, 3), q.dequantize()[64:160])

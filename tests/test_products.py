@@ -1,10 +1,12 @@
 """Products of the solvers: what a split into two bfloat16 parts keeps, and that a CPU does plain
 float32 products."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from quantkit.methods import products
+from quantkit.methods import fused, products
 from quantkit.methods.products import Factor
 
 
@@ -84,3 +86,14 @@ def test_energy_on_a_gpu_is_near(split):
     for rows in (errors.T, torch.randn(256, 320, generator=torch.Generator().manual_seed(5))):
         expected = float(((rows.double() @ hessian.double()) * rows.double()).sum())
         assert float(products.energy(hessian, rows)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_older_gpu_computes_in_float32(monkeypatch):
+    """A T4 has no products of bfloat16, and Triton compiles nothing for it."""
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lambda: 0)
+    for capability, newer in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(products, "_capability", lambda index, found=capability: found)
+        monkeypatch.setattr(fused, "_installed", lambda: True)
+        assert products.splits(weight) is newer
+        assert fused.usable(weight) is newer
+        assert not products.splits(SimpleNamespace(is_cuda=True, dtype=torch.float64))

@@ -2,6 +2,7 @@
 
     QUANTKIT_CACHE, or XDG_CACHE_HOME/quantkit, or ~/.cache/quantkit
         autotune/      which variant of a kernel is fastest here
+        cubin/         kernels for Hopper, compiled
         ...
 
 Models are not here: those from the Hub lie in huggingface_hub's own cache (HF_HOME), where other

@@ -9,40 +9,55 @@ from dataclasses import dataclass
 
 from quantkit.core.footprint import Block, Run, Shapes
 
-# Shares of the nominal speed that are reached, and what one step of a column loop costs on a GPU
-# in kernel launches (eight of them at 10 us).
+# Shares of the nominal speed that are reached. What one step of a column loop costs on a GPU: in
+# kernel launches (eight of them at 10 us), or in a kernel that takes 128 columns (measured).
 _HALF_SHARE, _SINGLE_SHARE, _MEMORY_SHARE = 0.5, 0.6, 0.6
-_COLUMN_ON_GPU = 8e-5
+_COLUMN_ON_GPU, _COLUMN_FUSED = 8e-5, 1.5e-6
+_PARTS = 3  # products of half precision in one of the solver's, where it works so (products.py)
 _START = 6.0  # imports, tokenizer, calibration texts
 _READING = 1e9  # bytes a second from a disk
 _GRAM_SHARE = 36 / 64  # of a gram that is multiplied (stats.py)
 _CONSIDERED = 18  # scales that a group's search looks at
 _TILE = 128
-# Bytes that move for a weight when a quantized linear meets few rows: on a GPU codes become float32
-# numbers first, on a CPU the int4 kernel reads them as they are.
+# Bytes that move for a weight when a quantized linear meets few rows: on older GPUs codes become
+# float32 numbers first; kernels of newer ones and of CPUs read them as they are.
 _UNPACKED_TRAFFIC = 30
-_STEP_ON_GPU, _STEP_ON_CPU = 5e-4, 1e-4  # a block's own Python and launches, a token
+# a block's own Python and launches, a token; or what is left of them in a captured step (measured)
+_STEP_ON_GPU, _STEP_CAPTURED, _STEP_ON_CPU = 5e-4, 1.5e-5, 1e-4
 _SAMPLES = 8 * 32  # tokens that verify lets both models write
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second in the dtype that models run in, and in float32; bytes a second of memory
-    and in the solver's caches; seconds of a column's step beside its work."""
+    """Operations a second in the dtype that models run in, in float32, and in the solver's large
+    products; bytes a second of memory and in the solver's caches; seconds of a column's step beside
+    its work. ``step``: seconds of a block's launches when a token is made; ``unpacks``: whether
+    codes are made numbers in memory then."""
 
     half: float
     single: float
+    products: float
     memory: float
     cached: float
     column: float
-    cuda: bool
+    step: float
+    unpacks: bool
 
 
-def of_gpu(half: float, single: float, bandwidth: float) -> Speed:
-    """The speed of a GPU with so many TFLOP/s and GB/s."""
+def of_gpu(half: float, single: float, bandwidth: float, kernels: bool) -> Speed:
+    """The speed of a GPU with so many TFLOP/s and GB/s; whether quantkit's kernels run on it."""
+    fast, slow = half * 1e12 * _HALF_SHARE, single * 1e12 * _SINGLE_SHARE
     memory = bandwidth * 1e9 * _MEMORY_SHARE
-    speeds = (half * 1e12 * _HALF_SHARE, single * 1e12 * _SINGLE_SHARE)
-    return Speed(*speeds, memory, memory, _COLUMN_ON_GPU, True)
+    if kernels:
+        return Speed(
+            fast, slow, fast / _PARTS, memory, memory, _COLUMN_FUSED, _STEP_CAPTURED, False
+        )
+    return Speed(fast, slow, slow, memory, memory, _COLUMN_ON_GPU, _STEP_ON_GPU, True)
+
+
+def of_cpu(half: float, single: float, memory: float, cached: float, column: float) -> Speed:
+    """That of a CPU, as it was measured."""
+    return Speed(half, single, single, memory, cached, column, _STEP_ON_CPU, False)
 
 
 def quantizing(shapes: Shapes, run: Run, thinned: int | None, stored: int, speed: Speed) -> float:
@@ -61,16 +76,17 @@ def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: S
     forward = 2 * block.linears + 2 * shapes.hidden * run.row
     half: float = passes * run.tokens * forward + 2 * run.aside * forward
     moved = passes * run.tokens * block.working * run.item
-    single = cached = columns = 0.0
+    single = products = cached = columns = 0.0
     for group in block.groups:
         drift = run.aligned and group.writes
         half += 2 * used * (_GRAM_SHARE * group.width**2 + drift * group.numbers)
         width = group.width if run.group == -1 else run.group
         product = group.numbers * group.width
-        single += (1 + drift) * group.width**3 / 3 + 2 * drift * product
-        single += 2 * product + 4 * product  # rounding; the error and its scale
+        single += (1 + drift) * group.width**3 / 3
         single += 2 * _CONSIDERED * width * group.numbers
-        single += 5 * run.rounds * product
+        products += 2 * drift * product
+        products += 2 * product + 4 * product  # rounding; the error and its scale
+        products += 5 * run.rounds * product
         cached += 4 * group.numbers * (_TILE / 2 + 6) * (1 + run.rounds)
         cached += 4 * 6 * _CONSIDERED * group.numbers
         columns += group.width * (1 + run.rounds)
@@ -78,6 +94,7 @@ def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: S
         half / speed.half
         + moved / speed.memory
         + single / speed.single
+        + products / speed.products
         + cached / speed.cached
         + columns * speed.column
     )
@@ -104,9 +121,8 @@ def rounding(shapes: Shapes, stored: int, speed: Speed) -> float:
 def token(shapes: Shapes, weights: int, quantized: int, speed: Speed) -> float:
     """Seconds of a token when one text is continued. ``weights``: bytes of the model, ``quantized``
     how many weights among them are codes."""
-    traffic = weights + (_UNPACKED_TRAFFIC * quantized if speed.cuda else 0)
-    step = _STEP_ON_GPU if speed.cuda else _STEP_ON_CPU
-    return traffic / speed.memory + step * len(shapes.blocks)
+    traffic = weights + (_UNPACKED_TRAFFIC * quantized if speed.unpacks else 0)
+    return traffic / speed.memory + speed.step * len(shapes.blocks)
 
 
 def prompt(shapes: Shapes, tokens: int, speed: Speed) -> float:

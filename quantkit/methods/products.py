@@ -7,7 +7,7 @@ and 11 bits of H are as coarse as its damping. Split into two bfloat16 parts it 
 
     H x  =  H1 x1 + H1 x2 + H2 x1       (+ H2 x2, which is below the last bit)
 
-On a CPU both are float32 products.
+On a CPU, and on GPUs before Ampere, both are float32 products.
 
 What is only told (:func:`energy`) takes less: r H r^T is r (H1 + H2) r1^T, r rounded on one side.
 Those rounding errors have nothing to do with r and come with either sign, so that little is left of
@@ -15,6 +15,7 @@ their sum: 2e-4 of the energy at most, over all linears of the demo model (witho
 """
 
 from copy import copy
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -129,7 +130,18 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def splits(matrix: Tensor) -> bool:
     """Whether products with it are made of two parts."""
-    return matrix.is_cuda and matrix.dtype == torch.float32
+    return matrix.dtype == torch.float32 and tensor_cores(matrix)
+
+
+def tensor_cores(tensor: Tensor) -> bool:
+    """Whether it is on a GPU that multiplies bfloat16 and TF32, as those from Ampere on do. Older
+    ones (a T4) compute in float32, by torch's own kernels."""
+    return tensor.is_cuda and _capability(tensor.get_device()) >= (8, 0)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from quantkit.core import durations, machines
 from quantkit.core.durations import Speed
 from quantkit.core.machines import Gpu
+from quantkit.runtime.kernels import support
 
 _SIDE, _REPEATS = 384, 24  # a millisecond each: some of them are not disturbed
 _GPU_SIDE = 8192
@@ -18,7 +19,7 @@ _COLUMN = 2e-5  # seconds of Python and torch in one step of a column loop
 def of_cpu(dtype: torch.dtype) -> Speed:
     """Of this CPU, when models run in ``dtype``, with as many threads as torch uses now."""
     half, single = (_SHARE * _products(kind) for kind in (dtype, torch.float32))
-    return Speed(half, single, _copied(1 << 24), _copied(1 << 19), _COLUMN, False)
+    return durations.of_cpu(half, single, _copied(1 << 24), _copied(1 << 19), _COLUMN)
 
 
 def here() -> tuple[Gpu, int] | None:
@@ -35,7 +36,10 @@ def here() -> tuple[Gpu, int] | None:
 
 def of_gpu(gpu: Gpu) -> Speed | None:
     """Of a GPU, as far as its figures are known."""
-    return durations.of_gpu(gpu.half, gpu.single, gpu.bandwidth) if gpu.half else None
+    if not gpu.half:
+        return None
+    kernels = gpu.capability >= support.LEAST
+    return durations.of_gpu(gpu.half, gpu.single, gpu.bandwidth, kernels)
 
 
 def products(device: torch.device, dtype: torch.dtype) -> float:

@@ -9,8 +9,8 @@ tile in registers; a step picks its column out of them and passes its error on t
                               +  +  +  +                 running += lower[:, j] * error_j
 
 Rows do not depend on each other and every sum has a fixed order, so results are deterministic.
-Conventions as in gptq.py: [in, out], float32. Where Triton cannot be had, on GPUs before Ampere, or for
-other dtypes, the torch functions do the same.
+Conventions as in gptq.py: [in, out], float32. Where Triton cannot be had, on GPUs before Ampere, or
+for other dtypes, the torch functions do the same.
 """
 
 from functools import cache

@@ -13,14 +13,14 @@ const NUMBERS = {
   max_tokens: { min: 1, step: 1 },
   seed: { min: 0, step: 1 },
 };
+const UNSET = { max_tokens: "as_server", seed: "as_chance" }; // what an empty field says
 
 export function show(model) {
   find("numbers").replaceChildren(
     ...Object.entries(NUMBERS).map(([name, limits]) => {
       const input = element("input", { type: "number", id: `set-${name}`, ...limits });
       input.value = store.settings[name] ?? "";
-      input.placeholder = t("as_model");
-      if (name === "max_tokens" || name === "seed") input.placeholder = "";
+      input.placeholder = t(UNSET[name] ?? "as_model");
       input.addEventListener("change", () => store.set(name, input.value));
       return element("label", { className: "block" }, element("span", {}, t(name)), input);
     }),

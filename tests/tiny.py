@@ -80,6 +80,18 @@ def _gated(model_type: str, closes: bool = True, **changes: Any) -> Architecture
     )
 
 
+def _experts(model_type: str, names: tuple[str, str, str], **changes: Any) -> Architecture:
+    """An architecture with four experts, two for a token; ``names``: gate, up and down."""
+    groups = [_QKV, ("self_attn.o_proj",)]
+    for number in range(4):
+        gate, up, down = (f"mlp.experts.{number}.{name}" for name in names)
+        groups += [(gate, up), (down,)]
+    sizes = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+    return Architecture(
+        model_type, {**_GROUPED, **sizes, **changes}, groups, ("self_attn.o_proj",), ()
+    )
+
+
 ARCHITECTURES = {
     "gpt_neox": Architecture(
         "gpt_neox",
@@ -146,6 +158,13 @@ ARCHITECTURES = {
         ],
         _GATED_WRITERS,
         ("mlp.down_proj",),
+    ),
+    "mixtral": _experts("mixtral", ("w1", "w3", "w2"), num_local_experts=4),
+    "qwen3_moe": _experts(
+        "qwen3_moe",
+        ("gate_proj", "up_proj", "down_proj"),
+        num_experts=4,
+        moe_intermediate_size=INNER,
     ),
     "gpt2": Architecture(
         "gpt2",

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from quantkit.core.prefix import shared
 from quantkit.errors import QuantkitWarning
 from quantkit.runtime.batch import has_state
+from quantkit.runtime.experts import Experts
 from quantkit.runtime.kernels import support
 
 if TYPE_CHECKING:
@@ -204,6 +205,8 @@ def _cache_why_not(model: PreTrainedModel) -> str | None:
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         return f"its cache has layers of the kind {names}"
+    if any(isinstance(module, Experts) for module in model.modules()):
+        return "its experts are called one by one, as many as the tokens need"
     if has_state(model):
         return "it keeps a state of another kind than keys and values"
     # transformers' own word for it, by which it decides what to compile

@@ -78,6 +78,8 @@ def find(block: Block, groups: list[InputGroup], sample: Tensor) -> list[Fold]:
     wanted = exact.forward(piece.float())
     found = []
     for group in groups:
+        if group.routed:  # another router's choice must not be among what is tried
+            continue
         candidates = [*_norms(block, group, piece), *_linears(block, group)]
         fold = next((f for f in candidates if holds(exact, f, piece, wanted)), None)
         if fold is not None:

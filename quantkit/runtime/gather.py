@@ -28,11 +28,15 @@ def observe(
     ranks: Ranks = ALONE,
 ) -> tuple[Stats, dict[InputGroup, States]]:
     """Run all rows once. Returns the statistics of the inputs of ``groups``, from one token in
-    ``every``, and every output of the linears ``keep``; ``hidden`` then holds the block's outputs.
-    On several ranks the statistics are those of this one's rows.
+    ``every`` (an expert: from all that it gets), and every output of the linears ``keep``;
+    ``hidden`` then holds the block's outputs. On several ranks the statistics are those of this
+    one's rows. There are none of groups that no token went to, on any rank.
     """
     device, (number, first) = hidden.device, calls(hidden, ranks)
-    stats = {group: InputStats(group.width, device, None, number, every, first) for group in groups}
+    stats = {
+        g: InputStats(g.width, device, None, number, 1 if g.routed else every, first)
+        for g in groups
+    }
     kept = {group: hidden.empty() for group in keep}
     place = {group: count() for group in keep}
     with (
@@ -45,7 +49,9 @@ def observe(
         advance(block, hidden)
     for states in kept.values():
         states.settle()
-    return _checked(block, stats), kept
+    counts = ranks.everyone([found.count for found in stats.values()])
+    reached = [group for group, each in zip(stats, zip(*counts)) if any(each)]
+    return _checked(block, {group: stats[group] for group in reached}), kept
 
 
 def observe_drift(

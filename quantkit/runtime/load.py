@@ -44,7 +44,9 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreT
 
 def put_together(opened: "Opened", device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint that was looked at already."""
-    source, skeleton = opened.source, QuantSkeleton(opened, device, dtype)
+    source = opened.source
+    # transformers' own experts are faster, where nothing in them is packed
+    skeleton = QuantSkeleton(opened, device, dtype, apart=bool(opened.linears))
     model = skeleton.model
     if opened.linears:
         model.save_pretrained = _refuse_to_save

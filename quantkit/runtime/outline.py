@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.core.footprint import Block, Group, Shapes
 from quantkit.errors import QuantkitError
+from quantkit.runtime.experts import routed
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
 
@@ -120,12 +121,15 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
     block(*args, **kwargs)
     for handle in handles:
         handle.remove()
+    experts = routed(block)
     groups = [
         Group(
             tuple(names),
             features(linears[names[0]])[1],
             tuple(features(linears[name])[0] for name in names),
-            writes=len(names) == 1 and features(linears[names[0]])[0] == hidden,
+            writes=len(names) == 1
+            and names[0] not in experts
+            and features(linears[names[0]])[0] == hidden,
         )
         for names in members
     ]

@@ -36,9 +36,12 @@ class QuantSkeleton(Skeleton):
         device: torch.device,
         dtype: torch.dtype,
         see: Callable[[str, QWeight], None] = lambda name, q: None,
+        apart: bool = True,
     ) -> None:
         described = opened.model_config if opened.format == "gguf" else None
-        super().__init__(opened.source, opened.dense, device, dtype, described)
+        super().__init__(
+            opened.source, opened.dense, device, dtype, described, apart, opened.linears
+        )
         scale_activations(self, opened)
         self._opened, self._see = opened, see
         self._places: dict[str, tuple[str, nn.Module]] = {}  # by name in the model: prefix, linear

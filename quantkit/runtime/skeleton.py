@@ -30,6 +30,7 @@ from quantkit.core import pinned
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors
+from quantkit.runtime.experts import take_apart
 
 
 def read_config(source: Source, described: dict[str, Any] | None = None) -> PretrainedConfig:
@@ -88,7 +89,9 @@ class Skeleton:
 
     ``dtype`` is what floating-point tensors become when they are filled in; ``device`` where.
     ``staged`` tensors, by their names on disk, were read already (see staging.py).
-    ``described`` stands for config.json where the source has none (GGUF).
+    ``described`` stands for config.json where the source has none (GGUF). ``apart``: experts are
+    modules of their own (experts.py) if they lie so in the checkpoint, whose packed weights, if it
+    has any, are called ``packed``.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype,
         described: dict[str, Any] | None = None,
+        apart: bool = True,
+        packed: Iterable[str] = (),
     ) -> None:
         self.source, self.checkpoint = source, checkpoint
         self.device, self.dtype = device, dtype
@@ -111,6 +116,8 @@ class Skeleton:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
         self._conversions = get_model_conversion_mapping(self.model)
+        if apart:
+            self._conversions = take_apart(model, self._conversions, [*checkpoint, *packed])
 
     @cached_property
     def live_names(self) -> dict[str, str]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.experts import all_reached, routed
 from quantkit.runtime.skeleton import Skeleton
 
 _PROBE_TOKENS = 32
@@ -52,12 +53,14 @@ class InputGroup:
     writes     a single linear as wide as the residual stream: it adds to it (attention output, MLP
                output); the others read from it
     closes     its output reaches the block's output unchanged (see Block.trace)
+    routed     only some tokens go there: to an expert. Those never count as writers
     """
 
     names: tuple[str, ...]
     width: int
     writes: bool = False
     closes: bool = False
+    routed: bool = False
 
     def only(self, names: Collection[str]) -> "InputGroup | None":
         """The part of the group that is in ``names``."""
@@ -124,7 +127,7 @@ class Block:
 
     def trace(self, sample: Tensor) -> list[InputGroup]:
         """Which linears share inputs, in the order of their calls. ``sample`` is any hidden state;
-        a short piece of it is run.
+        a short piece of it is run, on which every expert is called.
 
         ``closes`` is found by numbers: noise added to the linear's output must come out of the
         block as it went in.
@@ -143,14 +146,17 @@ class Block:
             seen[len(inputs) - 1] = [name]
 
         names = [name for name, module in self.module.named_modules() if is_linear(module)]
-        with self.watching({n: lambda x, n=n: note(n, x) for n in names}):
+        with all_reached(self.module), self.watching({n: lambda x, n=n: note(n, x) for n in names}):
             output = self.forward(piece)
+        experts = routed(self.module)
         groups = [
             InputGroup(
                 tuple(members),
                 inputs[key].shape[-1],
                 writes=len(members) == 1
+                and members[0] not in experts
                 and features(self.linear(members[0]))[0] == output.shape[-1],
+                routed=members[0] in experts,
             )
             for key, members in seen.items()
         ]

@@ -74,7 +74,6 @@ class Awq:
         groups, folds = ranks.share(_found(block, full[0]) if ranks.first else None)
         folds = scaling.usable(folds, block, originals.schemes)
         groups = [g for group in groups if (g := group.only(originals.schemes))]
-        linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
         sample = _sampled(full, ranks)
         wanted = [block.forward(x) for x in sample]
 
@@ -89,6 +88,8 @@ class Awq:
             g for g in groups if quantized is None or not g.writes or g.names[0] in scalable
         ]
         stats, outputs = gather.observe(block, full, observed, kept, every, ranks)
+        groups = [group for group in groups if group in stats or group not in observed]
+        linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
         # everywhere: scales are chosen before it is known who solves what
         ranks.merge((found, range(ranks.size)) for found in stats.values())
         moments = {}

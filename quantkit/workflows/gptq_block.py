@@ -15,7 +15,7 @@ alignment one pass of the original is enough: feeding quantized inputs forward c
 itself (measured: KL 0.0774 against 0.0782 on the demo model).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,17 +106,19 @@ def solve_block(
     """
     traced = ranks.share(block.trace(full[0]) if ranks.first else None)
     groups = [g for group in traced if (g := group.only(originals.schemes))]
-    solved = round_unreached(block, originals, groups, settings.options.zero_min)
+    zero_min = settings.options.zero_min
     widest = max((group.width for group in groups), default=1)
     every = gather.spacing(full, widest, settings.tokens_per_input, ranks)
     if quantized is None:
         stats, _ = gather.observe(block, full, groups, [], every, ranks)
+        solved = round_unreached(block, originals, stats, zero_min)
         return solved | _solve_groups(block, originals, stats, settings, ranks)
     readers = [group for group in groups if not group.writes]
     writers = [group for group in groups if group.writes]
     closing = writers[-1] if writers and writers[-1].closes else None
     kept = [group for group in writers if group is not closing]
     stats, wanted = gather.observe(block, full, readers, kept, every, ranks)
+    solved = round_unreached(block, originals, [*stats, *writers], zero_min)
     solved |= _solve_groups(block, originals, stats, settings, ranks)
     stats = gather.observe_drift(block, quantized, wanted, closing, full, every, ranks)
     return solved | _solve_groups(block, originals, stats, settings, ranks)
@@ -151,13 +153,13 @@ def fill(block: Block, solved: dict[str, Solved]) -> dict[str, Solved]:
 
 
 def round_unreached(
-    block: Block, originals: Originals, groups: list[InputGroup], zero_min: int
+    block: Block, originals: Originals, reached: Iterable[InputGroup], zero_min: int
 ) -> dict[str, Solved]:
     """Linears that the block does not call on this text have no Hessian: round them to nearest."""
-    reached = {name for group in groups for name in group.names}
+    names = {name for group in reached for name in group.names}
     solved = {}
     for name, scheme in originals.schemes.items():
-        if name in reached:
+        if name in names:
             continue
         original, bias = originals.weight(name), _stored(originals.bias(name))
         qweight = rtn.quantize(original, scheme, zero_min)

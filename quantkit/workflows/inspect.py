@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _NESTED = 50  # levels in quantkit.json; a conversion of a conversion has one more
 _BASE_MODEL = re.compile(r"^base_model:\s*['\"]?([\w./-]+)", re.MULTILINE)
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 @dataclass
@@ -315,6 +316,7 @@ def _subject(found: Inspection, linears: Linears) -> Subject:
         broken=bool(fatal),
         bfloat16="bfloat16" in found.dtypes,
         quantized_head=found.head == "quantized",
+        packed_experts=any(_EXPERT.search(name) for name in linears.shapes),
     )
 
 

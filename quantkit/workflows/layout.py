@@ -50,6 +50,7 @@ class Layout:
     dense    tensors that are copied: name on disk -> what it will be stored as
     kept     linears inside the blocks that stay dense, because their shape cannot be packed
     skipped  those that a rule leaves dense
+    routers  modules of the blocks that others take for linears (what chooses experts), on disk
     dropped  tensors on disk that the model has no use for (old mask buffers and the like)
     ones     tensors of ones that a file in this format must have (see formats/awq.py)
     head     the output head, where it is quantized too
@@ -61,6 +62,7 @@ class Layout:
     dense: dict[str, TensorSpec]
     kept: list[str]
     skipped: list[str]
+    routers: list[str]
     dropped: list[str]
     ones: dict[str, TensorSpec]
     head: Job | None = None
@@ -115,16 +117,19 @@ def lay_out(
     jobs: list[list[Job]] = []
     kept: list[str] = []
     skipped: list[str] = []
+    routers: list[str] = []
     linears: list[str] = []
     taken: set[str] = set()
     for index, block in enumerate(blocks):
         jobs.append([])
         for inner, module in block.named_modules():
-            if not is_linear(module):
-                continue
             name = f"{prefix}.{index}.{inner}"
-            out, width = features(module)
             weight = disk_names.get(f"{name}.weight")
+            if not is_linear(module):
+                if weight and _routes(module):
+                    routers.append(weight.removesuffix(".weight"))
+                continue
+            out, width = features(module)
             if weight is None:
                 raise QuantkitError(
                     f"the weight of {name} is not one tensor in the checkpoint",
@@ -164,7 +169,12 @@ def lay_out(
         if name not in taken and name not in dropped
     }
     ones = _ones(skeleton, jobs, dense) if format == "awq" else {}
-    return Layout(format, prefix, jobs, dense, kept, skipped, dropped, ones, head)
+    return Layout(format, prefix, jobs, dense, kept, skipped, routers, dropped, ones, head)
+
+
+def _routes(module: torch.nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
 
 
 def _head(
@@ -220,8 +230,9 @@ def refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter
         if parameter.dim() == 3:
             raise QuantkitError(
                 f"{prefix}.{name} holds {parameter.shape[0]} experts in one tensor "
-                f"{tuple(parameter.shape)}, and quantkit only quantizes separate linears so far",
-                "mixture-of-experts models with fused experts are not supported yet",
+                f"{tuple(parameter.shape)}, and quantkit only quantizes separate linears",
+                "experts are quantized where the checkpoint has each as linears of its own "
+                "(Mixtral, Qwen, DeepSeek and others)",
             )
 
 

@@ -114,7 +114,7 @@ class Plan:
 
     def _left_dense(self) -> list[str]:
         """Linears that are not quantized. GPTQ has a key of its own for the head."""
-        kept = self.layout.kept + self.layout.skipped
+        kept = self.layout.kept + self.layout.skipped + self.layout.routers
         if self.layout.format in ("gptq", "gptq_v2"):
             return kept
         heads = {"embed_out", "lm_head"}

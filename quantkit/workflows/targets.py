@@ -39,6 +39,7 @@ class Subject:
     unsaid_rotary         rotary positions are only described as transformers 5 does it
     broken                tensors or configuration have errors that no reader survives
     quantized_head        the output head is quantized too
+    packed_experts        experts are quantized one by one
     """
 
     format: str
@@ -57,6 +58,7 @@ class Subject:
     broken: bool = False
     bfloat16: bool = False
     quantized_head: bool = False
+    packed_experts: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -160,6 +162,14 @@ TARGETS: dict[str, Target] = {
                 "it has no quantized output head, and would fill the head with random numbers",
                 lambda s: s.quantized_head and s.model_type in _RENAMED_HEADS,
                 ("gptq", "awq"),
+            ),
+            # transformers core_model_loading.py, MergeModulelist; only the quantizer of
+            # compressed-tensors unpacks experts before
+            Rule(
+                "it puts experts together while it loads, which packed ones of this format do not "
+                "allow",
+                lambda s: s.packed_experts,
+                ("gptq", "awq", "bnb"),
             ),
             Rule(
                 "it does not read this architecture from GGUF",

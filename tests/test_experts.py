@@ -1,0 +1,115 @@
+"""Experts are taken apart, quantized one by one, and put to use again."""
+
+import json
+from copy import deepcopy
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit import load, quantize, verify
+from quantkit.core.checkpoint import Checkpoint
+from quantkit.core.qweight import Scheme
+from quantkit.errors import QuantkitError
+from quantkit.runtime.experts import Experts, all_reached
+from quantkit.workflows.awq import quantize_awq
+from quantkit.workflows.layout import lay_out
+
+SCHEME = Scheme(4, 32, True)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    return tiny.build("mixtral", tmp_path_factory.mktemp("moe") / "mixtral", tokenizer=True)
+
+
+def quantized(source, out, work=quantize, **settings):
+    quick = {"group": 32, "align": 0.0, "calib_rows": 2, "calib_seqlen": 32, "check": False}
+    return work(str(source), out, **{**quick, **settings})
+
+
+def test_each_expert_gets_the_tokens_that_are_its_own(mixtral):
+    """Against transformers' module, with an expert that is left out and one that nobody wants."""
+    with torch.no_grad():
+        block = tiny.reference(mixtral).model.layers[0].mlp.experts
+        block.config._experts_implementation = "eager"
+        block.config._experts_implementation = "eager"
+        skeleton = tiny.skeleton(mixtral)
+        skeleton.fill(["model.layers.0"])
+        ours = skeleton.model.model.layers[0].mlp.experts
+        assert isinstance(ours, Experts)
+        x = torch.randn(7, tiny.WIDTH, generator=torch.Generator().manual_seed(3))
+        # 4 is behind the last expert: none
+        index = torch.tensor([[0, 1], [1, 3], [3, 0], [4, 1], [0, 4], [4, 4], [1, 0]])
+        weights = torch.rand(7, 2, generator=torch.Generator().manual_seed(4))
+        wanted = block(x, index, weights)
+        assert wanted[5].abs().max() == 0 < wanted[4].abs().max()
+        torch.testing.assert_close(ours(x, index, weights), wanted)
+        with all_reached(ours):
+            called = []
+            ours.get_submodule("2.w2").register_forward_hook(lambda *_: called.append(1))
+            torch.testing.assert_close(ours(x, index, weights), wanted)
+        assert called == [1]
+        torch.testing.assert_close(deepcopy(ours)(x, index, weights), wanted)
+
+
+def test_experts_that_lie_in_one_tensor_are_refused(tmp_path):
+    folder = tiny.build("mixtral", tmp_path / "apart")
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(tiny.LAYERS):
+        place = f"model.layers.{layer}.block_sparse_moe.experts"
+        names = {n: [f"{place}.{i}.{n}.weight" for i in range(4)] for n in ("w1", "w2", "w3")}
+        one = {n: [tensors.pop(name) for name in some] for n, some in names.items()}
+        gates = [torch.cat(pair) for pair in zip(one["w1"], one["w3"])]
+        tensors[f"{place}.gate_up_proj"] = torch.stack(gates)
+        tensors[f"{place}.down_proj"] = torch.stack(one["w2"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QuantkitError, match="holds 4 experts in one tensor"):
+        lay_out(tiny.skeleton(folder), SCHEME, "gptq")
+
+
+@pytest.mark.parametrize("align", [0.0, 0.5])
+@pytest.mark.parametrize("work", [quantize, quantize_awq])
+def test_the_whole_way(work, align, mixtral, tmp_path):
+    out = tmp_path / "out"
+    quantized(mixtral, out, work, align=align)
+    found = Checkpoint(out)
+    names = [f"model.layers.1.block_sparse_moe.experts.3.{n}" for n in ("w1", "w2", "w3")]
+    assert all(f"{name}.qweight" in found for name in names)
+    assert "model.layers.0.block_sparse_moe.gate.weight" in found
+    # what is measured block by block is what the loaded model computes, and it is near the original
+    result = verify(str(out), against=str(mixtral), rows=1, seqlen=32)
+    assert result.described()["kl"] < 0.2
+    model, tokenizer = load(str(out), dtype="float32")
+    assert isinstance(model.model.layers[0].mlp.experts, Experts)
+    ids = tokenizer("The city", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    assert load(str(mixtral))[0].model.layers[0].mlp.experts.gate_up_proj.dim() == 3
+
+
+def test_an_expert_that_no_token_goes_to_is_rounded_and_told_of(tmp_path):
+    """Four tokens reach eight of sixteen experts at most."""
+    source = tiny.build("mixtral", tmp_path / "many", tokenizer=True, num_local_experts=16)
+    few = {"calib_rows": 1, "calib_seqlen": 4}
+    for name, align in (("plain", 0.0), ("aligned", 0.5)):
+        report = quantized(source, tmp_path / name, align=align, **few)
+        told = [text for text in report.fallbacks if "no calibration token reached it" in text]
+        assert 2 * 8 * 3 <= len(told) < 2 * 16 * 3 and all(".experts." in text for text in told)
+        rounded = [layer for layer in report.layers.values() if layer["method"] == "rtn"]
+        assert len(rounded) == len(told)
+    result = verify(str(tmp_path / "aligned"), against=str(source), rows=1, seqlen=32)
+    assert result.described()["kl"]
+    with pytest.raises(QuantkitError, match="no calibration token reached it"):
+        quantized(source, tmp_path / "strict", strict=True, **few)
+
+
+KEYS = {"gptq": "dynamic", "awq": "modules_to_not_convert", "compressed-tensors": "ignore"}
+
+
+def test_readers_are_told_of_routers(mixtral, tmp_path):
+    for format, key in KEYS.items():
+        out = tmp_path / format
+        quantized(mixtral, out, format=format)
+        config = json.loads((out / "config.json").read_text("utf-8"))["quantization_config"]
+        assert any("block_sparse_moe" in name and "gate" in name for name in config[key])

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -9,11 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit import load, quantize, verify
+from quantkit.core import durations
 from quantkit.core.checkpoint import Checkpoint
 from quantkit.core.qweight import Scheme
 from quantkit.errors import QuantkitError
+from quantkit.runtime.decode import why_not
+from quantkit.runtime.engine import open_engine
 from quantkit.runtime.experts import Experts, all_reached
+from quantkit.runtime.kernels import support
+from quantkit.runtime.outline import outlined
+from quantkit.workflows import bench
 from quantkit.workflows.awq import quantize_awq
+from quantkit.workflows.inspect import inspect
 from quantkit.workflows.layout import lay_out
 
 SCHEME = Scheme(4, 32, True)
@@ -71,7 +79,7 @@ def test_experts_that_lie_in_one_tensor_are_refused(tmp_path):
 
 @pytest.mark.parametrize("align", [0.0, 0.5])
 @pytest.mark.parametrize("work", [quantize, quantize_awq])
-def test_the_whole_way(work, align, mixtral, tmp_path):
+def test_the_whole_way(work, align, mixtral, tmp_path, monkeypatch):
     out = tmp_path / "out"
     quantized(mixtral, out, work, align=align)
     found = Checkpoint(out)
@@ -85,6 +93,10 @@ def test_the_whole_way(work, align, mixtral, tmp_path):
     assert isinstance(model.model.layers[0].mlp.experts, Experts)
     ids = tokenizer("The city", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    monkeypatch.setattr(support, "device_why_not", lambda device: None)  # as if on a GPU
+    assert "experts are called one by one" in why_not(model)
+    readers = {verdict.target: verdict for verdict in inspect(str(out)).targets}
+    assert "puts experts together" in readers["transformers"].reasons[0]
     assert load(str(mixtral))[0].model.layers[0].mlp.experts.gate_up_proj.dim() == 3
 
 
@@ -113,3 +125,35 @@ def test_readers_are_told_of_routers(mixtral, tmp_path):
         quantized(mixtral, out, format=format)
         config = json.loads((out / "config.json").read_text("utf-8"))["quantization_config"]
         assert any("block_sparse_moe" in name and "gate" in name for name in config[key])
+
+
+def test_what_no_token_goes_to_costs_no_time(mixtral):
+    """Two of four experts: half of the weights, of the multiplications and of the bytes."""
+    shapes = outlined(tiny.skeleton(mixtral))
+    block = shapes.blocks[0]
+    shares = {group.names[0].split(".")[1]: group.share for group in block.groups}
+    assert shares == {"q_proj": 1.0, "o_proj": 1.0, "experts": 0.5}
+    experts = sum(group.numbers for group in block.groups if ".experts." in group.names[0])
+    assert block.active == block.linears - experts / 2
+    fast = durations.of_gpu(100, 10, 1000, kernels=True)
+    assert durations.prompt(shapes, 100, fast) > 100 * 2 * 2 * block.active / fast.half
+    whole = replace(shapes, blocks=tuple(_called_by_all(block) for block in shapes.blocks))
+    weights = 2 * shapes.numbers
+    saved = (durations.token(whole, weights, 0, fast) - 2 * fast.step) - (
+        durations.token(shapes, weights, 0, fast) - 2 * 5e-4
+    )
+    assert saved * fast.memory == pytest.approx(
+        2 * experts, rel=0.01
+    )  # two bytes, two blocks, half
+
+
+def _called_by_all(block):
+    return replace(block, groups=tuple(replace(group, share=1.0) for group in block.groups))
+
+
+def test_a_step_reads_the_experts_that_its_texts_go_to(mixtral):
+    engine = open_engine(str(mixtral), dtype="float32")
+    one, two, many = (bench.step_bytes(engine, batch, 0) for batch in (1, 2, 100))
+    experts = sum(p.numel() * 4 for n, p in engine.model.named_parameters() if ".experts" in n)
+    assert many - one == pytest.approx(experts / 2, rel=1e-6)
+    assert many - two == pytest.approx(experts / 4, rel=1e-6)

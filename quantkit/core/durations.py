@@ -73,13 +73,14 @@ def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: S
     widest = max(group.width for group in block.groups)
     used = run.tokens if thinned is None else min(run.tokens, max(1, thinned * widest))
     passes = 3 if run.aligned else 1
-    forward = 2 * block.linears + 2 * shapes.hidden * run.row
+    forward = 2 * block.active + 2 * shapes.hidden * run.row
     half: float = passes * run.tokens * forward + 2 * run.aside * forward
     moved = passes * run.tokens * block.working * run.item
     single = products = cached = columns = 0.0
     for group in block.groups:
         drift = run.aligned and group.writes
-        half += 2 * used * (_GRAM_SHARE * group.width**2 + drift * group.numbers)
+        seen = used if group.share == 1 else run.tokens * group.share
+        half += 2 * seen * (_GRAM_SHARE * group.width**2 + drift * group.numbers)
         width = group.width if run.group == -1 else run.group
         product = group.numbers * group.width
         single += (1 + drift) * group.width**3 / 3
@@ -106,8 +107,8 @@ def least(block: Block, tokens: int) -> dict[str, float]:
     pass of rounding."""
     groups = block.groups
     return {
-        "forward": 2.0 * tokens * block.linears,
-        "hessian": float(sum(tokens * group.width * (group.width + 1) for group in groups)),
+        "forward": 2.0 * tokens * block.active,
+        "hessian": sum(tokens * group.share * group.width * (group.width + 1) for group in groups),
         "factor": sum(group.width**3 / 3 for group in groups),
         "round": float(sum(group.numbers * group.width for group in groups)),
     }
@@ -121,13 +122,20 @@ def rounding(shapes: Shapes, stored: int, speed: Speed) -> float:
 def token(shapes: Shapes, weights: int, quantized: int, speed: Speed) -> float:
     """Seconds of a token when one text is continued. ``weights``: bytes of the model, ``quantized``
     how many weights among them are codes."""
-    traffic = weights + (_UNPACKED_TRAFFIC * quantized if speed.unpacks else 0)
-    return traffic / speed.memory + speed.step * len(shapes.blocks)
+    active = sum(block.active for block in shapes.blocks)
+    share = active / sum(block.linears for block in shapes.blocks)
+    traffic: float = weights + (_UNPACKED_TRAFFIC * quantized if speed.unpacks else 0)
+    step = speed.step
+    if share < 1:  # Python asks which experts a token goes to, and the others are not read
+        outside = min(weights, 2 * shapes.outside)
+        traffic = outside + share * (traffic - outside)
+        step = max(step, _STEP_ON_GPU)
+    return traffic / speed.memory + step * len(shapes.blocks)
 
 
 def prompt(shapes: Shapes, tokens: int, speed: Speed) -> float:
     """Seconds until ``tokens`` tokens have gone through the model."""
-    linears = sum(block.linears for block in shapes.blocks)
+    linears = sum(block.active for block in shapes.blocks)
     attention = len(shapes.blocks) * 2 * shapes.hidden * tokens
     return tokens * 2 * (linears + attention) / speed.half
 

@@ -39,12 +39,14 @@ COMPARED = 4096  # tokens whose predictions a GPU makes at once
 @dataclass(frozen=True)
 class Group:
     """Linears of a block that share an input of ``width`` features; ``writes``: its output is
-    added to the residual stream (see runtime/walk.py)."""
+    added to the residual stream (see runtime/walk.py); ``share``: of the tokens that go there,
+    fewer than all where it is an expert's."""
 
     names: tuple[str, ...]
     width: int
     outs: tuple[int, ...]
     writes: bool = False
+    share: float = 1.0
 
     @property
     def numbers(self) -> int:
@@ -63,6 +65,11 @@ class Block:
     def linears(self) -> int:
         """Weights of its linears."""
         return sum(group.numbers for group in self.groups)
+
+    @property
+    def active(self) -> float:
+        """Those that a token meets."""
+        return sum(group.numbers * group.share for group in self.groups)
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,9 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
             writes=len(names) == 1
             and names[0] not in experts
             and features(linears[names[0]])[0] == hidden,
+            share=min(1.0, x.numel() / x.shape[-1] / _TOKENS),
         )
-        for names in members
+        for names, x in zip(members, inputs)
     ]
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     alive = _Alive([*block.parameters(), *block.buffers(), *given])

@@ -6,6 +6,7 @@ to win. Prompts are random tokens, each run has other ones, and nothing ends a t
 one run to warm up, and the median of the others counts.
 """
 
+import re
 import resource
 import statistics
 import sys
@@ -27,6 +28,7 @@ from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.llamacpp import LlamaCpp
 from quantkit.runtime.torch_engine import TorchEngine
 
+_EXPERTS = re.compile(r"\bexperts\b")  # in names of modules; shared ones are none of them
 _COPIED = 256 << 20  # bytes, larger than caches
 _GREEDY = Sampling(temperature=0)
 
@@ -145,23 +147,32 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def step_bytes(engine: Engine, batch: int, tokens: int) -> int:
     """What a step of decoding reads: every weight once, and keys and values of ``tokens`` tokens of
-    every text. The embedding counts where it is the head too; else a row of it is nothing."""
+    every text. The embedding counts where it is the head too; else a row of it is nothing. Of
+    experts count as many as ``batch`` texts go to, if all are as likely."""
     if isinstance(engine, LlamaCpp):
         return _file_bytes(engine.path) + batch * tokens * engine.token_bytes
     assert isinstance(engine, TorchEngine)
     model = engine.model
     head = model.get_output_embeddings()
-    seen: dict[int, int] = {}
-    for module in model.modules():
+    config = model.config.get_text_config()
+    seen: dict[int, float] = {}
+    for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and (head is None or head.weight is not module.weight):
             continue
+        share = _reached(config, batch) if _EXPERTS.search(name) else 1.0
         for tensor in _read(module):
-            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    config = model.config.get_text_config()
+            seen[tensor.data_ptr()] = share * tensor.numel() * tensor.element_size()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     held = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return sum(seen.values()) + batch * tokens * int(held)
+    return int(sum(seen.values())) + batch * tokens * int(held)
+
+
+def _reached(config: Any, texts: int) -> float:
+    """The share of the experts that so many tokens go to."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((n for name in names if (n := getattr(config, name, None))), 1)
+    return float(1 - (1 - getattr(config, "num_experts_per_tok", count) / count) ** texts)
 
 
 def _read(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -160,7 +160,7 @@ def test_layers_of_a_gpu_are_looked_at_too(blocked, monkeypatch, tmp_path):
         def product(self, x):
             return functional.linear(x, self.weight_as(x.dtype), self.bias)
 
-    original = model("llama", num_hidden_layers=1)
+    original = model("llama", num_hidden_layers=1, hidden_size=128, head_dim=32)
     folder = quantized(original, group=32)
     (tmp_path / "row.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}')
     options = {"against": str(original), "text": [str(tmp_path / "row.jsonl")], "samples": False}

@@ -292,6 +292,7 @@ def test_other_names_and_other_sites_are_refused(server):
             ({"Host": "LOCALHOST"}, 200),
             ({"Origin": "http://evil.example"}, 403),
             ({"Origin": "null"}, 403),
+            ({"Origin": "http://["}, 403),
             ({"Origin": server.url}, 200),
         ):
             assert http.get("/v1/models", headers=headers).status_code == code, headers

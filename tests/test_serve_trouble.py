@@ -18,7 +18,7 @@ from serving import demo, running, until
 from tools import command, sentence
 
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.serve import arriving
+from quantkit.serve import pace
 from quantkit.serve.guard import TAKING
 from quantkit.workflows.serve import serve
 from quantkit.workflows.serve_models import names_of
@@ -162,7 +162,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 @pytest.mark.parametrize("size", [b"Content-Length: 1000\r\n", b"Transfer-Encoding: chunked\r\n"])
 def test_a_body_that_is_slow_is_answered_and_not_waited_for(idle, monkeypatch, size):
-    monkeypatch.setattr(arriving, "SECONDS", 0.5)
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
     started = time.monotonic()
     with connected(idle) as connection:
         connection.sendall(HEAD + size + b"\r\n" + b"3e8\r\n" * (b"chunked" in size))
@@ -176,7 +176,7 @@ def test_a_body_that_is_slow_is_answered_and_not_waited_for(idle, monkeypatch, s
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_a_head_that_is_slow_ends_the_connection(idle, monkeypatch, before):
     """The first of a connection, and one behind another request."""
-    monkeypatch.setattr(arriving, "SECONDS", 0.5)
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
     with connected(idle) as connection:
         connection.sendall(before)
         if before:
@@ -187,8 +187,49 @@ def test_a_head_that_is_slow_ends_the_connection(idle, monkeypatch, before):
         assert 0.4 < time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("line", [b"POST /v1/nothing", b"GET /v1/models"])
+def test_the_rest_of_a_body_that_has_its_answer_is_not_waited_for(idle, monkeypatch, line):
+    """Nobody reads it, so it is nobody's to be late for."""
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
+    started = time.monotonic()
+    with connected(idle) as connection:
+        head = HEAD.replace(b"POST /v1/completions", line)
+        connection.sendall(head + b"Content-Length: 1000\r\n\r\n")
+        while b"}" not in connection.recv(1 << 16):
+            pass
+        assert trickled(connection, b" " * 1000) == b""
+    assert 0.4 < time.monotonic() - started < 5
+
+
+def test_a_body_that_has_its_answer_may_still_come(idle, monkeypatch):
+    """And another request behind it."""
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
+    with connected(idle) as connection:
+        connection.sendall(HEAD.replace(b"completions", b"nothing") + b"Content-Length: 9\r\n\r\n")
+        while b"}" not in connection.recv(1 << 16):
+            pass
+        connection.sendall(b" " * 9)
+        time.sleep(0.1)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_takes_nothing_loses_the_connection(monkeypatch, stream):
+    """Also where the answer is whole."""
+    monkeypatch.setattr(pace, "STALLED", 0.5)
+    with running(demo()) as server:
+        for one in server.server.servers[0].sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connections = server.server.server_state.connections
+        with endless(server, stream=stream, logprobs=20, max_tokens=300):
+            until(lambda: connections)
+            until(lambda: not connections)
+        until(lambda: server.models[0].engine.load().running == 0)
+
+
 def test_an_answer_may_take_longer_than_a_request(idle, monkeypatch):
-    monkeypatch.setattr(arriving, "SECONDS", 0.2)
+    monkeypatch.setattr(pace, "SECONDS", 0.2)
     started = time.monotonic()
     answer = idle.post("/v1/completions", **{**LONG, "max_tokens": 600})
     assert answer.status_code == 200 and time.monotonic() - started > 0.4

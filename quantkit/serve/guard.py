@@ -11,8 +11,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantkit.serve.arriving import in_time
 from quantkit.serve.errors import error_body
+from quantkit.serve.pace import in_time
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _OPEN = ("/", "/health")  # and the page's files: nothing about the models is in them

@@ -1,4 +1,5 @@
-"""Sending while watching the other side: whoever is gone, or does not read, ends the request."""
+"""Sending while watching the other side: whoever is gone ends the request (pace.py: who does not
+read is gone after a while)."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
@@ -8,7 +9,6 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-STALLED = 60.0  # seconds in which a client has to take something
 T = TypeVar("T")
 
 
@@ -43,7 +43,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, self._send(send))
-        except (Gone, TimeoutError):
+        except Gone:
             return
         finally:
             await self._events.aclose()
@@ -52,8 +52,7 @@ class EventStream(Response):
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
         async for chunk in self._events:
-            async with asyncio.timeout(STALLED):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

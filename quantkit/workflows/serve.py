@@ -71,14 +71,14 @@ def configuration(app: Any, drain_seconds: int) -> "uvicorn.Config":
     """How ``app`` is served."""
     import uvicorn
 
-    from quantkit.serve.arriving import HeadInTime
+    from quantkit.serve.pace import Paced
 
     return uvicorn.Config(
         app,
         log_level="warning",
         server_header=False,
         h11_max_incomplete_event_size=_HEADERS,
-        http=HeadInTime,
+        http=Paced,
         ws="none",
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=drain_seconds,

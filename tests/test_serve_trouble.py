@@ -1,5 +1,6 @@
 """Clients that vanish, crowd or dawdle, an engine that fails, a process that is told to stop."""
 
+import asyncio
 import json
 import os
 import re
@@ -19,7 +20,10 @@ from tools import command, sentence
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.serve import pace
+from quantkit.serve.asking import ask
 from quantkit.serve.guard import TAKING
+from quantkit.serve.metrics import Metrics
+from quantkit.serve.schemas import CompletionRequest
 from quantkit.workflows.serve import serve
 from quantkit.workflows.serve_models import names_of
 
@@ -104,6 +108,26 @@ def test_a_reader_that_does_not_read_holds_up_nobody(idle):
     slow.close()
     texts = [json.loads(m)["choices"] for m in re.findall(rb"data: (\{.*\})\n", received)]
     assert sum(len(c[0]["logprobs"]["tokens"]) for c in texts if c[0]["logprobs"]) == 200
+
+
+def test_a_stop_string_ends_a_text_that_nobody_reads():
+    """And nothing is left of a stream that was dropped."""
+
+    async def dropped(served) -> list[asyncio.Task]:
+        request = CompletionRequest(prompt="The", max_tokens=1500, temperature=0, n=2, stop="the")
+        asking = await ask(request, served, Metrics([served]))
+        events = asking.events(include_usage=False)
+        await anext(events)
+        while served.engine.load().running:
+            await asyncio.sleep(0.01)
+        assert max(answer.count for answer in asking.answers) < 100
+        await events.aclose()
+        await asyncio.sleep(0.01)
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    served = demo()
+    assert asyncio.run(dropped(served)) == []
+    served.engine.close()
 
 
 def test_a_prompt_that_is_long_does_not_stop_the_others(idle):

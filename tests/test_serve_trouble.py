@@ -24,6 +24,7 @@ from quantkit.serve.asking import ask
 from quantkit.serve.guard import TAKING
 from quantkit.serve.metrics import Metrics
 from quantkit.serve.schemas import CompletionRequest
+from quantkit.workflows import serve_models
 from quantkit.workflows.serve import serve
 from quantkit.workflows.serve_models import names_of
 
@@ -410,6 +411,7 @@ def test_a_key_is_needed_where_there_is_one():
         (["--queue", "-1"], "--queue"),
         (["--kv-tokens", "0"], "--kv-tokens"),
         (["--api-key", "é"], "--api-key"),
+        (["--api-key", "a "], "--api-key"),
         (["--template", "nonsuch"], "alpaca-ja"),
     ],
 )
@@ -426,6 +428,30 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
         taken.listen()
         with pytest.raises(QuantkitError, match=r"cannot listen on 127\.0\.0\.1 port"):
             serve(["no such model"], port=taken.getsockname()[1])
+
+
+def test_a_port_that_another_server_takes_meanwhile(monkeypatch):
+    """Both have bound it, which the system lets them until one listens."""
+    opened = serve_models.open_models
+
+    def open_slowly(*arguments):
+        other.listen()
+        return opened(*arguments)
+
+    monkeypatch.setattr(serve_models, "open_models", open_slowly)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        with pytest.raises(QuantkitError, match=r"cannot listen on 127\.0\.0\.1 port"):
+            serve(["demo"], port=other.getsockname()[1])
+
+
+def test_every_address_of_the_loopback_is_a_name_of_the_server(process):
+    """It is the one that is said at the start."""
+    _, url = process("--host", "127.0.0.2")
+    assert "127.0.0.2" in url
+    assert httpx2.get(f"{url}/health").status_code == 200
+    assert httpx2.get(f"{url}/health", headers={"Host": "127.0.0.3"}).status_code == 403
 
 
 def test_the_environment_has_the_key(monkeypatch):

@@ -333,6 +333,22 @@ def test_told_to_stop_it_ends_what_it_began(process):
     assert server.wait(20) == 0
 
 
+def test_answers_that_take_longer_than_the_server_waits_are_ended(capfd):
+    """With an error that clients understand, and no traceback."""
+    with ThreadPoolExecutor(2) as pool:
+        with running(demo()) as server:
+            asked = [
+                pool.submit(server.post, "/v1/completions", **LONG, stream=stream)
+                for stream in (False, True)
+            ]
+            occupied(server, 2)
+        whole, stream = (one.result() for one in asked)
+    assert whole.status_code == 503 and stream.status_code == 200
+    for body in (whole.text, stream.text.split("data: ")[-1]):
+        assert "the server ends" in json.loads(body)["error"]["message"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_failed_engine_ends_the_process_with_an_error(process):
     program = (
         "from quantkit.cli.main import run; from quantkit.serve.engines import torch as t\n"

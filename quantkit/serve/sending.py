@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from quantkit.serve.bodies import event
+from quantkit.serve.errors import error_body
+
 T = TypeVar("T")
 
 
@@ -16,8 +19,13 @@ class Gone(Exception):
     """Nobody is there any more to answer to."""
 
 
+class Ending(Exception):
+    """The server ends, and waits no longer for the answer."""
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes. Raises Gone then."""
+    """The result of ``work``, which is cancelled when the client goes. Raises Gone then, and Ending
+    when this is cancelled, which the server does alone."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnect(receive))
     try:
@@ -25,6 +33,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         if not working.done():
             raise Gone
         return working.result()
+    except asyncio.CancelledError as error:
+        raise Ending("the server ends, and the answer takes longer than it waits") from error
     finally:
         await _ended(working)
         await _ended(leaving)
@@ -45,6 +55,9 @@ class EventStream(Response):
             await unless_gone(receive, self._send(send))
         except Gone:
             return
+        except Ending as error:
+            last = event(error_body(503, str(error)))
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             await self._events.aclose()
 

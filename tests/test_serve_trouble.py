@@ -18,9 +18,11 @@ import pytest
 from serving import demo, running, until
 from tools import command, sentence
 
+from quantkit.core.sampling import Sampling
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.serve import pace
 from quantkit.serve.asking import ask
+from quantkit.serve.engine import Job, Load
 from quantkit.serve.guard import TAKING
 from quantkit.serve.metrics import Metrics
 from quantkit.serve.schemas import CompletionRequest
@@ -87,6 +89,26 @@ def test_a_full_queue_is_said_at_once_and_empties(idle):
     with ThreadPoolExecutor(4) as pool:
         codes = list(pool.map(lambda _: idle.post("/v1/completions", **body).status_code, range(4)))
     assert codes == [200] * 4
+
+
+def test_those_that_left_the_queue_take_no_memory_in_it():
+    """Also when the first who waits has to wait for long."""
+
+    async def left(engine) -> int:
+        first, second = engine.submit([Job([5], Sampling(), 1500)] * 2)
+        await anext(first)
+        for _ in range(50):
+            engine.submit([Job([5] * 1000, Sampling(), 1)])[0].cancel()
+        waiting = engine.load().waiting
+        for stream in (first, second):
+            stream.cancel()
+        while engine.load() != Load(kv_room=engine.load().kv_room):
+            await asyncio.sleep(0.01)
+        return waiting
+
+    engine = demo(max_batch=1, queue=2).engine
+    assert asyncio.run(left(engine)) == 2
+    engine.close()
 
 
 def test_more_choices_than_there_is_room_for_are_refused_together(idle):

@@ -155,7 +155,7 @@ def test_several_prompts_and_token_ids(client, server):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}],
+    [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"temperature": 1e-40}],
     ids=lambda setting: next(iter(setting)),
 )
 def test_settings_that_leave_one_token_are_greedy(client, wanted, setting):

@@ -1,6 +1,7 @@
 """The server in the hands of OpenAI's own client, LangChain's, and plain HTTP."""
 
 import json
+import time
 from dataclasses import replace
 
 import openai
@@ -154,7 +155,7 @@ def test_several_prompts_and_token_ids(client, server):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}],
+    [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}, {"temperature": 1e-40}],
     ids=lambda setting: next(iter(setting)),
 )
 def test_settings_that_leave_one_token_are_greedy(client, wanted, setting):
@@ -327,6 +328,8 @@ def test_langchain(server):
         ("suffix", "x"),
         ("logit_bias", {"5": 1}),
         ("presence_penalty", 0.5),
+        ("response_format", {"type": "json_object"}),
+        ("max_completion_tokens", 2**40),
         ("prompt", ""),
         ("prompt", None),
         ("prompt", []),
@@ -394,6 +397,27 @@ def test_bodies_that_are_no_request(server, body):
         assert response.status_code == 400
         assert response.json()["error"]["message"]
         assert http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "start", "wrong", "end"),
+    [
+        ("completions", b'{"prompt": [', b"-1", b"]}"),
+        ("completions", b'{"prompt": "a", "stop": [', b"1", b"]}"),
+        ("chat/completions", b'{"messages": [', b"{}", b"]}"),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": [', b"{}", b"]}]}"),
+    ],
+    ids=["ids", "stop", "messages", "parts"],
+)
+def test_a_body_that_is_wrong_a_million_times_is_refused_as_soon(server, path, start, wrong, end):
+    """Nobody else is answered while a body is looked at."""
+    content = start + b",".join([wrong] * 1_300_000) + end
+    started = time.monotonic()
+    with server.client() as http:
+        headers = {"content-type": "application/json"}
+        response = http.post(f"/v1/{path}", content=content, headers=headers)
+    assert response.status_code == 400
+    assert time.monotonic() - started < 5
 
 
 def test_more_than_the_context_is_refused_with_the_numbers(server, client):

@@ -1,5 +1,6 @@
 """Clients that vanish, crowd or dawdle, an engine that fails, a process that is told to stop."""
 
+import asyncio
 import json
 import os
 import re
@@ -17,9 +18,15 @@ import pytest
 from serving import demo, running, until
 from tools import command, sentence
 
+from quantkit.core.sampling import Sampling
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.serve import arriving
+from quantkit.serve import pace
+from quantkit.serve.asking import ask
+from quantkit.serve.engine import Job, Load
 from quantkit.serve.guard import TAKING
+from quantkit.serve.metrics import Metrics
+from quantkit.serve.schemas import CompletionRequest
+from quantkit.workflows import serve_models
 from quantkit.workflows.serve import serve
 from quantkit.workflows.serve_models import names_of
 
@@ -84,6 +91,26 @@ def test_a_full_queue_is_said_at_once_and_empties(idle):
     assert codes == [200] * 4
 
 
+def test_those_that_left_the_queue_take_no_memory_in_it():
+    """Also when the first who waits has to wait for long."""
+
+    async def left(engine) -> int:
+        first, second = engine.submit([Job([5], Sampling(), 1500)] * 2)
+        await anext(first)
+        for _ in range(50):
+            engine.submit([Job([5] * 1000, Sampling(), 1)])[0].cancel()
+        waiting = engine.load().waiting
+        for stream in (first, second):
+            stream.cancel()
+        while engine.load() != Load(kv_room=engine.load().kv_room):
+            await asyncio.sleep(0.01)
+        return waiting
+
+    engine = demo(max_batch=1, queue=2).engine
+    assert asyncio.run(left(engine)) == 2
+    engine.close()
+
+
 def test_more_choices_than_there_is_room_for_are_refused_together(idle):
     assert idle.post("/v1/completions", prompt="a", max_tokens=1, n=5).status_code == 429
     assert idle.post("/v1/completions", prompt="a", max_tokens=1, n=4).status_code == 200
@@ -104,6 +131,26 @@ def test_a_reader_that_does_not_read_holds_up_nobody(idle):
     slow.close()
     texts = [json.loads(m)["choices"] for m in re.findall(rb"data: (\{.*\})\n", received)]
     assert sum(len(c[0]["logprobs"]["tokens"]) for c in texts if c[0]["logprobs"]) == 200
+
+
+def test_a_stop_string_ends_a_text_that_nobody_reads():
+    """And nothing is left of a stream that was dropped."""
+
+    async def dropped(served) -> list[asyncio.Task]:
+        request = CompletionRequest(prompt="The", max_tokens=1500, temperature=0, n=2, stop="the")
+        asking = await ask(request, served, Metrics([served]))
+        events = asking.events(include_usage=False)
+        await anext(events)
+        while served.engine.load().running:
+            await asyncio.sleep(0.01)
+        assert max(answer.count for answer in asking.answers) < 100
+        await events.aclose()
+        await asyncio.sleep(0.01)
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    served = demo()
+    assert asyncio.run(dropped(served)) == []
+    served.engine.close()
 
 
 def test_a_prompt_that_is_long_does_not_stop_the_others(idle):
@@ -162,7 +209,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 @pytest.mark.parametrize("size", [b"Content-Length: 1000\r\n", b"Transfer-Encoding: chunked\r\n"])
 def test_a_body_that_is_slow_is_answered_and_not_waited_for(idle, monkeypatch, size):
-    monkeypatch.setattr(arriving, "SECONDS", 0.5)
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
     started = time.monotonic()
     with connected(idle) as connection:
         connection.sendall(HEAD + size + b"\r\n" + b"3e8\r\n" * (b"chunked" in size))
@@ -176,7 +223,7 @@ def test_a_body_that_is_slow_is_answered_and_not_waited_for(idle, monkeypatch, s
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_a_head_that_is_slow_ends_the_connection(idle, monkeypatch, before):
     """The first of a connection, and one behind another request."""
-    monkeypatch.setattr(arriving, "SECONDS", 0.5)
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
     with connected(idle) as connection:
         connection.sendall(before)
         if before:
@@ -187,8 +234,49 @@ def test_a_head_that_is_slow_ends_the_connection(idle, monkeypatch, before):
         assert 0.4 < time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("line", [b"POST /v1/nothing", b"GET /v1/models"])
+def test_the_rest_of_a_body_that_has_its_answer_is_not_waited_for(idle, monkeypatch, line):
+    """Nobody reads it, so it is nobody's to be late for."""
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
+    started = time.monotonic()
+    with connected(idle) as connection:
+        head = HEAD.replace(b"POST /v1/completions", line)
+        connection.sendall(head + b"Content-Length: 1000\r\n\r\n")
+        while b"}" not in connection.recv(1 << 16):
+            pass
+        assert trickled(connection, b" " * 1000) == b""
+    assert 0.4 < time.monotonic() - started < 5
+
+
+def test_a_body_that_has_its_answer_may_still_come(idle, monkeypatch):
+    """And another request behind it."""
+    monkeypatch.setattr(pace, "SECONDS", 0.5)
+    with connected(idle) as connection:
+        connection.sendall(HEAD.replace(b"completions", b"nothing") + b"Content-Length: 9\r\n\r\n")
+        while b"}" not in connection.recv(1 << 16):
+            pass
+        connection.sendall(b" " * 9)
+        time.sleep(0.1)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_takes_nothing_loses_the_connection(monkeypatch, stream):
+    """Also where the answer is whole."""
+    monkeypatch.setattr(pace, "STALLED", 0.5)
+    with running(demo()) as server:
+        for one in server.server.servers[0].sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connections = server.server.server_state.connections
+        with endless(server, stream=stream, logprobs=20, max_tokens=300):
+            until(lambda: connections)
+            until(lambda: not connections)
+        until(lambda: server.models[0].engine.load().running == 0)
+
+
 def test_an_answer_may_take_longer_than_a_request(idle, monkeypatch):
-    monkeypatch.setattr(arriving, "SECONDS", 0.2)
+    monkeypatch.setattr(pace, "SECONDS", 0.2)
     started = time.monotonic()
     answer = idle.post("/v1/completions", **{**LONG, "max_tokens": 600})
     assert answer.status_code == 200 and time.monotonic() - started > 0.4
@@ -267,6 +355,22 @@ def test_told_to_stop_it_ends_what_it_began(process):
     assert server.wait(20) == 0
 
 
+def test_answers_that_take_longer_than_the_server_waits_are_ended(capfd):
+    """With an error that clients understand, and no traceback."""
+    with ThreadPoolExecutor(2) as pool:
+        with running(demo()) as server:
+            asked = [
+                pool.submit(server.post, "/v1/completions", **LONG, stream=stream)
+                for stream in (False, True)
+            ]
+            occupied(server, 2)
+        whole, stream = (one.result() for one in asked)
+    assert whole.status_code == 503 and stream.status_code == 200
+    for body in (whole.text, stream.text.split("data: ")[-1]):
+        assert "the server ends" in json.loads(body)["error"]["message"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_failed_engine_ends_the_process_with_an_error(process):
     program = (
         "from quantkit.cli.main import run; from quantkit.serve.engines import torch as t\n"
@@ -292,6 +396,7 @@ def test_other_names_and_other_sites_are_refused(server):
             ({"Host": "LOCALHOST"}, 200),
             ({"Origin": "http://evil.example"}, 403),
             ({"Origin": "null"}, 403),
+            ({"Origin": "http://["}, 403),
             ({"Origin": server.url}, 200),
         ):
             assert http.get("/v1/models", headers=headers).status_code == code, headers
@@ -344,6 +449,7 @@ def test_a_key_is_needed_where_there_is_one():
         (["--queue", "-1"], "--queue"),
         (["--kv-tokens", "0"], "--kv-tokens"),
         (["--api-key", "é"], "--api-key"),
+        (["--api-key", "a "], "--api-key"),
         (["--template", "nonsuch"], "alpaca-ja"),
     ],
 )
@@ -360,6 +466,30 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
         taken.listen()
         with pytest.raises(QuantkitError, match=r"cannot listen on 127\.0\.0\.1 port"):
             serve(["no such model"], port=taken.getsockname()[1])
+
+
+def test_a_port_that_another_server_takes_meanwhile(monkeypatch):
+    """Both have bound it, which the system lets them until one listens."""
+    opened = serve_models.open_models
+
+    def open_slowly(*arguments):
+        other.listen()
+        return opened(*arguments)
+
+    monkeypatch.setattr(serve_models, "open_models", open_slowly)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        with pytest.raises(QuantkitError, match=r"cannot listen on 127\.0\.0\.1 port"):
+            serve(["demo"], port=other.getsockname()[1])
+
+
+def test_every_address_of_the_loopback_is_a_name_of_the_server(process):
+    """It is the one that is said at the start."""
+    _, url = process("--host", "127.0.0.2")
+    assert "127.0.0.2" in url
+    assert httpx2.get(f"{url}/health").status_code == 200
+    assert httpx2.get(f"{url}/health", headers={"Host": "127.0.0.3"}).status_code == 403
 
 
 def test_the_environment_has_the_key(monkeypatch):

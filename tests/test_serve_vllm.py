@@ -1,14 +1,22 @@
 """vLLM behind the server: what it is told and asked, with a program in its place that answers with
 the ids that it was sent."""
 
+import os
+import re
+import signal
+import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
+import httpx2
+import psutil
 import pytest
 from serving import demo, running, until
 
 from quantkit.errors import QuantkitError
 from quantkit.serve.engines.vllm import _arguments
+from quantkit.workflows.serve_models import Settings, open_models
 
 PROGRAM = """
     import json, os, sys, time
@@ -36,6 +44,10 @@ PROGRAM = """
                 if asked["max_tokens"] > 500: time.sleep(0.01)
             self.wfile.write(b"data: [DONE]\\n\\n")
 
+    if "ONLY" in os.environ:
+        only = sys.argv[0] + ".one"
+        if os.path.exists(only): sys.exit("no memory")
+        open(only, "w").close()
     port = int(sys.argv[sys.argv.index("--port") + 1])
     ThreadingHTTPServer(("127.0.0.1", port), Answers).serve_forever()
 """
@@ -100,6 +112,85 @@ def test_what_cannot_start_says_why(program, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(QuantkitError, match="not installed"):
         demo(engine="vllm")
+
+
+# the process
+
+
+@contextmanager
+def started(*models: str):
+    """``quantkit serve``, in a group of its own as a terminal has it."""
+    code = "from quantkit.cli.main import run; run()"
+    options = ["serve", *models, "--engine", "vllm", "--port", "0"]
+    found = subprocess.Popen(
+        [sys.executable, "-c", code, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield found
+    finally:
+        found.kill()
+        found.wait()
+        found.stderr.close()
+
+
+def beside(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that it has started."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def ended(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def test_ctrl_c_is_not_for_it(program):
+    """A terminal sends it to all processes; the answers that run are finished first."""
+    with started("demo") as process:
+        line = next(line for line in process.stderr if "ready:" in line)
+        url = re.search(r"http://[\d.:]+", line)[0]
+        body = {"prompt": "a", "max_tokens": 501, "stream": True}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            vllm = beside(process)
+            os.killpg(process.pid, signal.SIGINT)
+            assert "data: [DONE]" in list(lines)
+        assert process.wait(20) == 0
+        assert ended(vllm) and vllm
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_the_server_is_told_to_while_it_loads(tmp_path, monkeypatch, told):
+    slow = tmp_path / "vllm"
+    slow.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with started("demo") as process:
+        until(lambda: beside(process))
+        vllm = beside(process)
+        process.send_signal(told)
+        assert process.wait(20) == 128 + told
+        assert ended(vllm)
+
+
+def test_one_that_does_not_start_ends_the_others(program, monkeypatch):
+    """They would keep their memory."""
+    monkeypatch.setenv("ONLY", "1")
+    before = psutil.Process().children()
+    with pytest.raises(QuantkitError, match="did not start"):
+        open_models(["demo", "demo"], ["a", "b"], Settings(engine="vllm"), lambda text: None)
+    assert psutil.Process().children() == before
+
+
+def test_one_that_ends_while_others_load_is_not_missed(program):
+    model, died = demo(engine="vllm"), []
+    model.engine._process.kill()
+    until(lambda: model.engine.dead)
+    model.engine.watch(lambda: died.append(True))
+    assert died == [True]
+    model.engine.close()
 
 
 def test_what_it_is_told(tmp_path):

@@ -22,6 +22,7 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import quant_skeleton
 from quantkit.runtime.gpu_linear import GpuLinear
+from quantkit.runtime.kernels import choose
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.walk import Walk
@@ -150,20 +151,24 @@ def test_what_is_measured_is_what_runs(seqlen, monkeypatch):
     assert found.size["memory"] == memory_of(loaded)
 
 
-def test_layers_of_a_gpu_are_looked_at_too(monkeypatch, tmp_path):
-    """They keep their weights in another form, which Triton's interpreter (conftest.py) reads."""
+@pytest.mark.parametrize("blocked", [False, True])
+def test_layers_of_a_gpu_are_looked_at_too(blocked, monkeypatch, tmp_path):
+    """They keep their weights in other forms, the second for Hopper, which Triton's interpreter
+    (conftest.py) reads."""
 
     class Gpu(GpuLinear):
         def product(self, x):
             return functional.linear(x, self.weight_as(x.dtype), self.bias)
 
-    original = model("llama", num_hidden_layers=1)
+    original = model("llama", num_hidden_layers=1, hidden_size=128, head_dim=32)
     folder = quantized(original, group=32)
     (tmp_path / "row.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}')
     options = {"against": str(original), "text": [str(tmp_path / "row.jsonl")], "samples": False}
     options |= {"dtype": "float16", "device": "cpu", "write": False}
     plain = verify(str(folder), **options).described()
     monkeypatch.setattr(quant_skeleton, "quantized_linear", Gpu)
+    monkeypatch.setattr(choose, "blocked", lambda q, device: blocked)
+    monkeypatch.setattr(choose, "counters", lambda weight: 1)  # of a GPU that is not here
     found = verify(str(folder), **options).described()
     assert found["kl"] == pytest.approx(plain["kl"], rel=0.02)
     assert found["nonfinite"] == []

@@ -19,6 +19,7 @@ from torch import Tensor
 from quantkit.errors import UsageError
 
 _MOST_SEED = 2**63 - 1
+_COLD = 1e-30  # of a temperature: below it logits overflow when they are divided
 _FEW = 256  # candidates that are looked at first; nearly always they hold all of top_p
 
 
@@ -63,7 +64,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, so that nothing is left to chance."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < _COLD or self.top_k == 1
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for ``model.generate`` of transformers, which has no seed."""

@@ -15,7 +15,7 @@ from quantkit.serve.guard import MAX_BODY, Guard
 from quantkit.serve.metrics import Metrics, resident
 from quantkit.serve.model import Served
 from quantkit.serve.schemas import ChatRequest, CompletionRequest
-from quantkit.serve.sending import EventStream, Gone, unless_gone
+from quantkit.serve.sending import Ending, EventStream, Gone, unless_gone
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A field is missing, wrong, or more than the model can do"},
@@ -85,6 +85,8 @@ def create_app(
             return JSONResponse(await unless_gone(request.receive, asking.whole()))
         except Gone:
             return Response(status_code=499)  # nobody reads it; the metrics count it
+        except Ending as error:
+            raise Refused(503, str(error)) from error
 
     @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:

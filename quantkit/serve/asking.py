@@ -73,14 +73,14 @@ class Asking:
 
     async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces of all answers as they come, with the number of the choice."""
-        ready: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue(len(self.answers))
+        ready: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
 
         async def pass_on(index: int, answer: Answer) -> None:
             try:
                 async for piece in self._timed(answer):
-                    await ready.put((index, piece))
+                    ready.put_nowait((index, piece))  # stop strings wait for no reader
             finally:
-                await ready.put((index, None))
+                ready.put_nowait((index, None))
 
         tasks = [asyncio.create_task(pass_on(*one)) for one in enumerate(self.answers)]
         try:

@@ -6,14 +6,13 @@ the content type (JSON cannot be sent to another origin without asking first, an
 """
 
 import hmac
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantkit.serve.arriving import in_time
 from quantkit.serve.errors import error_body
+from quantkit.serve.pace import in_time
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _OPEN = ("/", "/health")  # and the page's files: nothing about the models is in them
@@ -46,7 +45,7 @@ class Guard:
         if self._hosts is not None and host_name(host) not in self._hosts:
             return 403, "this host name is not served here (--allowed-host)", {}
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return 403, "other sites' pages may not use this server", {}
         if not self._knows(scope["path"], headers):
             return 401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"}

@@ -41,7 +41,10 @@ def _number(value: object) -> object:
 Text = Annotated[str, Field(strict=True), AfterValidator(_utf8)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 StopText = Annotated[Text, Field(min_length=1, max_length=256)]
-Ids = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+# of lists without end the first error will do: to tell of a million takes half a minute
+Ids = Annotated[
+    list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)
+]
 Count = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 
 
@@ -58,7 +61,7 @@ class Part(_Tolerant):
 
 class Message(_Tolerant):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates want it."""
@@ -88,18 +91,25 @@ class Asked(_Tolerant):
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
     seed: Annotated[StrictInt, Field(ge=-_MOST_SEED, lt=_MOST_SEED)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=CHOICES)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _usage_of_a_stream(self) -> "Asked":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream=true")
         return self
+
+    @property
+    def budget(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def stops(self) -> list[str]:
@@ -123,11 +133,8 @@ class Asked(_Tolerant):
 
 class ChatRequest(Asked):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto"] | None = None
 
     @model_validator(mode="after")
@@ -135,10 +142,6 @@ class ChatRequest(Asked):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self
-
-    @property
-    def budget(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def told(self) -> int | None:
@@ -153,7 +156,6 @@ class CompletionRequest(Asked):
         | Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
         | Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)]
     )
-    max_tokens: Count | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
@@ -173,10 +175,6 @@ class CompletionRequest(Asked):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
-
-    @property
-    def budget(self) -> int | None:
-        return self.max_tokens
 
     @property
     def told(self) -> int | None:

@@ -1,4 +1,5 @@
-"""Sending while watching the other side: whoever is gone, or does not read, ends the request."""
+"""Sending while watching the other side: whoever is gone ends the request (pace.py: who does not
+read is gone after a while)."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
@@ -8,7 +9,9 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-STALLED = 60.0  # seconds in which a client has to take something
+from quantkit.serve.bodies import event
+from quantkit.serve.errors import error_body
+
 T = TypeVar("T")
 
 
@@ -16,8 +19,13 @@ class Gone(Exception):
     """Nobody is there any more to answer to."""
 
 
+class Ending(Exception):
+    """The server ends, and waits no longer for the answer."""
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes. Raises Gone then."""
+    """The result of ``work``, which is cancelled when the client goes. Raises Gone then, and Ending
+    when this is cancelled, which the server does alone."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnect(receive))
     try:
@@ -25,6 +33,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         if not working.done():
             raise Gone
         return working.result()
+    except asyncio.CancelledError as error:
+        raise Ending("the server ends, and the answer takes longer than it waits") from error
     finally:
         await _ended(working)
         await _ended(leaving)
@@ -43,8 +53,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, self._send(send))
-        except (Gone, TimeoutError):
+        except Gone:
             return
+        except Ending as error:
+            last = event(error_body(503, str(error)))
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             await self._events.aclose()
 
@@ -52,8 +65,7 @@ class EventStream(Response):
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
         async for chunk in self._events:
-            async with asyncio.timeout(STALLED):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

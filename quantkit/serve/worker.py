@@ -58,8 +58,8 @@ class Worker:
         with self._changed:
             if self.dead or self._closing:
                 raise Dead
-            here = [*self._running, *(s for s in self._waiting if not s.cancelled)]
-            if len(here) + len(streams) > self._room:
+            self._waiting = deque(s for s in self._waiting if not s.cancelled)
+            if len(self._running) + len(self._waiting) + len(streams) > self._room:
                 raise Busy
             self._waiting.extend(streams)
             self._changed.notify()

@@ -3,8 +3,9 @@
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
@@ -51,15 +52,25 @@ def serve(
         raise UsageError(
             f"everybody who reaches {host} could use this server", f"set --api-key, or {KEY}"
         )
-    if api_key is not None and (not api_key.isascii() or not api_key.isprintable()):
-        raise UsageError("--api-key must be printable ASCII, as it travels in a header")
-    with _bound(host, port) as listening:  # before the models are loaded, which takes longer
-        served = open_models(models, names_of(tuple(models)), settings, note)
-        hosts = local_hosts(tuple(allowed_host)) if local or allowed_host else None
+    if api_key is not None and not _fits_a_header(api_key):
+        raise UsageError(
+            "--api-key must be printable ASCII without spaces around it, as it travels in a header"
+        )
+    with ExitStack() as ending:
+        # before the models are loaded, which takes longer
+        listening = ending.enter_context(_bound(host, port))
+        with _sigterm(lambda *_: sys.exit(128 + signal.SIGTERM)):
+            served = open_models(models, names_of(tuple(models)), settings, note)
+        for model in served:
+            ending.callback(model.engine.close)  # vLLM is a process, which would stay
+        names = (*allowed_host, _name(listening)) if local else tuple(allowed_host)
+        hosts = local_hosts(names) if names else None
         app = create_app(served, hosts=hosts, api_key=api_key, with_page=page)
         server = uvicorn.Server(configuration(app, drain_seconds))
         for model in served:
             model.engine.watch(lambda: _stop(server))
+        with _refused(host, port):
+            listening.listen()  # another one may, which has bound it too
         note(f"ready: {_url(listening)} (OpenAI clients: {_url(listening)}/v1)")
         _run(server, listening)
     dead = [model.name for model in served if model.engine.dead]
@@ -71,14 +82,14 @@ def configuration(app: Any, drain_seconds: int) -> "uvicorn.Config":
     """How ``app`` is served."""
     import uvicorn
 
-    from quantkit.serve.arriving import HeadInTime
+    from quantkit.serve.pace import Paced
 
     return uvicorn.Config(
         app,
         log_level="warning",
         server_header=False,
         h11_max_incomplete_event_size=_HEADERS,
-        http=HeadInTime,
+        http=Paced,
         ws="none",
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=drain_seconds,
@@ -88,10 +99,16 @@ def configuration(app: Any, drain_seconds: int) -> "uvicorn.Config":
 def _run(server: "uvicorn.Server", listening: socket.socket) -> None:
     """Until a signal comes. uvicorn raises the signals that it caught again when it is done; to
     have been told to stop is no failure."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    with _sigterm(lambda *_: None), suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+
+
+@contextmanager
+def _sigterm(handler: Callable[..., None]) -> Iterator[None]:
+    """Have SIGTERM do this."""
+    before = signal.signal(signal.SIGTERM, handler)
     try:
-        with suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -106,13 +123,23 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _refused(host, port):
             found.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise QuantkitError(
-                f"cannot listen on {host} port {port} ({error})", "choose another --port"
-            ) from error
         yield found
+
+
+@contextmanager
+def _refused(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, OverflowError) as error:
+        raise QuantkitError(
+            f"cannot listen on {host} port {port} ({error})", "choose another --port"
+        ) from error
+
+
+def _fits_a_header(key: str) -> bool:
+    return key.isascii() and key.isprintable() and key == key.strip()
 
 
 def _is_local(host: str) -> bool:
@@ -124,6 +151,11 @@ def _is_local(host: str) -> bool:
         return False  # a name: whoever can resolve it may come
 
 
+def _name(listening: socket.socket) -> str:
+    """The address as it is in a URL."""
+    host: str = listening.getsockname()[0]
+    return f"[{host}]" if ":" in host else host
+
+
 def _url(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{_name(listening)}:{listening.getsockname()[1]}"

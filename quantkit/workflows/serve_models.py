@@ -1,6 +1,7 @@
 """Models for ``quantkit serve``: each is opened once, and its engine chosen by what it is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,13 @@ def open_models(
     one takes what is left. ``note`` is told what was chosen. Raises QuantkitError when one does not
     load."""
     ready = [_load(*one, settings, note) for one in zip(models, names)]
-    return [start(len(ready) - number) for number, start in enumerate(ready)]
+    served: list[Served] = []
+    with ExitStack() as undo:
+        for number, start in enumerate(ready):
+            served.append(start(len(ready) - number))
+            undo.callback(served[-1].engine.close)
+        undo.pop_all()
+    return served
 
 
 def open_model(model: str, name: str, settings: Settings, note: Note) -> Served:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,12 @@ class VllmEngine:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"},
+            start_new_session=True,  # a Ctrl-C is not for it: answers are finished first
         )
-        self._wait()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._wait()
+            undo.pop_all()
         threading.Thread(target=self._watched, name="engine vllm", daemon=True).start()
 
     def submit(self, jobs: list[Job]) -> list[Stream]:
@@ -90,6 +95,8 @@ class VllmEngine:
 
     def watch(self, died: Callable[[], None]) -> None:
         self._died = died
+        if self.dead:  # while another model was loaded
+            died()
 
     def close(self) -> None:
         self._closing = True

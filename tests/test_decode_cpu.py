@@ -4,6 +4,7 @@ single tokens compiled and by calls of torch."""
 import pytest
 import torch
 from tools import model, quantized
+from torch.nn.utils import prune
 
 from quantkit.core.sampling import Sampling
 from quantkit.runtime import decode_cpu, token_loop
@@ -86,14 +87,49 @@ def test_float16_is_not_compiled():
 
 
 def test_joined_linears_share_their_memory():
-    loaded, tokenizer = load(str(quantized("demo")), dtype="bfloat16")
-    attention = loaded.model.layers[0].self_attn
-    TorchEngine(loaded, tokenizer)._decoder.begin([IDS])
-    places = [
-        one.packed.untyped_storage().data_ptr()
-        for one in (attention.q_proj, attention.k_proj, attention.v_proj)
-    ]
-    assert len(set(places)) == 1
+    """And a second engine of the model shares it too."""
+
+    def places(loaded) -> list[int]:
+        attention = loaded.model.layers[0].self_attn
+        parts = attention.q_proj, attention.k_proj, attention.v_proj
+        weights = [part.packed if hasattr(part, "packed") else part.weight for part in parts]
+        return [weight.untyped_storage().data_ptr() for weight in weights]
+
+    for source in (str(quantized("demo")), "demo"):
+        loaded, tokenizer = load(source, dtype="bfloat16")
+        engines = []
+        for _ in range(2):
+            engines.append(TorchEngine(loaded, tokenizer))
+            engines[-1]._decoder.begin([IDS])
+            found = places(loaded)
+            assert len(set(found)) == 1
+            joint = engines[0]._decoder._state._blocks[0].qkv.one
+            memory = joint.packed if hasattr(joint, "packed") else joint.weight
+            assert memory.untyped_storage().data_ptr() == found[0]
+
+
+def test_a_model_can_be_trained_on():
+    """The engine reads it in inference mode, and joins its linears."""
+    loaded, tokenizer = load(str(model("llama")), dtype="float32")
+    parameters = list(loaded.requires_grad_(True).parameters())
+    engine = TorchEngine(loaded, tokenizer)
+    list(engine.stream(IDS, GREEDY, 2))
+    assert all(a is b and a.requires_grad for a, b in zip(parameters, loaded.parameters()))
+    loaded(torch.tensor([IDS]), labels=torch.tensor([IDS])).loss.backward()
+    torch.optim.SGD(parameters, lr=1.0).step()
+    with torch.inference_mode():
+        found = decode_cpu.LlamaState(loaded).compute(IDS)
+        torch.testing.assert_close(found, loaded(torch.tensor([IDS])).logits[0, -1])
+    loaded.load_state_dict({name: t.clone() for name, t in loaded.state_dict().items()})
+
+
+def test_weights_that_are_made_for_every_call_stay_so():
+    loaded, tokenizer = load(str(model("llama")), dtype="float32")
+    pruned = loaded.model.layers[0].self_attn.q_proj
+    prune.random_unstructured(pruned, "weight", 0.5)
+    tokens = list(TorchEngine(loaded, tokenizer).stream(IDS, GREEDY, 6))
+    made = loaded.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False)
+    assert tokens == made[0, len(IDS) :].tolist()
 
 
 def test_it_grows_and_is_cut(monkeypatch, way):

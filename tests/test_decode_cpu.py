@@ -160,7 +160,36 @@ def test_other_models_go_through_transformers(source):
     assert list(engine.stream(again, GREEDY, 6)) == list(fresh.stream(again, GREEDY, 6))
 
 
-def test_angles_that_depend_on_the_length_are_left_to_transformers():
+@pytest.mark.parametrize(
+    "angles", [{"rope_type": "dynamic"}, {"rope_type": "linear", "partial_rotary_factor": 0.5}]
+)
+def test_other_angles_are_left_to_transformers(angles):
     loaded, _ = load(str(model("llama")))
-    loaded.config.rope_parameters = {"rope_type": "dynamic"}
+    loaded.config.rope_parameters = angles
+    assert not decode_cpu.fits(loaded)
+
+
+def test_what_is_hooked_in_is_not_passed_over():
+    loaded, tokenizer = load(str(model("llama")), dtype="float32")
+    loaded(torch.tensor([IDS]), output_hidden_states=True)  # for which transformers hooks in itself
+    assert decode_cpu.fits(loaded)
+    plain = list(TorchEngine(loaded, tokenizer).stream(IDS, GREEDY, 6))
+    layer = loaded.model.layers[1]
+    hook = layer.mlp.register_forward_hook(lambda module, given, out: -8 * out)
+    tokens = list(TorchEngine(loaded, tokenizer).stream(IDS, GREEDY, 6))
+    made = loaded.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False)
+    assert tokens == made[0, len(IDS) :].tolist() != plain
+    hook.remove()
+    assert decode_cpu.fits(loaded)
+    layer.mlp.forward = lambda x: -8 * type(layer.mlp).forward(layer.mlp, x)
+    assert list(TorchEngine(loaded, tokenizer).stream(IDS, GREEDY, 6)) == tokens
+
+
+def test_a_class_of_somebody_else_is_not_passed_over():
+    loaded, _ = load(str(model("llama")), dtype="float32")
+
+    class Louder(type(loaded)):
+        pass
+
+    loaded.__class__ = Louder
     assert not decode_cpu.fits(loaded)

@@ -24,7 +24,11 @@ def why_not() -> str | None:
         return "numba is not installed (pip install 'quantkit[cpu]')"
     if tuple(int(part) for part in found.split(".")[:2]) < _NUMBA:
         return f"numba {found} is too old (pip install --upgrade 'quantkit[cpu]')"
-    return None
+    try:
+        import numba
+    except ImportError as error:  # it takes not every numpy
+        return f"numba {found} does not load: {error}"
+    return "NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
 
 
 def fits(linears: Sequence[Int4 | Dense], dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from tools import model, quantized
 
 pytest.importorskip("numba")
 
-from numba import njit
+from numba import config, njit
 
 from quantkit.runtime import decode_cpu, token_loop
 from quantkit.runtime.joined import Dense, Int4
@@ -95,6 +95,26 @@ def test_products_on_an_older_processor():
         [sys.executable, "-c", check], env=os.environ | older, cwd=file.parent, capture_output=True
     )
     assert run.returncode == 0, run.stdout.decode()[-3000:] + run.stderr.decode()[-3000:]
+
+
+def one(x):
+    return x + 1
+
+
+def test_what_was_compiled_is_kept_until_the_words_change(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def found() -> bool:
+        """Whether it was there."""
+        compiled = cpu_token._whole(one)
+        assert compiled(1) == 2
+        return bool(compiled.stats.cache_hits)
+
+    assert [found(), found()] == [False, True]
+    changed = tmp_path / "vectors.py"
+    changed.write_text(Path(vectors.__file__).read_text("utf-8") + "#", "utf-8")
+    monkeypatch.setattr(vectors, "__file__", str(changed))
+    assert [found(), found()] == [False, True]
 
 
 def test_exp():

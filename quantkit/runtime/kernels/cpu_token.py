@@ -17,13 +17,16 @@ much again. What was worth most: each thread's rows in one piece (8.6 -> 5.9 ms)
 scales two groups ahead, which lie a page apart (29 -> 41 GB/s).
 """
 
+import hashlib
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
 from numpy import float32
 
+from quantkit.runtime.kernels import vectors
 from quantkit.runtime.kernels.vectors import (
     PAIRS,
     all_of,
@@ -108,7 +111,12 @@ _part = njit(**_how)
 
 def _whole(function: Any) -> Any:
     """The function compiled for all that it calls, once on a machine: kept in a folder, if numba
-    finds one that it can write to."""
+    finds one that it can write to.
+
+    numba notices changes of this file alone, so that what is kept has those of the words in its
+    name: an update would go on with the machine code of before."""
+    words = hashlib.sha256(Path(vectors.__file__).read_bytes()).hexdigest()
+    function.__qualname__ = f"{function.__name__}-{words[:16]}"
     try:
         return njit(cache=True, **_how)(function)
     except RuntimeError:

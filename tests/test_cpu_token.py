@@ -28,7 +28,7 @@ IDS = [5, 17, 99, 3, 250, 31, 8, 120, 64, 77]
 def own(width: int) -> cpu_token.Own:
     empty = np.empty(width, np.float32)
     rounded, output = np.empty(width, np.uint16), np.empty(cpu_token.PART, np.float32)
-    return cpu_token.Own(0, empty, rounded, empty.copy(), output, empty, empty, empty)
+    return cpu_token.Own(empty, rounded, empty.copy(), output, empty, empty, empty, 0)
 
 
 def multiplied(linear: Int4 | Dense, x: torch.Tensor, y: torch.Tensor, add: bool) -> torch.Tensor:
@@ -151,6 +151,18 @@ def test_a_turn_ends_when_all_parts_are_done():
     assert turn[0, 0] == 3
 
 
+def test_a_token_ends_when_all_who_began_are_done():
+    turns = np.zeros((1, 2, 8), np.int64)
+    cpu_token.end(np.zeros((1, 2, 8), np.int64))  # compiled
+    turns[0, 0, 1:3] = 2, 1
+    waiting = Thread(target=cpu_token.end, args=(turns,), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    turns[0, 0, 2] = 2
+    waiting.join()
+
+
 class Never:
     """Helpers that the system has no processor for."""
 
@@ -164,6 +176,14 @@ class Before(Never):
     def submit(self, function, *given):
         function(*given)
         return Never.submit(self, function)
+
+
+class Interrupted(Never):
+    """Ctrl-C as a helper is asked, who comes all the same, but late."""
+
+    def submit(self, function, *given):
+        self.come = lambda: function(*given)
+        raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -193,6 +213,35 @@ def test_any_threads_compute_the_same(source, helpers, threads):
     threads(3)
     for found, expected in zip(logits(), wanted):
         assert torch.equal(found, expected)
+
+
+def test_an_interrupted_token_is_left_alone(threads):
+    threads(2)
+    state = decode_cpu.LlamaState(load(str(model("llama")), dtype="float32")[0])
+    with torch.inference_mode():
+        for i in IDS[:4]:
+            state.compute([i])
+        state._keys[:, :, 4:] = 0
+        state._loop._helpers = helpers = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            state.compute([IDS[4]])
+        helpers.come()
+    assert not state._keys[:, :, 4:].any()
+
+
+def test_nobody_helps_to_compile(threads, monkeypatch):
+    """A thread that helps would go on for seconds when Ctrl-C came."""
+    threads(2)
+    state = decode_cpu.LlamaState(load(str(model("llama")), dtype="float32")[0])
+    state._loop._helpers = helpers = Interrupted()
+
+    def interrupted(kinds):
+        raise RuntimeError("Ctrl-C")
+
+    monkeypatch.setattr(cpu_token.token, "compile", interrupted)
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        state.compute(IDS[:1])
+    assert not hasattr(helpers, "come")
 
 
 def test_what_is_not_a_number_is_not_hidden():

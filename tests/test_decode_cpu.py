@@ -146,6 +146,25 @@ def test_it_grows_and_is_cut(monkeypatch, way):
     torch.testing.assert_close(found, whole[6], atol=1e-5, rtol=1e-4)
 
 
+def test_growing_that_was_interrupted_is_done_again(monkeypatch, way):
+    monkeypatch.setattr(decode_cpu, "_STEP", 4)
+    loaded, _ = load(str(model("llama")), dtype="float32")
+    whole = stepwise(decode_cpu.LlamaState(loaded), IDS, 1)
+    state = decode_cpu.LlamaState(loaded)
+    torch.testing.assert_close(stepwise(state, IDS[:4], 1), whole[:4])
+    owner = state if state._loop is None else state._loop
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, "hold" if way == "compiled" else "_enlarged", _interrupted)
+        state.compute(IDS[4:5])
+    with torch.inference_mode():
+        found = torch.stack([state.compute([i]) for i in IDS[4:]])
+    torch.testing.assert_close(found, whole[4:])
+
+
+def _interrupted(*given):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("source", ["gpt_neox", "mistral", "qwen3", "phi"])
 def test_other_models_go_through_transformers(source):
     loaded, tokenizer = load(str(model(source)), dtype="float32")

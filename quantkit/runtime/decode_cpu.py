@@ -160,9 +160,9 @@ class LlamaState:
         self._cos = cos[0].contiguous()
         self._sin = torch.cat([-sin[0][:, :half], sin[0][:, half:]], 1)
         self._keys, self._values = (self._enlarged(old, room) for old in (self._keys, self._values))
-        self._room = room
         if self._loop is not None:
             self._loop.hold(self._keys, self._values, self._cos, self._sin)
+        self._room = room  # last: what is interrupted is done again
 
     def _enlarged(self, old: Tensor, room: int) -> Tensor:
         new = old.new_empty(*old.shape[:2], room, self._width)

@@ -1,7 +1,7 @@
 """The compiled token of kernels/cpu_token.py: what it works on, and its threads."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -62,6 +62,7 @@ class TokenLoop:
         block = cpu_int4.block_rows() or cpu_token.PART
         self._shape = cpu_token.Shape(layers, *heads, block, eps, threads)
         self._helpers = ThreadPoolExecutor(max(threads - 1, 1), "quantkit-token")
+        self._compiled = False
 
     def hold(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Go on with these: [layers, kv_heads, places, width] in the model's dtype, and float32
@@ -73,8 +74,11 @@ class TokenLoop:
         """Logits [vocab], float32, behind a token at ``place``."""
         code, sizes = self._code, self._products
         logits = np.empty(sizes[-1, code.OUT], np.float32)
+        turns = np.zeros(
+            (code.TURNS * self._shape.layers + 1, 1 + self._shape.threads, 8), np.int64
+        )
         given: tuple[Any, ...] = (
-            np.zeros((code.TURNS * self._shape.layers + 1, 1 + self._shape.threads, 8), np.int64),
+            turns,
             self._shape,
             self._products,
             self._norms,
@@ -88,16 +92,24 @@ class TokenLoop:
             np.empty(self._shape.heads * self._shape.width, np.float32),
             logits,
         )
-        helping: list[Future[None]] = []
+        if not self._compiled:
+            self._compile(given)
         try:
-            others = range(1, self._shape.threads)
-            helping.extend(self._helpers.submit(code.token, *given) for _ in others)
+            for _ in range(1, self._shape.threads):
+                self._helpers.submit(code.token, *given)
             code.token(*given)
         finally:  # nobody works on this any more when it is given out, or interrupted
-            for one in helping:
-                if not one.cancel():
-                    one.result()
+            code.end(turns)
         return torch.from_numpy(logits)
+
+    def _compile(self, given: tuple[Any, ...]) -> None:
+        """In this thread, which Ctrl-C interrupts: the helpers would go on for seconds."""
+        from numba import typeof
+
+        kinds = tuple(map(typeof, given))
+        self._code.token.compile(kinds)
+        self._code.end.compile(kinds[:1])
+        self._compiled = True
 
     def _row(self, linear: Int4 | Dense, bias: Tensor | None) -> list[int]:
         """A product as kernels/cpu_token.py describes it."""

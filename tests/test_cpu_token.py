@@ -1,5 +1,6 @@
 """The kernels of the compiled token against torch, and its threads."""
 
+import errno
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ pytest.importorskip("numba")
 
 from numba import config, njit
 
+from quantkit.errors import QuantkitWarning
 from quantkit.runtime import decode_cpu, token_loop
 from quantkit.runtime.joined import Dense, Int4
 from quantkit.runtime.kernels import cpu_int4, cpu_token, vectors
@@ -115,6 +117,19 @@ def test_what_was_compiled_is_kept_until_the_words_change(monkeypatch, tmp_path)
     changed.write_text(Path(vectors.__file__).read_text("utf-8") + "#", "utf-8")
     monkeypatch.setattr(vectors, "__file__", str(changed))
     assert [found(), found()] == [False, True]
+
+
+def test_without_room_to_keep_it_a_token_is_computed(monkeypatch):
+    compiled = cpu_token.token.compile
+
+    def full(kinds):  # as numba does it
+        compiled(kinds)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cpu_token.token, "compile", full)
+    state = decode_cpu.LlamaState(load(str(model("llama")), dtype="float32")[0])
+    with torch.inference_mode(), pytest.warns(QuantkitWarning, match="No space left"):
+        assert state.compute(IDS[:1]).isfinite().all()
 
 
 def test_exp():

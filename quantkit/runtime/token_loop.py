@@ -1,5 +1,6 @@
 """The compiled token of kernels/cpu_token.py: what it works on, and its threads."""
 
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.errors import QuantkitWarning
 from quantkit.runtime.joined import Dense, Int4
 from quantkit.runtime.kernels import cpu_int4
 
@@ -107,8 +109,15 @@ class TokenLoop:
         from numba import typeof
 
         kinds = tuple(map(typeof, given))
-        self._code.token.compile(kinds)
-        self._code.end.compile(kinds[:1])
+        for function, wanted in ((self._code.token, kinds), (self._code.end, kinds[:1])):
+            try:
+                function.compile(wanted)
+            except OSError as error:  # it is compiled, but there is no room to keep it
+                warnings.warn(
+                    f"what numba compiled is not kept for the next time: {error}",
+                    QuantkitWarning,
+                    stacklevel=2,
+                )
         self._compiled = True
 
     def _row(self, linear: Int4 | Dense, bias: Tensor | None) -> list[int]:

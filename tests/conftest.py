@@ -1,13 +1,11 @@
 """What all tests share: the CPU, one thread, no deadlines in hypothesis, the demo's tokenizer, and
 a Hub on this machine in the place of the real one."""
 
-import hashlib
 import os
 import shutil
 import socket
 import tempfile
 import threading
-from pathlib import Path
 
 # before torch looks: results are the same on every machine
 if not os.environ.get("QUANTKIT_TEST_GPU"):
@@ -27,13 +25,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# numba keeps what it compiled, and notices changes in one file alone
-_KERNELS = Path(__file__).parent.parent / "quantkit" / "runtime" / "kernels"
-_WORDS = b"".join((_KERNELS / name).read_bytes() for name in ("vectors.py", "cpu_token.py"))
-os.environ.setdefault(
-    "NUMBA_CACHE_DIR",
-    f"{tempfile.gettempdir()}/quantkit-numba-{hashlib.sha256(_WORDS).hexdigest()[:16]}",
-)
+os.environ.setdefault("NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/quantkit-numba")
 
 settings.register_profile("quantkit", deadline=None)
 settings.load_profile("quantkit")

@@ -1,5 +1,6 @@
 """The kernels of the compiled token against torch, and its threads."""
 
+import errno
 import os
 import platform
 import subprocess
@@ -15,8 +16,9 @@ from tools import model, quantized
 
 pytest.importorskip("numba")
 
-from numba import njit
+from numba import config, njit
 
+from quantkit.errors import QuantkitWarning
 from quantkit.runtime import decode_cpu, token_loop
 from quantkit.runtime.joined import Dense, Int4
 from quantkit.runtime.kernels import cpu_int4, cpu_token, vectors
@@ -28,7 +30,7 @@ IDS = [5, 17, 99, 3, 250, 31, 8, 120, 64, 77]
 def own(width: int) -> cpu_token.Own:
     empty = np.empty(width, np.float32)
     rounded, output = np.empty(width, np.uint16), np.empty(cpu_token.PART, np.float32)
-    return cpu_token.Own(0, empty, rounded, empty.copy(), output, empty, empty, empty)
+    return cpu_token.Own(empty, rounded, empty.copy(), output, empty, empty, empty, 0)
 
 
 def multiplied(linear: Int4 | Dense, x: torch.Tensor, y: torch.Tensor, add: bool) -> torch.Tensor:
@@ -97,6 +99,39 @@ def test_products_on_an_older_processor():
     assert run.returncode == 0, run.stdout.decode()[-3000:] + run.stderr.decode()[-3000:]
 
 
+def one(x):
+    return x + 1
+
+
+def test_what_was_compiled_is_kept_until_the_words_change(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def found() -> bool:
+        """Whether it was there."""
+        compiled = cpu_token._whole(one)
+        assert compiled(1) == 2
+        return bool(compiled.stats.cache_hits)
+
+    assert [found(), found()] == [False, True]
+    changed = tmp_path / "vectors.py"
+    changed.write_text(Path(vectors.__file__).read_text("utf-8") + "#", "utf-8")
+    monkeypatch.setattr(vectors, "__file__", str(changed))
+    assert [found(), found()] == [False, True]
+
+
+def test_without_room_to_keep_it_a_token_is_computed(monkeypatch):
+    compiled = cpu_token.token.compile
+
+    def full(kinds):  # as numba does it
+        compiled(kinds)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cpu_token.token, "compile", full)
+    state = decode_cpu.LlamaState(load(str(model("llama")), dtype="float32")[0])
+    with torch.inference_mode(), pytest.warns(QuantkitWarning, match="No space left"):
+        assert state.compute(IDS[:1]).isfinite().all()
+
+
 def test_exp():
     x = np.concatenate([np.linspace(-87, 87, 997), [-1e9, 1e9, 0.0]]).astype(np.float32)
     found = np.array([cpu_token._exp(number) for number in x])
@@ -131,6 +166,18 @@ def test_a_turn_ends_when_all_parts_are_done():
     assert turn[0, 0] == 3
 
 
+def test_a_token_ends_when_all_who_began_are_done():
+    turns = np.zeros((1, 2, 8), np.int64)
+    cpu_token.end(np.zeros((1, 2, 8), np.int64))  # compiled
+    turns[0, 0, 1:3] = 2, 1
+    waiting = Thread(target=cpu_token.end, args=(turns,), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    turns[0, 0, 2] = 2
+    waiting.join()
+
+
 class Never:
     """Helpers that the system has no processor for."""
 
@@ -144,6 +191,14 @@ class Before(Never):
     def submit(self, function, *given):
         function(*given)
         return Never.submit(self, function)
+
+
+class Interrupted(Never):
+    """Ctrl-C as a helper is asked, who comes all the same, but late."""
+
+    def submit(self, function, *given):
+        self.come = lambda: function(*given)
+        raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -173,6 +228,35 @@ def test_any_threads_compute_the_same(source, helpers, threads):
     threads(3)
     for found, expected in zip(logits(), wanted):
         assert torch.equal(found, expected)
+
+
+def test_an_interrupted_token_is_left_alone(threads):
+    threads(2)
+    state = decode_cpu.LlamaState(load(str(model("llama")), dtype="float32")[0])
+    with torch.inference_mode():
+        for i in IDS[:4]:
+            state.compute([i])
+        state._keys[:, :, 4:] = 0
+        state._loop._helpers = helpers = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            state.compute([IDS[4]])
+        helpers.come()
+    assert not state._keys[:, :, 4:].any()
+
+
+def test_nobody_helps_to_compile(threads, monkeypatch):
+    """A thread that helps would go on for seconds when Ctrl-C came."""
+    threads(2)
+    state = decode_cpu.LlamaState(load(str(model("llama")), dtype="float32")[0])
+    state._loop._helpers = helpers = Interrupted()
+
+    def interrupted(kinds):
+        raise RuntimeError("Ctrl-C")
+
+    monkeypatch.setattr(cpu_token.token, "compile", interrupted)
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        state.compute(IDS[:1])
+    assert not hasattr(helpers, "come")
 
 
 def test_what_is_not_a_number_is_not_hidden():

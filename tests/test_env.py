@@ -1,7 +1,9 @@
 """``quantkit env``: versions, the device, and why a faster kernel is not used."""
 
 import json
+import sys
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,11 +35,19 @@ def test_versions_and_device(capsys):
 
 
 def test_how_a_cpu_decodes(capsys, monkeypatch):
+    numba = SimpleNamespace(config=SimpleNamespace(DISABLE_JIT=0))
+    monkeypatch.setitem(sys.modules, "numba", numba)
     monkeypatch.setattr(token_loop, "version", lambda name: "0.62.1")
     found = json.loads(shown(capsys, "--json"))["decoding"]
     assert "compiled" in found["kernel"] and found["reason"] is None
     monkeypatch.setattr(token_loop, "version", lambda name: "0.61.2")
     assert "0.61.2 is too old" in shown(capsys)
+    monkeypatch.setattr(token_loop, "version", lambda name: "0.62.1")
+    numba.config.DISABLE_JIT = 1
+    assert "NUMBA_DISABLE_JIT" in shown(capsys)
+    monkeypatch.setitem(sys.modules, "numba", None)  # as with a numpy that it does not take
+    found = json.loads(shown(capsys, "--json"))["decoding"]
+    assert "torch" in found["kernel"] and "0.62.1 does not load" in found["reason"]
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)

@@ -7,10 +7,11 @@ calls of torch a block instead of about 60: the linears that share an input are 
 and values have their place beforehand, norms are one call in the model's precision.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -35,7 +36,21 @@ def fits(model: PreTrainedModel) -> bool:
         and (window is None or window >= config.max_position_embeddings)
         and config.hidden_act in ("silu", "swish")
         and config.rope_parameters["rope_type"] in _ROPES
+        and config.rope_parameters.get("partial_rotary_factor", 1) == 1
+        and _theirs(type(model))
+        and not any(map(_changed, model.modules()))
     )
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody hooked in on what it computes. transformers' own hooks only look on."""
+    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+    return "forward" in vars(module) or not all(map(_theirs, hooks))
+
+
+def _theirs(code: Any) -> bool:
+    """Whether a class or function is transformers' own."""
+    return str(code.__module__).startswith("transformers.")
 
 
 class LlamaState:
@@ -145,9 +160,9 @@ class LlamaState:
         self._cos = cos[0].contiguous()
         self._sin = torch.cat([-sin[0][:, :half], sin[0][:, half:]], 1)
         self._keys, self._values = (self._enlarged(old, room) for old in (self._keys, self._values))
-        self._room = room
         if self._loop is not None:
             self._loop.hold(self._keys, self._values, self._cos, self._sin)
+        self._room = room  # last: what is interrupted is done again
 
     def _enlarged(self, old: Tensor, room: int) -> Tensor:
         new = old.new_empty(*old.shape[:2], room, self._width)

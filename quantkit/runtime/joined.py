@@ -1,8 +1,9 @@
 """Linears that share an input, as one product: a call for a few tokens costs as much as its work.
 
-The weights stay the model's own: those of the single linears become views of the joint one.
+The weights stay the model's own: those of the single linears become views of the joint one, once.
 """
 
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from quantkit.runtime.kernels import cpu_int4
 from quantkit.runtime.linear import CpuInt4Linear
 
 _FEW = 16  # rows up to which joined linears are faster than each by itself
+_joining = Lock()  # several threads may begin with the same model
 
 
 class Joined:
@@ -23,7 +25,9 @@ class Joined:
 
     def __init__(self, linears: list[Any]) -> None:
         self._linears = linears
-        self.one = _int4(linears) or _dense(linears)
+        # tensors of inference mode could never be trained, or changed in place, again
+        with _joining, torch.inference_mode(False), torch.no_grad():
+            self.one = _int4(linears) or _dense(linears)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.one is not None and self.one.quick and len(x) <= _FEW:
@@ -70,17 +74,25 @@ def _int4(linears: list[Any]) -> Int4 | None:
 
 
 def _dense(linears: list[Any]) -> Dense | None:
-    if not all(type(one) is nn.Linear for one in linears):
+    # a weight of another type is computed anew for every call (pruning), or no plain memory
+    if not all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in linears):
         return None
     weight = _joint([one.weight for one in linears])
-    if len(linears) > 1:  # a single one may be tied to the embeddings
-        for one, part in zip(linears, _parts(weight, linears)):
-            one.weight = nn.Parameter(part, requires_grad=False)
+    for one, part in zip(linears, _parts(weight, linears)):
+        one.weight.data = part  # the same parameter: an optimizer may have it
     return Dense(weight, _bias(linears))
 
 
 def _joint(weights: list[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(weights)
+    """All their rows. Those that lie behind each other already are not copied."""
+    first, width = weights[0].detach(), weights[0].shape[1]
+    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for weight in weights:
+        there = weight.untyped_storage().data_ptr(), weight.storage_offset()
+        if there != (storage, end) or not weight.is_contiguous():
+            return torch.cat(weights)
+        end += weight.numel()
+    return first.as_strided((sum(map(len, weights)), width), (width, 1))
 
 
 def _parts(weight: Tensor, linears: list[Any]) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """The compiled token of kernels/cpu_token.py: what it works on, and its threads."""
 
+import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.errors import QuantkitWarning
 from quantkit.runtime.joined import Dense, Int4
 from quantkit.runtime.kernels import cpu_int4
 
@@ -24,7 +26,11 @@ def why_not() -> str | None:
         return "numba is not installed (pip install 'quantkit[cpu]')"
     if tuple(int(part) for part in found.split(".")[:2]) < _NUMBA:
         return f"numba {found} is too old (pip install --upgrade 'quantkit[cpu]')"
-    return None
+    try:
+        import numba
+    except ImportError as error:  # it takes not every numpy
+        return f"numba {found} does not load: {error}"
+    return "NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
 
 
 def fits(linears: Sequence[Int4 | Dense], dtype: torch.dtype) -> bool:
@@ -58,6 +64,7 @@ class TokenLoop:
         block = cpu_int4.block_rows() or cpu_token.PART
         self._shape = cpu_token.Shape(layers, *heads, block, eps, threads)
         self._helpers = ThreadPoolExecutor(max(threads - 1, 1), "quantkit-token")
+        self._compiled = False
 
     def hold(self, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Go on with these: [layers, kv_heads, places, width] in the model's dtype, and float32
@@ -69,8 +76,11 @@ class TokenLoop:
         """Logits [vocab], float32, behind a token at ``place``."""
         code, sizes = self._code, self._products
         logits = np.empty(sizes[-1, code.OUT], np.float32)
+        turns = np.zeros(
+            (code.TURNS * self._shape.layers + 1, 1 + self._shape.threads, 8), np.int64
+        )
         given: tuple[Any, ...] = (
-            np.zeros((code.TURNS * self._shape.layers + 1, 1 + self._shape.threads, 8), np.int64),
+            turns,
             self._shape,
             self._products,
             self._norms,
@@ -84,16 +94,31 @@ class TokenLoop:
             np.empty(self._shape.heads * self._shape.width, np.float32),
             logits,
         )
-        helping: list[Future[None]] = []
+        if not self._compiled:
+            self._compile(given)
         try:
-            others = range(1, self._shape.threads)
-            helping.extend(self._helpers.submit(code.token, *given) for _ in others)
+            for _ in range(1, self._shape.threads):
+                self._helpers.submit(code.token, *given)
             code.token(*given)
         finally:  # nobody works on this any more when it is given out, or interrupted
-            for one in helping:
-                if not one.cancel():
-                    one.result()
+            code.end(turns)
         return torch.from_numpy(logits)
+
+    def _compile(self, given: tuple[Any, ...]) -> None:
+        """In this thread, which Ctrl-C interrupts: the helpers would go on for seconds."""
+        from numba import typeof
+
+        kinds = tuple(map(typeof, given))
+        for function, wanted in ((self._code.token, kinds), (self._code.end, kinds[:1])):
+            try:
+                function.compile(wanted)
+            except OSError as error:  # it is compiled, but there is no room to keep it
+                warnings.warn(
+                    f"what numba compiled is not kept for the next time: {error}",
+                    QuantkitWarning,
+                    stacklevel=2,
+                )
+        self._compiled = True
 
     def _row(self, linear: Int4 | Dense, bias: Tensor | None) -> list[int]:
         """A product as kernels/cpu_token.py describes it."""

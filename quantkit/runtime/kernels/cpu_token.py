@@ -17,13 +17,16 @@ much again. What was worth most: each thread's rows in one piece (8.6 -> 5.9 ms)
 scales two groups ahead, which lie a page apart (29 -> 41 GB/s).
 """
 
+import hashlib
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import carray, njit
 from numpy import float32
 
+from quantkit.runtime.kernels import vectors
 from quantkit.runtime.kernels.vectors import (
     PAIRS,
     all_of,
@@ -64,6 +67,7 @@ DENSE_FLOATS, DENSE_HALVES, INT4_FLOATS, INT4_HALVES = range(4)
 PART = 64  # rows that a thread takes at a time; a multiple of the blocks of int4
 TURNS = 5  # of a decoder block
 _LOOKS = 200  # at a counter, before others may have the processor
+_NOBODY = 1 << 32  # more than there are threads
 
 
 class Shape(NamedTuple):
@@ -86,13 +90,12 @@ class Shape(NamedTuple):
 class Own(NamedTuple):
     """What a thread has for itself.
 
-    number    of the thread
     input     of a product, ``rounded`` to bfloat16, the ``sums`` of its groups
     output    PART rows of a product
     query     and ``key`` of this place; ``scores`` of all places
+    number    of the thread
     """
 
-    number: Any
     input: Any
     rounded: Any
     sums: Any
@@ -100,6 +103,7 @@ class Own(NamedTuple):
     query: Any
     key: Any
     scores: Any
+    number: Any
 
 
 _how = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
@@ -108,7 +112,12 @@ _part = njit(**_how)
 
 def _whole(function: Any) -> Any:
     """The function compiled for all that it calls, once on a machine: kept in a folder, if numba
-    finds one that it can write to."""
+    finds one that it can write to.
+
+    numba notices changes of this file alone, so that what is kept has those of the words in its
+    name: an update would go on with the machine code of before."""
+    words = hashlib.sha256(Path(vectors.__file__).read_bytes()).hexdigest()
+    function.__qualname__ = f"{function.__name__}-{words[:16]}"
     try:
         return njit(cache=True, **_how)(function)
     except RuntimeError:
@@ -129,9 +138,15 @@ def _claimed(turn, owner, threads, parts):
 @_part
 def _meet(turn, mine, parts):
     """So many parts are done here; wait until all are."""
-    done, looks = turn[0].ctypes.data, 0
-    count_up(done, mine)
-    while counted(done) < parts:
+    count_up(turn[0].ctypes.data, mine)
+    _wait(turn[0], parts)
+
+
+@_part
+def _wait(counter, number):
+    """Until so many are counted."""
+    looks = 0
+    while counted(counter.ctypes.data) < number:
         looks += 1
         if looks > _LOOKS:
             let_others()
@@ -349,7 +364,7 @@ def _look(query, key, value, keys, values, scores, out):
 def _attend(turn, shape, qkv, keys, values, place, cos, sin, own, seen):
     """seen = what every head sees of places up to this one, whose keys and values are kept."""
     width, shared = shape.width, shape.heads // shape.kv_heads
-    rows = qkv.reshape((-1, width))
+    rows = carray(floats_at(qkv.ctypes.data), (shape.heads + 2 * shape.kv_heads, width))
     mine = 0
     for i in range(shape.threads):
         owner = (own.number + i) % shape.threads
@@ -375,11 +390,12 @@ def _attend(turn, shape, qkv, keys, values, place, cos, sin, own, seen):
 @_whole
 def token(turns, shape, products, norms, keys, values, place, cos, sin, x, found, seen, logits):
     """Logits [vocab] behind a token whose embedding is ``x``. Called by up to ``shape.threads``
-    threads with the same arguments; when one returns, the logits are there. All are float32 where
-    nothing else is said.
+    threads with the same arguments; when one returns, the logits are there. Who comes after
+    :func:`end` does nothing. All are float32 where nothing else is said.
 
     turns         int64 [TURNS * layers + 1, 1 + threads, 8], zeros; the first number of every row
-                  counts the parts that are done, and those that were taken of a thread's share
+                  counts the parts that are done, and those that were taken of a thread's share; two
+                  behind the first of all count the threads that began, and that are done
     products      int64 [4 * layers + 1, 7]: qkv, out, gate and up, down; the head
     norms         [2 * layers + 1, hidden]
     keys, values  [layers, kv_heads, places, width], those before ``place`` known; or bfloat16, as
@@ -389,7 +405,6 @@ def token(turns, shape, products, norms, keys, values, place, cos, sin, x, found
     """
     width, longest = shape.width, products[:, WIDTH].max()
     own = Own(
-        count_up(turns[-1, 0, 1:].ctypes.data, 1),  # a place that nothing else counts in
         np.empty(longest, float32),
         np.empty(longest, np.uint16),
         np.empty(longest, float32),
@@ -397,7 +412,10 @@ def token(turns, shape, products, norms, keys, values, place, cos, sin, x, found
         np.empty(width, float32),
         np.empty(width, float32),
         np.empty(place + 1, float32),
+        count_up(turns[0, 0, 1:].ctypes.data, 1),  # the last one: from here on nothing raises
     )
+    if own.number >= shape.threads:
+        return
     for layer in range(shape.layers):
         p, turn, norm = products[4 * layer :], turns[TURNS * layer :], norms[2 * layer :]
         _normed(x, norm[0], shape.eps, own.input)
@@ -411,3 +429,11 @@ def token(turns, shape, products, norms, keys, values, place, cos, sin, x, found
         _multiply(turn[4], p[3], shape, own.input, own, x, True)
     _normed(x, norms[-1], shape.eps, own.input)
     _multiply(turns[-1], products[-1], shape, own.input, own, logits, False)
+    count_up(turns[0, 0, 2:].ctypes.data, 1)
+
+
+@_whole
+def end(turns):
+    """When this returns, no thread works on the token of these ``turns``, or ever will."""
+    begun = count_up(turns[0, 0, 1:].ctypes.data, _NOBODY)
+    _wait(turns[0, 0, 2:], begun)

@@ -3,9 +3,6 @@
 LLVM has vectors of any width and makes of them what the processor has: one register with AVX512,
 two with AVX2. Plain loops become vectors only where LLVM can prove that they may; for codes in
 bytes it cannot, and these words say it instead. Addresses are plain integers.
-
-numba keeps what it compiled beside the file that uses these words, and notices changes there alone:
-who changes something here removes the ``__pycache__``.
 """
 
 import ctypes

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 
 from quantkit import load, quantize, verify
 from quantkit.core import durations
@@ -22,7 +21,6 @@ from quantkit.runtime.outline import outlined
 from quantkit.workflows import bench
 from quantkit.workflows.awq import quantize_awq
 from quantkit.workflows.inspect import inspect
-from quantkit.workflows.layout import lay_out
 
 SCHEME = Scheme(4, 32, True)
 
@@ -60,21 +58,6 @@ def test_each_expert_gets_the_tokens_that_are_its_own(mixtral):
             torch.testing.assert_close(ours(x, index, weights), wanted)
         assert called == [1]
         torch.testing.assert_close(deepcopy(ours)(x, index, weights), wanted)
-
-
-def test_experts_that_lie_in_one_tensor_are_refused(tmp_path):
-    folder = tiny.build("mixtral", tmp_path / "apart")
-    tensors = load_file(folder / "model.safetensors")
-    for layer in range(tiny.LAYERS):
-        place = f"model.layers.{layer}.block_sparse_moe.experts"
-        names = {n: [f"{place}.{i}.{n}.weight" for i in range(4)] for n in ("w1", "w2", "w3")}
-        one = {n: [tensors.pop(name) for name in some] for n, some in names.items()}
-        gates = [torch.cat(pair) for pair in zip(one["w1"], one["w3"])]
-        tensors[f"{place}.gate_up_proj"] = torch.stack(gates)
-        tensors[f"{place}.down_proj"] = torch.stack(one["w2"])
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(QuantkitError, match="holds 4 experts in one tensor"):
-        lay_out(tiny.skeleton(folder), SCHEME, "gptq")
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5])

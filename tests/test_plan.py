@@ -142,9 +142,9 @@ def test_what_cannot_be_planned(capsys, tmp_path):
 
 
 def test_fused_experts_are_refused(tmp_path, capsys):
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
-    config = MixtralConfig(
+    config = GraniteMoeConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
@@ -153,9 +153,9 @@ def test_fused_experts_are_refused(tmp_path, capsys):
         num_key_value_heads=2,
         num_local_experts=2,
     )
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    GraniteMoeForCausalLM(config).save_pretrained(tmp_path / "fused")
     for method in ("gptq", "none"):
-        assert command("plan", tmp_path / "mixtral", "--method", method) == 1
+        assert command("plan", tmp_path / "fused", "--method", method) == 1
         message, _ = sentence(capsys.readouterr().err)
         assert "experts" in message
 

@@ -623,6 +623,42 @@ def test_what_quantkit_did_not_write_is_never_touched(tmp_path, overwrite):
     assert files_in(tmp_path) == {"out"}
 
 
+@pytest.mark.parametrize("name", ["out.partial", "out.partial.old", "out/original"])
+def test_a_model_in_the_way_of_its_own_result_is_refused(tmp_path, name):
+    """Before its files are cut off while they are read, or removed when all is done."""
+    source, out = tmp_path / name, tmp_path / "out"
+    if name == "out/original":
+        shutil.copytree(quantized(model("gpt_neox"), group=32), out)
+    shutil.copytree(model("gpt_neox"), source)
+    before = snapshot(source)
+    with pytest.raises(UsageError, match="holds the model that is read"):
+        quantize(str(source), out, group=32, overwrite=True, **QUICK)
+    assert snapshot(source) == before
+
+
+def test_a_folder_called_old_is_nobody_s_but_its_owner_s(tmp_path):
+    """People rename what they want to keep so; even the model itself may be called that."""
+    source, out = tmp_path / "out.old", tmp_path / "out"
+    shutil.copytree(model("gpt_neox"), source)
+    before = snapshot(source)
+    for overwrite in (False, True):
+        quantize(str(source), out, group=32, overwrite=overwrite, **QUICK)
+    assert snapshot(source) == before
+    assert files_in(tmp_path) == {"out", "out.old"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_partial_folder_of_somebody_else_is_refused(tmp_path, overwrite):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("half of a download")
+    (partial / "notes.tmp").write_text("mine")
+    before = snapshot(partial)
+    with pytest.raises(UsageError, match="holds something else"):
+        quantize(str(model("gpt_neox")), tmp_path / "out", group=32, overwrite=overwrite, **QUICK)
+    assert snapshot(partial) == before
+
+
 def test_a_file_in_the_place_of_the_output_is_refused(tmp_path):
     (tmp_path / "out").write_text("mine")
     for overwrite in (False, True):

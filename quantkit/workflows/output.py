@@ -53,6 +53,8 @@ class Output:
             )
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
+        # a name that nobody gives a folder of their own, as they do with ``.old``: it is removed
+        self._replaced = folder.with_name(folder.name + ".partial.old")
         self.overwrite = overwrite
         with disk_errors(folder):
             if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -70,12 +72,29 @@ class Output:
             raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
 
     def keep_apart(self, source: Source) -> None:
-        """Raises UsageError when the result would take the place of the model that is read."""
-        if self.folder.resolve() == source.folder.resolve():
+        """Raises UsageError when the result, or what is made on the way to it, would take the place
+        of the model that is read, or of files that no run of quantkit has begun."""
+        read = source.folder.resolve()
+        for taken in (self.folder, self.partial, self._replaced):
+            if read.is_relative_to(taken.resolve()):
+                raise UsageError(
+                    f"{taken} holds the model that is read, and would be replaced",
+                    "choose another --out",
+                )
+        if self._foreign():
             raise UsageError(
-                f"{self.folder} is the model that is read, and would be replaced",
+                f"{self.partial}, where the result is made, holds something else",
                 "choose another --out",
             )
+
+    def _foreign(self) -> bool:
+        """Whether the partial folder holds what no run has left there: all of them begin with a
+        ledger, behind what a target leaves (budget.py)."""
+        with disk_errors(self.folder):
+            if not self.partial.is_dir():
+                return self.partial.exists()
+            names = {path.name for path in self.partial.iterdir() if path.suffix != ".tmp"}
+        return ledger.FILE not in names and not names <= {CHOICE, self.scratch.name}
 
     def check_space(self, needed: int) -> None:
         """Raises QuantkitError when ``needed`` bytes do not fit on the disk."""
@@ -116,13 +135,12 @@ class Output:
         """The partial folder becomes the result, in one step."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         sync_folder(self.partial)
-        old = self.folder.with_name(self.folder.name + ".old")
         if self.folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self.folder.rename(self._replaced)
         self.partial.rename(self.folder)
         sync_folder(self.folder.absolute().parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         (self.folder / CHOICE).unlink(missing_ok=True)
         (self.folder / ledger.FILE).unlink()
 

@@ -327,8 +327,7 @@ def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, 
         ledger = Ledger(output.partial, fingerprint)
     writer = ShardWriter(output.partial, plan.specs, plan.shard)
     if len(ledger) and not writer.complete:  # somebody removed files that it calls finished
-        ledger.remove()
-        ledger = Ledger(output.partial, fingerprint)
+        ledger.forget()
     return writer, ledger
 
 

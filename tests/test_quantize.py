@@ -437,6 +437,39 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("damaged", "found"),
+    [
+        ("model.layers.3.mlp.down_proj.weight", r"mlp.down_proj.scales holds numbers that are none"),
+        ("model.norm.weight", r"what the original predicts on held-out text \(en\) is not finite"),
+    ],
+)
+def test_a_model_that_is_not_made_of_numbers_is_refused(tmp_path, damaged, found):
+    """Wherever it first shows; once it was only in the table, with nan for its quality."""
+    tensors = load_file(DEMO / "model.safetensors")
+    tensors[damaged] = tensors[damaged].clone()
+    tensors[damaged].view(-1)[5] = torch.nan
+    source = tmp_path / "model"
+    shutil.copytree(DEMO, source)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantkitError, match=found):
+        quantize(str(source), tmp_path / "out", **{**QUICK, "check": True})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_linear_whose_inputs_are_always_zero(tmp_path, fast):
+    """As pruned models have them. Its weight is rounded as if all inputs were alike."""
+    source = tmp_path / "model"
+    shutil.copytree(model("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(str(source), tmp_path / "out", group=32, **{**QUICK, "fast": fast})
+    layer = report.layers["model.layers.1.mlp.down_proj"]
+    assert (layer["dead"], layer["error"]) == (128, 0.0)
+
+
 def test_gpt_neox_keeps_its_biases():
     source = model("gpt_neox")
     before = load_file(source / "model.safetensors")

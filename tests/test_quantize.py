@@ -440,7 +440,7 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("damaged", "found"),
     [
-        ("model.layers.3.mlp.down_proj.weight", r"mlp.down_proj.scales holds numbers that are none"),
+        ("model.layers.3.mlp.down_proj.weight", r"down_proj.scales holds numbers that are none"),
         ("model.norm.weight", r"what the original predicts on held-out text \(en\) is not finite"),
     ],
 )
@@ -468,6 +468,14 @@ def test_a_linear_whose_inputs_are_always_zero(tmp_path, fast):
     report = quantize(str(source), tmp_path / "out", group=32, **{**QUICK, "fast": fast})
     layer = report.layers["model.layers.1.mlp.down_proj"]
     assert (layer["dead"], layer["error"]) == (128, 0.0)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    source = tmp_path / "model"
+    tiny.build("llama", source, tokenizer=True, vocab_size=4000)
+    with pytest.raises(QuantkitError, match="and the model knows 4000 tokens"):
+        quantize(str(source), tmp_path / "out", group=32, **QUICK)
+    assert files_in(tmp_path) == {"model"}
 
 
 def test_gpt_neox_keeps_its_biases():

@@ -33,6 +33,7 @@ CHOICE = "choice.json"  # see budget.py
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE: tuple[int, ...] = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_LOST = (errno.EIO, errno.ENOENT, errno.ESTALE)
 _SLACK = 64 << 20  # for the small files, and so that the disk is not filled to the last byte
 
 
@@ -92,7 +93,7 @@ class Output:
         ledger, behind what a target leaves (budget.py)."""
         with disk_errors(self.folder):
             if not self.partial.is_dir():
-                return self.partial.exists()
+                return False
             names = {path.name for path in self.partial.iterdir() if path.suffix != ".tmp"}
         return ledger.FILE not in names and not names <= {CHOICE, self.scratch.name}
 
@@ -152,7 +153,7 @@ def companions(source: Source) -> list[Path]:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A full or read-only disk, as a sentence."""
+    """What may be wrong with a disk, as a sentence."""
     try:
         yield
     except OSError as error:
@@ -165,5 +166,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise QuantkitError(
                 f"{error.filename or folder} cannot be written ({error.strerror})",
                 "choose another --out",
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise QuantkitError(
+                f"the disk of {folder} does not take files so large",
+                "choose an --out on another disk, or a smaller --max-shard-size",
+            ) from error
+        if error.errno in _LOST:
+            raise QuantkitError(
+                f"{error.filename or folder} was lost on the way ({error.strerror})",
+                "see that the disk is sound and nobody else uses the folder, then run the same "
+                "command again",
             ) from error
         raise

@@ -225,6 +225,8 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         progress.note(line)
     for text in report.fallbacks:
         progress.warn(text)
+    if text := memory.too_little(plan, room, rows):
+        progress.warn(text)
     if task.dry_run:
         ranks.leave()
         return report

@@ -215,14 +215,24 @@ def _refuse_quantized(skeleton: Skeleton) -> None:
 
 
 def refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """Raises QuantkitError, naming it, for a parameter that holds several experts."""
+    """Raises QuantkitError, naming it, for a parameter that holds several experts, or a convolution
+    over tokens."""
     for name, parameter in parameters:
-        if parameter.dim() == 3:
+        if parameter.dim() != 3:
+            continue
+        shape = tuple(parameter.shape)
+        if shape[1] == 1:  # each channel by itself
             raise QuantkitError(
-                f"{prefix}.{name} holds {parameter.shape[0]} experts in one tensor "
-                f"{tuple(parameter.shape)}, and quantkit only quantizes separate linears so far",
-                "mixture-of-experts models with fused experts are not supported yet",
+                f"{prefix}.{name} is a convolution {shape}, and quantkit only quantizes models of "
+                "attention and linears so far",
+                "models with convolutions, state spaces or linear attention (Mamba and the like) "
+                "are not supported yet",
             )
+        raise QuantkitError(
+            f"{prefix}.{name} holds {shape[0]} experts in one tensor {shape}, and quantkit only "
+            "quantizes separate linears so far",
+            "mixture-of-experts models with fused experts are not supported yet",
+        )
 
 
 def _check_groups(jobs: list[Job], skipped: Sequence[str]) -> None:

@@ -42,6 +42,12 @@ def test_target_is_the_regularised_least_squares_correction(fraction, damp):
     torch.testing.assert_close(found, weight + fraction * correction, rtol=1e-9, atol=1e-11)
 
 
+def test_inputs_that_are_always_zero_change_nothing():
+    weight, x, missing = data()
+    found = align.aligned_target(weight, moments(torch.zeros_like(x), missing), 0.5, 0.01)
+    assert torch.equal(found, weight)
+
+
 @pytest.mark.parametrize("block", [16, 20, 48])
 def test_a_gpu_solves_in_blocks(monkeypatch, block):
     """A GPU's way, with the CPU's products: as near as 17 bits are."""

@@ -3,6 +3,7 @@
 import errno
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -602,6 +603,24 @@ def test_a_disk_that_fills_up_on_the_way(copy, capsys, monkeypatch, code):
     assert {path.name for path in copy.parent.iterdir()} == {"model", "out.partial"}
     assert command(*options) == 0
     assert {path.name for path in copy.parent.iterdir()} == {"model", "out"}
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "advice"),
+    [
+        (errno.EFBIG, "does not take files so large", "--max-shard-size"),
+        (errno.EIO, "was lost on the way", "the disk is sound"),
+        (errno.ENOENT, "was lost on the way", "nobody else uses the folder"),
+    ],
+)
+def test_a_disk_that_fails(copy, capsys, monkeypatch, code, told, advice):
+    def failing(self, name, tensor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(ShardWriter, "write", failing)
+    assert command("gptq", copy, "-g", 32, *QUICK_OPTIONS, "--out", copy.parent / "out") == 1
+    message, hint = sentence(capsys.readouterr().err)
+    assert told in message and advice in hint
 
 
 def test_a_place_that_cannot_be_written(copy, capsys, monkeypatch):

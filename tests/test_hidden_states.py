@@ -354,3 +354,11 @@ def test_limits_that_make_no_sense(option, size, says, tmp_path, capsys):
     assert says in sentence(capsys.readouterr().err)[0]
     with pytest.raises(UsageError):
         quantize("demo", tmp_path / "out", **{option[2:].replace("-", "_"): size, "device": "cpu"})
+
+
+def test_a_limit_that_cannot_be_kept_is_told(tmp_path, capsys):
+    options = [*QUICK_OPTIONS, "--out", tmp_path / "out", "--device", "cpu", "--dry-run"]
+    assert command("gptq", "demo", *options, "--max-memory", "1MB") == 0
+    assert "warning: this takes about 0.6 GB of RAM, and 0.0 GB are" in capsys.readouterr().err
+    assert command("gptq", "demo", *options, "--max-memory", "2GB") == 0
+    assert "warning" not in capsys.readouterr().err

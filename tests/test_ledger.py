@@ -6,7 +6,7 @@ import pytest
 
 from quantkit.core import checkpoint, ledger
 from quantkit.core.ledger import Ledger
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 
 SETTINGS = {"model": "demo", "bits": 4, "damp": 0.01, "calib": ("ja", "en"), "revision": None}
 
@@ -56,6 +56,14 @@ def test_settings_that_come_or_go_are_refused(tmp_path):
     fewer = {key: value for key, value in SETTINGS.items() if key != "bits"}
     with pytest.raises(QuantkitError, match="bits was 4, is now None"):
         Ledger(tmp_path, fewer)
+
+
+@pytest.mark.parametrize("text", ["", "half of", "[]", "{}", '{"fingerprint": 1, "done": {}}'])
+def test_a_damaged_ledger_is_refused(tmp_path, text):
+    (tmp_path / ledger.FILE).write_text(text)
+    with pytest.raises(UsageError, match=r"ledger\.json is damaged") as caught:
+        Ledger(tmp_path, SETTINGS)
+    assert "--overwrite" in str(caught.value.hint)
 
 
 def test_a_refusal_leaves_the_ledger_as_it_was(tmp_path):

@@ -437,6 +437,47 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("damaged", "found"),
+    [
+        ("model.layers.3.mlp.down_proj.weight", r"down_proj.scales holds numbers that are none"),
+        ("model.norm.weight", r"what the original predicts on held-out text \(en\) is not finite"),
+    ],
+)
+def test_a_model_that_is_not_made_of_numbers_is_refused(tmp_path, damaged, found):
+    """Wherever it first shows; once it was only in the table, with nan for its quality."""
+    tensors = load_file(DEMO / "model.safetensors")
+    tensors[damaged] = tensors[damaged].clone()
+    tensors[damaged].view(-1)[5] = torch.nan
+    source = tmp_path / "model"
+    shutil.copytree(DEMO, source)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantkitError, match=found):
+        quantize(str(source), tmp_path / "out", **{**QUICK, "check": True})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_linear_whose_inputs_are_always_zero(tmp_path, fast):
+    """As pruned models have them. Its weight is rounded as if all inputs were alike."""
+    source = tmp_path / "model"
+    shutil.copytree(model("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(str(source), tmp_path / "out", group=32, **{**QUICK, "fast": fast})
+    layer = report.layers["model.layers.1.mlp.down_proj"]
+    assert (layer["dead"], layer["error"]) == (128, 0.0)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    source = tmp_path / "model"
+    tiny.build("llama", source, tokenizer=True, vocab_size=4000)
+    with pytest.raises(QuantkitError, match="and the model knows 4000 tokens"):
+        quantize(str(source), tmp_path / "out", group=32, **QUICK)
+    assert files_in(tmp_path) == {"model"}
+
+
 def test_gpt_neox_keeps_its_biases():
     source = model("gpt_neox")
     before = load_file(source / "model.safetensors")
@@ -621,6 +662,42 @@ def test_what_quantkit_did_not_write_is_never_touched(tmp_path, overwrite):
         quantize(str(model("gpt_neox")), out, group=32, overwrite=overwrite, **QUICK)
     assert snapshot(out) == before
     assert files_in(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.partial.old", "out/original"])
+def test_a_model_in_the_way_of_its_own_result_is_refused(tmp_path, name):
+    """Before its files are cut off while they are read, or removed when all is done."""
+    source, out = tmp_path / name, tmp_path / "out"
+    if name == "out/original":
+        shutil.copytree(quantized(model("gpt_neox"), group=32), out)
+    shutil.copytree(model("gpt_neox"), source)
+    before = snapshot(source)
+    with pytest.raises(UsageError, match="holds the model that is read"):
+        quantize(str(source), out, group=32, overwrite=True, **QUICK)
+    assert snapshot(source) == before
+
+
+def test_a_folder_called_old_is_nobody_s_but_its_owner_s(tmp_path):
+    """People rename what they want to keep so; even the model itself may be called that."""
+    source, out = tmp_path / "out.old", tmp_path / "out"
+    shutil.copytree(model("gpt_neox"), source)
+    before = snapshot(source)
+    for overwrite in (False, True):
+        quantize(str(source), out, group=32, overwrite=overwrite, **QUICK)
+    assert snapshot(source) == before
+    assert files_in(tmp_path) == {"out", "out.old"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_partial_folder_of_somebody_else_is_refused(tmp_path, overwrite):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("half of a download")
+    (partial / "notes.tmp").write_text("mine")
+    before = snapshot(partial)
+    with pytest.raises(UsageError, match="holds something else"):
+        quantize(str(model("gpt_neox")), tmp_path / "out", group=32, overwrite=overwrite, **QUICK)
+    assert snapshot(partial) == before
 
 
 def test_a_file_in_the_place_of_the_output_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Several processes quantize one model: the same as one, up to the order of sums; and when one of
 them is lost, or fails, all end with one message, and the run goes on with any number."""
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.runtime import gather
+from quantkit.runtime import gather, states
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.ranks import ALONE, Ranks, join
 from quantkit.runtime.walk import InputGroup
@@ -408,6 +409,20 @@ def test_what_one_process_has_to_tell_is_told_once(tmp_path, monkeypatch, failin
     assert started.wait(30) == [1, 1, 1]
     errors = [line for line in started.said().splitlines() if line.startswith("error: ")]
     assert errors == ["error: the inputs are not finite"]
+    assert "Traceback" not in started.said()
+
+
+def test_a_full_disk_of_another_process_is_a_sentence(tmp_path, monkeypatch):
+    def full(folder, count, dtype):
+        if join().rank:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return torch.empty(count, dtype=dtype)
+
+    monkeypatch.setattr(states, "_mapped", full)
+    options = [*OPTIONS, "--max-memory", "1MB", "--out", tmp_path / "out"]
+    started = Started(2, run(options), tmp_path)
+    assert started.wait(30) == [1, 1]
+    assert "error: the disk is full while writing" in started.said()
     assert "Traceback" not in started.said()
 
 

@@ -233,7 +233,7 @@ def test_killed_while_an_old_output_is_replaced(tmp_path, small):
         kill_at(patch, Path, "rename", 2, late=False)
         with pytest.raises(Killed):
             quantize_small(out, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.old"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.partial.old"}
     quantize_small(out, overwrite=True)
     assert_same(out, small)
     assert_only(out)

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, WIDTH
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 from transformers.pytorch_utils import Conv1D
@@ -205,6 +205,44 @@ def test_blocks_with_arguments_made_from_the_text_are_refused(tmp_path: Path) ->
     path = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "gemma4")
     with pytest.raises(QuantkitError, match="more of the text"):
         Walk(tiny.skeleton(path)).embed(tiny.batches())
+
+
+def test_blocks_with_arguments_made_from_earlier_ones_are_refused(
+    folder: Callable[[str], Path],
+) -> None:
+    skeleton = tiny.skeleton(folder("llama"))
+    first, second = skeleton.model.get_submodule("model.layers")[:2]  # type: ignore[index]
+    seen: list[Tensor] = []
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    second.register_forward_pre_hook(
+        lambda module, args, named: (args, named | {"earlier": seen[-1]}), with_kwargs=True
+    )
+    with pytest.raises(QuantkitError, match="more of the text"):
+        Walk(skeleton).embed(tiny.batches())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("rwkv", {"hidden_size": WIDTH}, "not enough values to unpack"),
+        ("xlm", {"emb_dim": WIDTH, "n_heads": 4}, "their outputs are changed on the way"),
+    ],
+)
+def test_blocks_that_do_not_follow_each_other_are_refused(
+    name: str, config: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    """RWKV's hand on more than hidden states, and what XLM calls its layers are parts of them."""
+    sizes = {"num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY, **config}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes))
+    path = tiny.save(model, tmp_path / name)
+    with pytest.raises(QuantkitError, match=f"cannot be run one by one: {reason}"):
+        Walk(tiny.skeleton(path)).embed(tiny.batches())
+
+
+def test_blocks_may_return_a_list(tmp_path: Path) -> None:
+    sizes = {"n_embd": WIDTH, "n_head": 4, "n_layer": 2, "n_positions": 64}
+    config = AutoConfig.for_model("openai-gpt", **sizes, vocab_size=tiny.VOCABULARY)
+    assert_same_logits(tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "gpt"))
 
 
 # ---- names on disk, names in memory
@@ -405,6 +443,15 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
         lay_out(tiny.skeleton(path), SCHEME, "gptq")
     assert "linears of its own" in str(caught.value.hint)
     assert_same_logits(path)  # the walk itself can run them
+
+
+def test_convolutions_are_not_called_experts(tmp_path: Path) -> None:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}
+    config = AutoConfig.for_model("mamba", **sizes, vocab_size=tiny.VOCABULARY)
+    path = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "mamba")
+    with pytest.raises(QuantkitError, match=r"mixer\.conv1d\.weight is a convolution") as caught:
+        lay_out(tiny.skeleton(path), SCHEME, "gptq")
+    assert "Mamba" in str(caught.value.hint)
 
 
 def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

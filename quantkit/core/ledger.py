@@ -18,7 +18,7 @@ FILE = "ledger.json"
 
 class Ledger:
     """Opens the ledger of ``folder`` or starts one. Raises UsageError, naming what differs, when
-    the folder was begun with another fingerprint."""
+    the folder was begun with another fingerprint, or its ledger is damaged."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self._path = folder / FILE
@@ -31,7 +31,7 @@ class Ledger:
             self._save()
 
     def _continue(self, folder: Path) -> None:
-        stored = json.loads(self._path.read_text("utf-8"))
+        stored = self._stored()
         before, now = stored["fingerprint"], self._fingerprint
         different = [
             f"{key} was {before.get(key)}, is now {now.get(key)}"
@@ -44,6 +44,20 @@ class Ledger:
                 "repeat the earlier command to finish it, or start over with --overwrite",
             )
         self._done = stored["done"]
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        try:
+            stored = json.loads(self._path.read_text("utf-8"))
+            parts = stored["fingerprint"], stored["done"]
+            if not all(isinstance(part, dict) for part in parts):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self._path} is damaged, so that nobody knows what was finished",
+                "start over with --overwrite",
+            ) from error
+        found: dict[str, dict[str, Any]] = stored
+        return found
 
     def __contains__(self, part: str) -> bool:
         return part in self._done

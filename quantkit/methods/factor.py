@@ -32,6 +32,7 @@ def factored(hessian: Tensor, damp: float) -> Iterator[tuple[Tensor, float]]:
     the damping that it took, a fraction of the mean of the diagonal: where there is no factor it
     grows tenfold, up to that mean itself. Raises QuantkitError when not even that is enough."""
     mean = hessian.diagonal().mean()
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # of inputs that are always zero
     with phase("factor"):
         while (energy := _factor(hessian, hessian.diagonal() + damp * mean)) is None:
             if damp >= MAX_DAMP:

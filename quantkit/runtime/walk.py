@@ -190,7 +190,7 @@ class Walk:
         self.skeleton = skeleton
         self.prefix, self._blocks = find_blocks(skeleton.model)
         self._calls: list[dict[tuple[int, int], Call]] = [{} for _ in self._blocks]
-        self._tuples = False  # blocks of some architectures return a tuple
+        self._tuples = False  # blocks of some architectures return a tuple, or a list
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -330,16 +330,19 @@ class Walk:
                 self._run(batch)
             finally:
                 handle.remove()
-        return isinstance(result[0], tuple)
+        return isinstance(result[0], (tuple, list))
 
     def _refuse_text_arguments(self) -> None:
         """Blocks are called with what was recorded for a shape, whatever the tokens are. So refuse
-        models whose blocks also get something made from the tokens (per-layer embeddings)."""
-        calls = []
+        models whose blocks also get something made from the tokens (per-layer embeddings), or from
+        what the blocks before them were given."""
+        found = []
         for token in (0, 1):
+            for calls in self._calls:
+                calls.clear()  # so that every block is reached
             self._record(torch.full((1, 4), token))
-            calls.append(self._calls[0][1, 4])
-        if not all(torch.equal(a, b) for a, b in zip(*(_tensors(vars(call)) for call in calls))):
+            found.append([vars(calls[1, 4]) for calls in self._calls])
+        if not all(torch.equal(a, b) for a, b in zip(*map(_tensors, found), strict=True)):
             raise QuantkitError(
                 f"the blocks of {type(self.skeleton.model).__name__} take more of the text than "
                 "their hidden states, which quantkit does not support yet",
@@ -361,6 +364,8 @@ class Walk:
                     hidden = kwargs.pop("hidden_states")
                 if index == 0:
                     first.append(hidden)
+                elif hidden is not first[0] and not torch.equal(hidden, first[0]):
+                    raise self._not_one_by_one("their outputs are changed on the way to the next")
                 self._calls[index][shape] = Call(args, kwargs)
                 if known or index == len(self._blocks) - 1:
                     raise _Stop
@@ -382,11 +387,21 @@ class Walk:
             self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
         except _Stop:
             return
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # its own code wants more than hidden states from a block (a router's or an RNN's state)
+            raise self._not_one_by_one(str(error).partition("\n")[0]) from error
         raise QuantkitError("the model's forward pass does not go through its decoder blocks")
+
+    def _not_one_by_one(self, reason: str) -> QuantkitError:
+        kind = type(self.skeleton.model).__name__
+        return QuantkitError(
+            f"the blocks of {kind} cannot be run one by one: {reason}",
+            "please report the architecture",
+        )
 
 
 def _hidden(output: Any) -> Tensor:
-    result = output[0] if isinstance(output, tuple) else output
+    result = output[0] if isinstance(output, (tuple, list)) else output
     assert isinstance(result, Tensor)
     return result
 

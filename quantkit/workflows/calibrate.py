@@ -1,5 +1,6 @@
 """From ``--calib`` to rows of token ids that the model can be run on."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -122,6 +123,18 @@ def check_enough(rows: Calibration, ranks: int) -> None:
             f"{ranks} processes need at least {ranks} rows of calibration text, not "
             f"{len(rows.rows)}",
             "start fewer processes, or use more --calib-rows",
+        )
+
+
+def check_known(rows: Iterable[list[int]], skeleton: Skeleton) -> None:
+    """Raises QuantkitError for rows with tokens that the model has no embedding of."""
+    known = skeleton.model.get_input_embeddings().weight.shape[0]
+    largest = max((token for row in rows for token in row), default=0)
+    if largest >= known:
+        raise QuantkitError(
+            f"the tokenizer of {skeleton.source.name} makes token {largest}, and the model knows "
+            f"{known} tokens",
+            "give the model the tokenizer that it was trained with",
         )
 
 

@@ -6,6 +6,7 @@ quantization did to the model's predictions is known when it ends, at the price 
 neither model ever in memory.
 """
 
+from math import isfinite, isnan
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from quantkit import data
 from quantkit.core import calibration
 from quantkit.core.metrics import Comparison
+from quantkit.errors import QuantkitError
 from quantkit.runtime import gather
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
@@ -69,7 +71,7 @@ class RideAlong:
 
     def finish(self, walk: Walk, head: dict[str, nn.Parameter] | None = None) -> Comparison:
         """Both models' predictions, compared, for the rows of all ranks. ``head``: the parameters
-        of a quantized head."""
+        of a quantized head. Raises QuantkitError when some predictions are not finite."""
         comparison = Comparison()
         states = zip(self._original, self._quantized)
         with walk.surroundings(head=True):  # of both
@@ -78,4 +80,13 @@ class RideAlong:
                 after = walk.predicted(batch, quantized, head)
                 for i, label in enumerate(labels):
                     comparison.add(label, batch[i], before[i], after[i])
-        return Comparison.of(self._ranks.everyone(comparison))
+        whole = Comparison.of(self._ranks.everyone(comparison))
+        for label, found in whole.sets().items():
+            if not isfinite(found.kl.mean):
+                whose = "original" if isnan(found.reference_perplexity) else "quantized model"
+                raise QuantkitError(
+                    f"what the {whose} predicts on held-out text ({label}) is not finite",
+                    "run with --dtype float32, and check that the original itself generates "
+                    "sensible text",
+                )
+        return whole

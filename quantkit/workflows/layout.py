@@ -225,15 +225,25 @@ def _refuse_quantized(skeleton: Skeleton) -> None:
 
 
 def refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """Raises QuantkitError, naming it, for a parameter that holds several experts."""
+    """Raises QuantkitError, naming it, for a parameter that holds several experts, or a convolution
+    over tokens."""
     for name, parameter in parameters:
-        if parameter.dim() == 3:
+        if parameter.dim() != 3:
+            continue
+        shape = tuple(parameter.shape)
+        if shape[1] == 1:  # each channel by itself
             raise QuantkitError(
-                f"{prefix}.{name} holds {parameter.shape[0]} experts in one tensor "
-                f"{tuple(parameter.shape)}, and quantkit only quantizes separate linears",
-                "experts are quantized where the checkpoint has each as linears of its own "
-                "(Mixtral, Qwen, DeepSeek and others)",
+                f"{prefix}.{name} is a convolution {shape}, and quantkit only quantizes models of "
+                "attention and linears so far",
+                "models with convolutions, state spaces or linear attention (Mamba and the like) "
+                "are not supported yet",
             )
+        raise QuantkitError(
+            f"{prefix}.{name} holds {shape[0]} experts in one tensor {shape}, and quantkit only "
+            "quantizes separate linears",
+            "experts are quantized where the checkpoint has each as linears of its own (Mixtral, "
+            "Qwen, DeepSeek and others)",
+        )
 
 
 def _check_groups(jobs: list[Job], skipped: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ CHOICE = "choice.json"  # see budget.py
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE: tuple[int, ...] = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_LOST = (errno.EIO, errno.ENOENT, errno.ESTALE)
 _SLACK = 64 << 20  # for the small files, and so that the disk is not filled to the last byte
 
 
@@ -53,6 +54,8 @@ class Output:
             )
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
+        # a name that nobody gives a folder of their own, as they do with ``.old``: it is removed
+        self._replaced = folder.with_name(folder.name + ".partial.old")
         self.overwrite = overwrite
         with disk_errors(folder):
             if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -70,12 +73,29 @@ class Output:
             raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
 
     def keep_apart(self, source: Source) -> None:
-        """Raises UsageError when the result would take the place of the model that is read."""
-        if self.folder.resolve() == source.folder.resolve():
+        """Raises UsageError when the result, or what is made on the way to it, would take the place
+        of the model that is read, or of files that no run of quantkit has begun."""
+        read = source.folder.resolve()
+        for taken in (self.folder, self.partial, self._replaced):
+            if read.is_relative_to(taken.resolve()):
+                raise UsageError(
+                    f"{taken} holds the model that is read, and would be replaced",
+                    "choose another --out",
+                )
+        if self._foreign():
             raise UsageError(
-                f"{self.folder} is the model that is read, and would be replaced",
+                f"{self.partial}, where the result is made, holds something else",
                 "choose another --out",
             )
+
+    def _foreign(self) -> bool:
+        """Whether the partial folder holds what no run has left there: all of them begin with a
+        ledger, behind what a target leaves (budget.py)."""
+        with disk_errors(self.folder):
+            if not self.partial.is_dir():
+                return False
+            names = {path.name for path in self.partial.iterdir() if path.suffix != ".tmp"}
+        return ledger.FILE not in names and not names <= {CHOICE, self.scratch.name}
 
     def check_space(self, needed: int) -> None:
         """Raises QuantkitError when ``needed`` bytes do not fit on the disk."""
@@ -116,13 +136,12 @@ class Output:
         """The partial folder becomes the result, in one step."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         sync_folder(self.partial)
-        old = self.folder.with_name(self.folder.name + ".old")
         if self.folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self.folder.rename(self._replaced)
         self.partial.rename(self.folder)
         sync_folder(self.folder.absolute().parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         (self.folder / CHOICE).unlink(missing_ok=True)
         (self.folder / ledger.FILE).unlink()
 
@@ -134,7 +153,7 @@ def companions(source: Source) -> list[Path]:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A full or read-only disk, as a sentence."""
+    """What may be wrong with a disk, as a sentence."""
     try:
         yield
     except OSError as error:
@@ -147,5 +166,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise QuantkitError(
                 f"{error.filename or folder} cannot be written ({error.strerror})",
                 "choose another --out",
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise QuantkitError(
+                f"the disk of {folder} does not take files so large",
+                "choose an --out on another disk, or a smaller --max-shard-size",
+            ) from error
+        if error.errno in _LOST:
+            raise QuantkitError(
+                f"{error.filename or folder} was lost on the way ({error.strerror})",
+                "see that the disk is sound and nobody else uses the folder, then run the same "
+                "command again",
             ) from error
         raise

@@ -42,7 +42,7 @@ from quantkit.workflows import plan as planning
 from quantkit.workflows import room as memory
 from quantkit.workflows.ahead import Behind, one_behind
 from quantkit.workflows.budget import Choice
-from quantkit.workflows.calibrate import calibrate, check_enough, longest_row, shared
+from quantkit.workflows.calibrate import calibrate, check_enough, check_known, longest_row, shared
 from quantkit.workflows.check import TOKENS, RideAlong, held_out
 from quantkit.workflows.layout import Job, lay_out
 from quantkit.workflows.method import Method, Originals, Outcome
@@ -207,6 +207,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         )
     )
     check_enough(rows, ranks.size)
+    check_known(rows.rows, skeleton)
     plan = memory.placed(plan, room, rows, None, ranks)
     report = Report(output.folder, plan, rows, ranks.size)
     if task.budget:
@@ -224,19 +225,22 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         progress.note(line)
     for text in report.fallbacks:
         progress.warn(text)
+    if text := memory.too_little(plan, room, rows):
+        progress.warn(text)
     if task.dry_run:
         ranks.leave()
         return report
 
     tokens = min(TOKENS, longest or TOKENS)
     rides = held_out(tokenizer, tokens=tokens) if task.check else {}
+    check_known((row for some in rides.values() for row in some), skeleton)
 
     def walk(plan: Plan, writer: ShardWriter | None, ledger: Ledger | None) -> None:
         states = Keeping(plan.way.states, output.scratch)
         _quantize_blocks(plan, states, writer, ledger, report, rides, task.strict, progress, ranks)
 
     if not ranks.first:
-        with memory.limited(on, task.max_gpu_memory):
+        with disk_errors(output.scratch), memory.limited(on, task.max_gpu_memory):
             report.plan = memory.placed(plan, room, rows, None, ranks)
             memory.backing_off(report, progress, lambda plan: walk(plan, None, None))
         ranks.leave()
@@ -327,8 +331,7 @@ def _begin(plan: Plan, rows: Calibration, output: Output) -> tuple[ShardWriter, 
         ledger = Ledger(output.partial, fingerprint)
     writer = ShardWriter(output.partial, plan.specs, plan.shard)
     if len(ledger) and not writer.complete:  # somebody removed files that it calls finished
-        ledger.remove()
-        ledger = Ledger(output.partial, fingerprint)
+        ledger.forget()
     return writer, ledger
 
 

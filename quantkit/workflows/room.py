@@ -90,6 +90,20 @@ def placed(plan: Plan, room: Room, rows: Calibration, tokens: int | None, ranks:
     return replace(plan, mode=max(modes, key=footprint.modes(plan.cuda).index))
 
 
+def too_little(plan: Plan, room: Room, rows: Calibration) -> str | None:
+    """What there is too little of, as far as it can be told before the first block, in words."""
+    phases = plan.memory(rows)
+    limits: tuple[tuple[Place, int | None], ...] = (("device", room.device), ("ram", room.ram))
+    for place, limit in limits:
+        most = footprint.peak(phases, place).bytes(place)
+        if limit is not None and most > limit:
+            return (
+                f"this takes about {most / 1e9:.1f} GB of {_NAMES[place]}, and {limit / 1e9:.1f} "
+                "GB are free or allowed: fewer or shorter rows take less (--calib-rows)"
+            )
+    return None
+
+
 def backing_off(report: Report, progress: Progress, work: Callable[[Plan], T]) -> T:
     """``work`` with the report's plan; when memory is short, again with the plan of the next mode
     that takes less of what was short. Every such step is told and goes into the report. Raises

@@ -60,7 +60,10 @@ def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> N
 
 def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise QuantkitError(f"{name} does not fit into {_short(tensor)}")
+        damaged = bool(tensor.isnan().any())
+        wrong = "holds numbers that are none" if damaged else f"does not fit into {_short(tensor)}"
+        hint = "check that the original itself generates sensible text" if damaged else None
+        raise QuantkitError(f"{name} {wrong}", hint)
     writer.write(name, tensor)
 
 

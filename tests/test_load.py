@@ -416,6 +416,21 @@ def test_it_cannot_be_saved_in_its_running_form(tmp_path):
     assert (tmp_path / "dense" / "model.safetensors").exists()
 
 
+def test_transformers_may_guess_tokens_ahead():
+    """Speculative decoding, by looking up the prompt or by another model: the same greedy text."""
+    model, tokenizer = quantkit.load(str(quantized()))
+    drafts, _ = quantkit.load("demo")
+    ids = tokenizer("a b c d a b c d a b", return_tensors="pt").input_ids
+    greedy = {"max_new_tokens": 24, "do_sample": False}
+    plain = model.generate(ids, **greedy)
+    assert torch.equal(model.generate(ids, **greedy, prompt_lookup_num_tokens=4), plain)
+    asked = []
+    handle = drafts.register_forward_pre_hook(lambda *_: asked.append(1))
+    assert torch.equal(model.generate(ids, **greedy, assistant_model=drafts), plain)
+    handle.remove()
+    assert asked
+
+
 def test_it_works_in_a_pipeline():
     ours, tokenizer = quantkit.load(str(quantized()))
     assert not hasattr(ours.config, "quantization_config")

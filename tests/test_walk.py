@@ -445,15 +445,6 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     assert_same_logits(path)  # the walk itself can run them
 
 
-def test_convolutions_are_not_called_experts(tmp_path: Path) -> None:
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}
-    config = AutoConfig.for_model("mamba", **sizes, vocab_size=tiny.VOCABULARY)
-    path = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "mamba")
-    with pytest.raises(QuantkitError, match=r"mixer\.conv1d\.weight is a convolution") as caught:
-        lay_out(tiny.skeleton(path), SCHEME, "gptq")
-    assert "Mamba" in str(caught.value.hint)
-
-
 def without(*names: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return lambda tensors: {name: t for name, t in tensors.items() if name not in names}
 

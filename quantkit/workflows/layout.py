@@ -18,6 +18,7 @@ from quantkit.methods.scales import SCALE_DTYPE
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
 
+_BARE = re.compile(r"\bdt_proj\.weight$")  # transformers: jamba, mamba, falcon_mamba
 _QUANTIZED = re.compile(r"\.(qweight|weight_packed|absmax|SCB)$")
 
 
@@ -111,7 +112,7 @@ def lay_out(
     _refuse_quantized(skeleton)
     model, disk_names = skeleton.model, skeleton.disk_names
     prefix, blocks = find_blocks(model)
-    refuse_fused(prefix, blocks.named_parameters())
+    refuse_unpackable(prefix, blocks.named_parameters())
     skeleton.check()
     packer = formats.by_name(format)
     jobs: list[list[Job]] = []
@@ -224,26 +225,23 @@ def _refuse_quantized(skeleton: Skeleton) -> None:
         )
 
 
-def refuse_fused(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
-    """Raises QuantkitError, naming it, for a parameter that holds several experts, or a convolution
-    over tokens."""
+def refuse_unpackable(prefix: str, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+    """Raises QuantkitError, naming it, for a parameter that holds several experts, and for a linear
+    whose weight its block multiplies with itself. Convolutions over tokens stay as they are."""
     for name, parameter in parameters:
-        if parameter.dim() != 3:
-            continue
         shape = tuple(parameter.shape)
-        if shape[1] == 1:  # each channel by itself
+        if parameter.dim() == 3 and shape[1] > 1:
             raise QuantkitError(
-                f"{prefix}.{name} is a convolution {shape}, and quantkit only quantizes models of "
-                "attention and linears so far",
-                "models with convolutions, state spaces or linear attention (Mamba and the like) "
-                "are not supported yet",
+                f"{prefix}.{name} holds {shape[0]} experts in one tensor {shape}, and quantkit "
+                "only quantizes separate linears",
+                "experts are quantized where the checkpoint has each as linears of its own "
+                "(Mixtral, Qwen, DeepSeek and others)",
             )
-        raise QuantkitError(
-            f"{prefix}.{name} holds {shape[0]} experts in one tensor {shape}, and quantkit only "
-            "quantizes separate linears",
-            "experts are quantized where the checkpoint has each as linears of its own (Mixtral, "
-            "Qwen, DeepSeek and others)",
-        )
+        if _BARE.search(name):
+            raise QuantkitError(
+                f"{prefix}.{name} is used by itself, not by a linear, so that it cannot be packed",
+                "state spaces of Mamba's first kind are not supported yet",
+            )
 
 
 def _check_groups(jobs: list[Job], skipped: Sequence[str]) -> None:

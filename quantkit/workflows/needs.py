@@ -26,7 +26,7 @@ from quantkit.runtime.walk import find_blocks
 from quantkit.workflows import plan as planning
 from quantkit.workflows.awq_block import Awq
 from quantkit.workflows.calibrate import longest_row
-from quantkit.workflows.layout import lay_out, refuse_fused
+from quantkit.workflows.layout import lay_out, refuse_unpackable
 from quantkit.workflows.machine import Machine
 from quantkit.workflows.method import Method
 from quantkit.workflows.plan import Plan
@@ -121,7 +121,7 @@ class Subject:
     def shapes(self) -> Shapes:
         skeleton = self.skeleton(torch.bfloat16)
         prefix, blocks = find_blocks(skeleton.model)
-        refuse_fused(prefix, blocks.named_parameters())
+        refuse_unpackable(prefix, blocks.named_parameters())
         return outlined(skeleton)
 
     def skeleton(self, dtype: torch.dtype) -> Skeleton:

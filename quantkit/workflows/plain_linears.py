@@ -9,7 +9,7 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime.opened import Opened
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features, find_blocks, is_linear
-from quantkit.workflows.layout import refuse_fused
+from quantkit.workflows.layout import refuse_unpackable
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def find(opened: Opened) -> tuple[dict[str, Linear], list[str]]:
     described = opened.model_config if opened.format == "gguf" else None
     skeleton = Skeleton(opened.source, opened.dense, torch.device("cpu"), torch.float32, described)
     prefix, blocks = find_blocks(skeleton.model)
-    refuse_fused(prefix, blocks.named_parameters())
+    refuse_unpackable(prefix, blocks.named_parameters())
     skeleton.check()
     found = {}
     for inner, module in blocks.named_modules():

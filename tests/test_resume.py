@@ -21,7 +21,7 @@ from tools import QUICK, QUICK_OPTIONS, command, model, read_json, sentence
 from quantkit.core import checkpoint
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.ledger import Ledger
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.workflows import gptq_block, seal
 from quantkit.workflows.gptq_block import solve_block
 from quantkit.workflows.output import Output
@@ -371,6 +371,28 @@ def test_overwrite_starts_over_with_the_new_settings(begun, solved):
     quantize_begun(begun, bits=8)
     assert_same(begun / "out", finished)
     assert not (begun / "out.partial").exists()
+
+
+def test_two_runs_do_not_share_a_folder(begun, capsys):
+    """One that has begun keeps the others out, whatever they were asked for, until it ends."""
+    held = (
+        "import sys, time; from pathlib import Path; from quantkit.workflows.output import Output;"
+        "output = Output(Path(sys.argv[1]), True); output.begin(); print('held', flush=True);"
+        "time.sleep(60)"
+    )
+    arguments = [sys.executable, "-c", held, str(begun / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        before = content(begun / "out.partial")
+        for settings in ({}, {"bits": 8, "overwrite": True}):
+            with pytest.raises(QuantkitError, match=r"another run is at work in .*out\.partial"):
+                quantize_begun(begun, **settings)
+        assert content(begun / "out.partial") == before
+        with pytest.raises(QuantkitError, match="another run is at work"):
+            Output(begun / "out", True).discard()
+        other.kill()
+    quantize_begun(begun)
+    assert not (begun / "out.partial").exists() and not (begun / "out" / "lock").exists()
 
 
 def test_the_command_says_what_changed_with_exit_code_2(begun, capsys):

@@ -3,9 +3,11 @@ anything in between."""
 
 import errno
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from quantkit.core import ledger, provenance
 from quantkit.core.checkpoint import sync_folder
@@ -30,6 +32,8 @@ _COMPANIONS = (
     "NOTICE*",
 )
 CHOICE = "choice.json"  # see budget.py
+_LOCK = "lock"  # in the partial folder; the system lets go of it when a process ends, however
+_LEFT = (CHOICE, _LOCK, ledger.FILE)  # in the folder when it gets its name
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE: tuple[int, ...] = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -57,13 +61,15 @@ class Output:
         # a name that nobody gives a folder of their own, as they do with ``.old``: it is removed
         self._replaced = folder.with_name(folder.name + ".partial.old")
         self.overwrite = overwrite
+        self._lock: IO[bytes] | None = None
         with disk_errors(folder):
             if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
                 return
             ours = folder.is_dir() and (folder / provenance.FILE).exists()
             if ours:
-                # a run that was killed in its very last step left this behind
-                (folder / ledger.FILE).unlink(missing_ok=True)
+                # a run that was killed in its very last step left these behind
+                for name in _LEFT:
+                    (folder / name).unlink(missing_ok=True)
         if not ours:
             raise UsageError(
                 f"{folder} already exists, and was not written by quantkit",
@@ -95,7 +101,7 @@ class Output:
             if not self.partial.is_dir():
                 return False
             names = {path.name for path in self.partial.iterdir() if path.suffix != ".tmp"}
-        return ledger.FILE not in names and not names <= {CHOICE, self.scratch.name}
+        return ledger.FILE not in names and not names <= {CHOICE, _LOCK, self.scratch.name}
 
     def check_space(self, needed: int) -> None:
         """Raises QuantkitError when ``needed`` bytes do not fit on the disk."""
@@ -110,15 +116,38 @@ class Output:
             )
 
     def begin(self) -> None:
-        """Make the partial folder, or tidy up the one of an interrupted run."""
+        """Make the partial folder, or tidy up the one of an interrupted run. Raises QuantkitError
+        while another one is at work there."""
         self.partial.mkdir(parents=True, exist_ok=True)
+        self._claim()
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
 
     def discard(self) -> None:
-        """Remove what an earlier run left unfinished."""
+        """Remove what an earlier run left unfinished. Raises QuantkitError while one is at work."""
         if self.partial.exists():
+            self._claim()
             shutil.rmtree(self.partial)
+
+    def _claim(self) -> None:
+        """Keep other processes out of the partial folder, until this one ends; where the disk knows
+        of no locks (some that lie in a network), as before: nobody is kept out."""
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = (self.partial / _LOCK).open("wb")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+            raise QuantkitError(
+                f"another run is at work in {self.partial}",
+                "wait until it ends, or choose another --out",
+            ) from error
 
     def copy_companions(self, source: Source) -> None:
         """Tokenizer, generation settings, chat template and licence, as they are."""
@@ -142,8 +171,8 @@ class Output:
         self.partial.rename(self.folder)
         sync_folder(self.folder.absolute().parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
-        (self.folder / CHOICE).unlink(missing_ok=True)
-        (self.folder / ledger.FILE).unlink()
+        for name in _LEFT:
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def companions(source: Source) -> list[Path]:

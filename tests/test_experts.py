@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantkit import load, quantize, verify
 from quantkit.core import durations
@@ -108,6 +109,18 @@ def test_readers_are_told_of_routers(mixtral, tmp_path):
         quantized(mixtral, out, format=format)
         config = json.loads((out / "config.json").read_text("utf-8"))["quantization_config"]
         assert any("block_sparse_moe" in name and "gate" in name for name in config[key])
+
+
+def test_a_packed_router_is_refused(mixtral, tmp_path):
+    quantized(mixtral, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors, place = load_file(file), "model.layers.0.block_sparse_moe"
+    del tensors[f"{place}.gate.weight"]
+    expert = {n: t for n, t in tensors.items() if n.startswith(f"{place}.experts.0.w1.")}
+    packed = {n.replace("experts.0.w1", "gate"): t.clone() for n, t in expert.items()}
+    save_file(tensors | packed, file, {"format": "pt"})
+    with pytest.raises(QuantkitError, match=r"gate, and the model has a MixtralTopKRouter there"):
+        load(str(tmp_path / "out"))
 
 
 def test_what_no_token_goes_to_costs_no_time(mixtral):

@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime.activation import scale_activations
 from quantkit.runtime.linear import quantized_linear
 from quantkit.runtime.skeleton import Skeleton, under
-from quantkit.runtime.walk import features
+from quantkit.runtime.walk import features, is_linear
 
 if TYPE_CHECKING:
     from quantkit.runtime.opened import Opened
@@ -48,11 +48,17 @@ class QuantSkeleton(Skeleton):
         for prefix in opened.linears:
             name = self.live_name(f"{prefix}.weight").removesuffix(".weight")
             try:
-                self._places[name] = prefix, self.model.get_submodule(name)
+                place = self.model.get_submodule(name)
             except AttributeError as error:
                 raise QuantkitError(
                     f"{self.source.name} has a packed weight {prefix}, and the model no such layer"
                 ) from error
+            if not is_linear(place):
+                raise QuantkitError(
+                    f"{self.source.name} has a packed weight {prefix}, and the model has a "
+                    f"{type(place).__name__} there, which needs it in full precision"
+                )
+            self._places[name] = prefix, place
 
     def fill(self, prefixes: Iterable[str]) -> None:
         wanted = tuple(prefixes)

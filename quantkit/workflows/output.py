@@ -82,6 +82,8 @@ class Output:
         """Raises UsageError when the result, or what is made on the way to it, would take the place
         of the model that is read, or of files that no run of quantkit has begun."""
         read = source.folder.resolve()
+        if read.is_relative_to(self.scratch.resolve()):
+            return  # made on the way, by this run (gguf.py)
         for taken in (self.folder, self.partial, self._replaced):
             if read.is_relative_to(taken.resolve()):
                 raise UsageError(

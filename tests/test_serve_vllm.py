@@ -137,8 +137,16 @@ def started(*models: str):
 
 
 def beside(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that it has started."""
-    return psutil.Process(process.pid).children(recursive=True)
+    """vLLM, which it has started; imports of libraries start others for a moment."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in found if "vllm" in _command(one)]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 def ended(processes: list[psutil.Process]) -> bool:
@@ -164,11 +172,15 @@ def test_ctrl_c_is_not_for_it(program):
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_when_the_server_is_told_to_while_it_loads(tmp_path, monkeypatch, told):
     slow = tmp_path / "vllm"
-    slow.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    begun = tmp_path / "begun"
+    slow.write_text(
+        f"#!{sys.executable}\nimport pathlib, time\n"
+        f"pathlib.Path({str(begun)!r}).touch()\ntime.sleep(60)\n"
+    )
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with started("demo") as process:
-        until(lambda: beside(process))
+        until(begun.exists)
         vllm = beside(process)
         process.send_signal(told)
         assert process.wait(20) == 128 + told

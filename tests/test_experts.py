@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import load, quantize, verify
 from quantkit.core import durations
@@ -121,6 +122,18 @@ def test_a_packed_router_is_refused(mixtral, tmp_path):
     save_file(tensors | packed, file, {"format": "pt"})
     with pytest.raises(QuantkitError, match=r"gate, and the model has a MixtralTopKRouter there"):
         load(str(tmp_path / "out"))
+
+
+def test_a_router_that_inherits_from_a_linear_is_none(tmp_path):
+    """Phi-MoE's: packed, it would return a product where its block wants scores and choices."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
+    config = AutoConfig.for_model("phimoe", vocab_size=tiny.DEMO_VOCABULARY, **sizes)
+    source = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "phi", tokenizer=True)
+    report = quantized(source, tmp_path / "out")
+    assert not [name for name in report.layers if "router" in name or name.endswith("gate")]
+    result = verify(str(tmp_path / "out"), against=str(source), rows=1, seqlen=32)
+    assert 0 < result.described()["kl"] < 0.2
 
 
 def test_what_no_token_goes_to_costs_no_time(mixtral):

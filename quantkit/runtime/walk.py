@@ -455,7 +455,9 @@ def find_head(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether this multiplies by its weight and no more: not what only inherits from a linear, as
+    Phi-MoE's router does."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def features(module: nn.Module) -> tuple[int, int]:

@@ -455,9 +455,10 @@ def find_head(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether this multiplies by its weight and no more: not what only inherits from a linear, as
-    Phi-MoE's router does."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    """Whether this gives a product with its weight: not what inherits from a linear and returns
+    several things, as Phi-MoE's router says that it does."""
+    returned = type(module).forward.__annotations__.get("return", Tensor)
+    return isinstance(module, (nn.Linear, Conv1D)) and "tuple" not in str(returned)
 
 
 def features(module: nn.Module) -> tuple[int, int]:

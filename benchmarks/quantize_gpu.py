@@ -144,7 +144,9 @@ def _measured(args: argparse.Namespace, run: str, ranks: int) -> dict[str, Any] 
     """What a run by so many processes took, or None when it failed."""
     shutil.rmtree(args.folder / "out", ignore_errors=True)
     shutil.rmtree(args.folder / "out.partial", ignore_errors=True)
-    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    # -- : torchrun takes what it can for its own
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--"]
+    several = several if ranks > 1 else []
     command = [sys.executable, *several, __file__, *sys.argv[1:], "--child", run]
     threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun would leave one to each
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if several else {})}

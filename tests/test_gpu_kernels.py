@@ -1,6 +1,8 @@
 """Kernels for GPUs, in Triton's interpreter: they compute what the codes mean, however the work is
 divided."""
 
+import os
+
 import pytest
 import torch
 from kernels import random_weight
@@ -11,6 +13,10 @@ from quantkit.runtime.kernels import attend, choose, dense, skinny, small, tune,
 from quantkit.runtime.kernels.fragments import Fragments, arrange, restore
 from quantkit.runtime.kernels.skinny import Config
 from quantkit.runtime.kernels.support import GPU, gpu_why_not, scheme_why_not
+
+pytestmark = pytest.mark.skipif(
+    bool(os.environ.get("QUANTKIT_TEST_GPU")), reason="for Triton's interpreter"
+)
 
 WEIGHTS = {
     "4": (Scheme(4, 64), ""),

@@ -122,11 +122,28 @@ def test_shapes():
     ]  # fmt: skip
 
 
-def test_a_cluster_has_work_and_room():
-    assert hopper.divided(2, steps=3, processors=132, most=8) == 3
-    assert hopper.divided(2, steps=30, processors=132, most=8) == hopper.CLUSTER
-    assert hopper.divided(2, steps=30, processors=132, most=2) == 3
-    assert hopper.divided(1000, steps=30, processors=132, most=8) == 1
+def test_a_cluster_has_work():
+    assert hopper.divided(2, steps=3, processors=132) == 3
+    assert hopper.divided(2, steps=30, processors=132) == hopper.CLUSTER
+    assert hopper.divided(38, steps=152, processors=132) == 8
+    assert hopper.divided(152, steps=38, processors=132) == 2
+    assert hopper.divided(1000, steps=30, processors=132) == 1
+
+
+@pytest.mark.parametrize("shape", hopper.SHAPES, ids=lambda shape: str(shape.tokens))
+def test_programs_fit_on_a_processor(shape):
+    """With scales and zero points as large as they may be, and 2 KB that are the compiler's."""
+    tile = 32 * 128 // 2 + 32 * 4 * (4 + 2)
+    stage = shape.tokens * 256 + shape.rows // 32 * tile
+    for cluster in range(1, hopper.CLUSTER + 1) if shape.few else [1]:
+        beside = shape.beside(cluster)
+        assert beside <= shape.most_beside
+        assert shape.resident * (2 * stage + beside + 2048) <= 228 << 10  # two stages, at the least
+    # what is sent: the sums of 16 rows for each of a program's warps, by all others
+    if shape.few:
+        assert shape.beside(8) == 7 * 16 * shape.tokens * 4
+        assert shape.beside(3) == 3 * 2 * 16 * shape.tokens * 4
+        assert shape.beside(1) == 0
 
 
 @with_nvrtc
@@ -178,5 +195,19 @@ def test_inputs_that_do_not_lie_as_the_copy_engine_wants():
     whole = torch.randn(3 * 512 + 1, device="cuda").half()
     for x in (whole[1:].reshape(3, 512), torch.randn(512, 3, device="cuda").half().T):
         found = hopper.product(x, held, None, arrived)
+        wanted = x.float() @ meant.T
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 1e-3
+
+
+@on_hopper
+@pytest.mark.parametrize("shape", [s for s in hopper.SHAPES if s.few], ids=lambda s: str(s.tokens))
+def test_every_size_of_a_cluster(shape):
+    q = weight("4 zero", 1000, 1536).to(torch.device("cuda"))
+    held, meant = arrange(q, blocked=True), q.dequantize()
+    arrived = torch.zeros(choose.counters(held), dtype=torch.int32, device="cuda")
+    x = torch.randn(shape.tokens, 1536, device="cuda").half()
+    for size in range(1, hopper.CLUSTER + 1):
+        found, again = (hopper.matmul(x, held, None, arrived, shape, size) for _ in range(2))
+        assert torch.equal(found, again)
         wanted = x.float() @ meant.T
         assert float((found.float() - wanted).norm() / wanted.norm()) < 1e-3

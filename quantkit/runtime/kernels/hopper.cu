@@ -6,12 +6,12 @@
 // instruction in registers: no value moves between threads. The ring is filled with weights before
 // the kernel in front of this one has ended.
 //
-// FEW tokens: reading takes the time. A program is four warps, each with a tile of 32 rows; the inputs
-// of 128 rows are divided among the programs of a cluster, whose first one adds all sums up, in order,
-// through shared memory. Several programs fit on a processor, also of the kernel behind.
+// FEW tokens: reading takes the time. A program is eight warps of 16 rows each; the inputs of 128 rows
+// are divided among the programs of a cluster, and so is adding their sums up: those of warp w are sent
+// to the cluster's program w % its size, which adds them in order. RESIDENT programs fit on a processor.
 //
-// More tokens: multiplying takes the time. One program to a processor, four warpgroups of 64 rows each:
-// while one unpacks, the others multiply (wgmma). There are as many programs as processors; each takes
+// More tokens: multiplying takes the time. RESIDENT programs to a processor, one or two, and four or two
+// warpgroups of 64 rows in each: while one unpacks, the others multiply (wgmma). Each program takes
 // `whole` pairs of a row block and a token block, and an equal stretch of all steps of the rest. Where
 // a pair is shared, the program with its first step waits for the others' sums and adds them, in order.
 //
@@ -32,23 +32,23 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define INLINE __device__ __forceinline__
-#define ROWS (FEW ? 128 : 256)
+#define ROWS (FEW ? 128 : 256 / RESIDENT)
 #define TILES (ROWS / 32)
 #define BLOCKS (ROWS / 128)                         // of fragments: a copy each
-#define WARPS (FEW ? 4 : 16)                        // that compute
+#define WARPS (ROWS / 16)                           // that compute, 16 rows each
 #define COPYING (FEW ? 32 : 128)                    // threads, of which a warp has something to do
-#define HALVES (FEW ? 2 : 1)                        // of a tile that a warp has, 16 rows each
 #define WORDS_BYTES 2048                            // of a tile: 32 rows, 128 inputs
 #define SCALE_BYTES ((SCALE == 4 ? 4 : 2) * 32 * (128 / STEP))
 #define ZERO_BYTES (ZEROS * 64 * (128 / STEP))
-#define X_BYTES (N * 256)
-#define WORDS_AT X_BYTES
-#define SCALE_AT (WORDS_AT + TILES * WORDS_BYTES)
+#define X_BYTES (N * 256)                           // the ring: x of all stages, then their weights
+#define SCALE_AT (TILES * WORDS_BYTES)
 #define ZERO_AT (SCALE_AT + TILES * SCALE_BYTES)
-#define USED_BYTES (ZERO_AT + TILES * ZERO_BYTES)
-#define STAGE_BYTES ((USED_BYTES + 1023) / 1024 * 1024)
-#define TURNED_ROW (HALVES * 32 + 16)               // bytes of a token, and padding
-#define TURNED_BYTES (16 / HALVES * TURNED_ROW)     // of a warp: 8 or 16 tokens
+#define WEIGHT_BYTES (ZERO_AT + TILES * ZERO_BYTES)
+#define RING_BYTES (STAGES * (X_BYTES + WEIGHT_BYTES))
+#define TURNED_ROW 48                               // bytes of a token, and padding
+#define TURNED_BYTES (16 * TURNED_ROW)              // of a warp: 16 tokens
+#define SENT_BYTES (N / 8 * 512)                    // sums of a warp
+#define CHUNKS 4                                    // warps whose sums a program of a cluster adds up
 #define BESIDE (N <= 64 ? 3 : 1)                     // shares of a sum that are read at a time
 #define BATCH (STEP < 64 ? STEP : 64)               // inputs that a warpgroup unpacks at a time
 
@@ -171,39 +171,41 @@ INLINE void unpack(u32 q, const Row& row, u32 (&pairs)[4]) {
   }
 #endif
 }
-// Scales and zero points of a lane's rows 8 w + g of a tile, w from `first` on
-INLINE void read_rows(const char* stage, int tile, int g, int group, int first, Row (&rows)[2 * HALVES],
-                      float (&scales)[2 * HALVES]) {
-  const int place = ((group * 4 + tile % 4) * 8 + g) * 4 + first;
-#pragma unroll
-  for (int i = 0; i < 2 * HALVES; i += 2) {
-    const char* held = stage + SCALE_AT + tile / 4 * (4 * SCALE_BYTES);
+// Scales and zero points of a lane's two rows
+INLINE void read_rows(const char* weights, int warp, int g, int group, Row (&rows)[2], float (&scales)[2]) {
+  const int tile = warp / 2, place = ((group * 4 + tile % 4) * 8 + g) * 4 + warp % 2 * 2;
+  const char* held = weights + SCALE_AT + tile / 4 * (4 * SCALE_BYTES);
 #if SCALE == 4
-    const float2 found = *(const float2*)(held + (place + i) * 4);
-    scales[i] = found.x, scales[i + 1] = found.y;
+  const float2 found = *(const float2*)(held + place * 4);
+  scales[0] = found.x, scales[1] = found.y;
 #else
-    const u32 found = *(const u32*)(held + (place + i) * 2);
-    scales[i] = SCALE == 3 ? bfloat_number(found & 0xffff) : half_number(found & 0xffff);
-    scales[i + 1] = SCALE == 3 ? bfloat_number(found >> 16) : half_number(found >> 16);
+  const u32 found = *(const u32*)(held + place * 2);
+  scales[0] = SCALE == 3 ? bfloat_number(found & 0xffff) : half_number(found & 0xffff);
+  scales[1] = SCALE == 3 ? bfloat_number(found >> 16) : half_number(found >> 16);
 #endif
-    float zeros[2] = {MIDDLE, MIDDLE};
+  float zeros[2] = {MIDDLE, MIDDLE};
 #if ZEROS
-    const u32 moved = *(const u32*)(stage + ZERO_AT + tile / 4 * (4 * ZERO_BYTES) + (place + i) * 2);
-    zeros[0] -= half_number(moved & 0xffff), zeros[1] -= half_number(moved >> 16);
+  const u32 moved = *(const u32*)(weights + ZERO_AT + tile / 4 * (4 * ZERO_BYTES) + place * 2);
+  zeros[0] -= half_number(moved & 0xffff), zeros[1] -= half_number(moved >> 16);
 #endif
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      Row& row = rows[i + j];
-      row.low = twice((BFLOAT ? 128.0f : 1024.0f) + zeros[j]);
-      row.high = twice(-64.0f - zeros[j]);
+  for (int i = 0; i < 2; ++i) {
+    Row& row = rows[i];
+    row.low = twice((BFLOAT ? 128.0f : 1024.0f) + zeros[i]);
+    row.high = twice(-64.0f - zeros[i]);
 #if !EXACT
-      row.scale = twice(scales[i + j]);
+    row.scale = twice(scales[i]);
 #if BFLOAT
-      row.rest = twice(scales[i + j] - __uint_as_float(row.scale << 16));
+    row.rest = twice(scales[i] - __uint_as_float(row.scale << 16));
 #endif
 #endif
-    }
   }
+}
+INLINE uint2 words_of(u32 weights, int warp, int lane, int inputs) {  // 32 lanes for 32 inputs
+  const u32 at = weights + warp / 2 * WORDS_BYTES + inputs / 32 * 512 + lane * 16 + warp % 2 * 8;
+  uint2 q;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(q.x), "=r"(q.y) : "r"(at) : "memory");
+  return q;
 }
 
 // Where the inputs of a stage are multiplied. Sums of 16 rows lie as both instructions have them: lane
@@ -222,46 +224,35 @@ INLINE void multiply(float* sums, const u32 (&a)[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-INLINE void compute(const char* stage, int warp, int lane, float (&sums)[2][N / 2]) {
-  const uint4* words = (const uint4*)(stage + WORDS_AT + warp * WORDS_BYTES) + lane;
-  const u32 x = shared(stage) + lane % 8 * 128;     // a row of 128 bytes, its eighths swizzled
+INLINE void compute(u32 x, const char* weights, int warp, int lane, float (&sums)[N / 2]) {
+  x += lane % 8 * 128;                              // a row of 128 bytes, its eighths swizzled
 #pragma unroll
   for (int from = 0; from < 128; from += STEP) {
-    Row rows[4];
-    float scales[4];
-    read_rows(stage, warp, lane / 4, from / STEP, 0, rows, scales);
-    float found[2][2][N / 2];                       // two chains: neither waits for the other
+    Row rows[2];
+    float scales[2], found[2][N / 2];               // two chains: neither waits for the other
+    read_rows(weights, warp, lane / 4, from / STEP, rows, scales);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < N / 2; ++j) found[i / 2][i % 2][j] = 0.0f;
+    for (int i = 0; i < N / 2; ++i) found[0][i] = found[1][i] = 0.0f;
 #pragma unroll
     for (int k = from; k < from + STEP; k += 32) {
-      const uint4 q = words[k];                     // 32 lanes for 32 inputs
-      u32 pairs[4][4], b[N / 8][4];
+      const uint2 q = words_of(shared(weights), warp, lane, k);
+      u32 upper[4], lower[4], b[N / 8][4];
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
         const u32 at = x + k / 64 * (N * 128) + n * 1024 + ((k % 64 / 8 + lane / 8) ^ (lane % 8)) * 16;
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(b[n][0]), "=r"(b[n][1]), "=r"(b[n][2]), "=r"(b[n][3]) : "r"(at) : "memory");
       }
-      unpack(q.x, rows[0], pairs[0]), unpack(q.y, rows[1], pairs[1]);
-      unpack(q.z, rows[2], pairs[2]), unpack(q.w, rows[3], pairs[3]);
+      unpack(q.x, rows[0], upper), unpack(q.y, rows[1], lower);
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < 2; ++j) {
+        const u32 a[4] = {upper[2 * j], lower[2 * j], upper[2 * j + 1], lower[2 * j + 1]};
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const u32 a[4] = {pairs[2 * h][2 * j], pairs[2 * h + 1][2 * j], pairs[2 * h][2 * j + 1],
-                            pairs[2 * h + 1][2 * j + 1]};
-#pragma unroll
-          for (int n = 0; n < N / 8; ++n) multiply(found[j][h] + 4 * n, a, b[n][2 * j], b[n][2 * j + 1]);
-        }
+        for (int n = 0; n < N / 8; ++n) multiply(found[j] + 4 * n, a, b[n][2 * j], b[n][2 * j + 1]);
+      }
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i)
-        sums[h][i] = fmaf(found[0][h][i] + found[1][h][i], scales[2 * h + (i & 2) / 2], sums[h][i]);
+    for (int i = 0; i < N / 2; ++i) sums[i] = fmaf(found[0][i] + found[1][i], scales[(i & 2) / 2], sums[i]);
   }
 }
 
@@ -274,22 +265,19 @@ INLINE void settle(float (&sums)[N / 2]) {          // what comes behind must no
 // x of N tokens and 16 inputs in shared memory: rows of 128 bytes, swizzled by the copy engine
 INLINE u64 operand(u32 at) { return 0x4000004000010000ull | (u64)((at & 0x3ffff) >> 4); }
 
-INLINE void compute(const char* stage, int warp, int lane, float (&sums)[1][N / 2]) {
-  const int tile = warp / 2, half = warp % 2;       // warp w of a warpgroup has its rows 16 w to 16 w + 15
-  const u32 x = shared(stage), words = x + WORDS_AT + tile * WORDS_BYTES + lane * 16 + half * 8;
-  Row rows[2];
+INLINE void compute(u32 x, const char* weights, int warp, int lane, float (&sums)[N / 2]) {
+  Row rows[2];                                      // warp w of a warpgroup has its rows 16 w to 16 w + 15
   float scales[2];
 #if EXACT
   float part[N / 2];
 #endif
 #pragma unroll
   for (int from = 0; from < 128; from += BATCH) {
-    if (from % STEP == 0) read_rows(stage, tile, lane / 4, from / STEP, 2 * half, rows, scales);
+    if (from % STEP == 0) read_rows(weights, warp, lane / 4, from / STEP, rows, scales);
     u32 a[BATCH / 16][4];
 #pragma unroll
     for (int i = 0; i < BATCH / 32; ++i) {
-      uint2 q;
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(q.x), "=r"(q.y) : "r"(words + (from / 32 + i) * 512) : "memory");
+      const uint2 q = words_of(shared(weights), warp, lane, from + 32 * i);
       u32 upper[4], lower[4];
       unpack(q.x, rows[0], upper), unpack(q.y, rows[1], lower);
 #pragma unroll
@@ -305,7 +293,7 @@ INLINE void compute(const char* stage, int warp, int lane, float (&sums)[1][N / 
 #if EXACT
       WGMMA(part, a[i], b, input % STEP != 0);
 #else
-      WGMMA(sums[0], a[i], b, 1);
+      WGMMA(sums, a[i], b, 1);
 #endif
     }
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -313,10 +301,10 @@ INLINE void compute(const char* stage, int warp, int lane, float (&sums)[1][N / 
     if ((from + BATCH) % STEP == 0) {
       settle(part);
 #pragma unroll
-      for (int i = 0; i < N / 2; ++i) sums[0][i] = fmaf(part[i], scales[(i & 2) / 2], sums[0][i]);
+      for (int i = 0; i < N / 2; ++i) sums[i] = fmaf(part[i], scales[(i & 2) / 2], sums[i]);
     }
 #else
-    settle(sums[0]);
+    settle(sums);
 #endif
   }
 }
@@ -341,33 +329,63 @@ INLINE bool next(Part& part, u32 count, u32 pairs, u32 steps, u32 whole) {
   part = {blockIdx.x / all, steps * own / all, steps * (own + 1) / all};
   return count == 0;
 }
-// The sums of a cluster, in its first program. False for the others.
-INLINE bool together(float (&sums)[2][N / 2], char* memory, int thread, const Part&, u32, u32, u32, float*, u32*) {
+// Sums that were sent: a barrier for each warp whose sums this program adds up
+INLINE void expect_sums(u64* sent) {
+  const u32 all = programs_of_cluster(), own = blockIdx.x % all;
+  for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
+    prepare(shared(sent + chunk), 1);
+    if (all > 1 && chunk * all + own < WARPS) expect(shared(sent + chunk), (all - 1) * SENT_BYTES);
+  }
+}
+INLINE u32 there(u32 at, u32 program) {             // the same place in another program of the cluster
+  u32 found;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(at), "r"(program));
+  return found;
+}
+// The sums of a warp, in the program that adds them up. False for the others, which send theirs.
+INLINE bool together(float (&sums)[N / 2], char* arriving, u64* sent, int warp, int lane) {
   const u32 all = programs_of_cluster(), own = blockIdx.x % all;
   if (all == 1) return true;
-  // everybody is through with the ring: it takes the sums
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (own) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"(shared(memory)));
+  const u32 chunk = warp / all, owner = warp % all;
+  char* held = arriving + chunk * (all - 1) * SENT_BYTES + lane * 16;
+  // programs of a cluster begin together, but not in the same moment
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (own != owner) {
+    const u32 to = there(shared(held) + (own - (own > owner)) * SENT_BYTES, owner);
+    const u32 barrier = there(shared(sent + chunk), owner);
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j) {
-      const float* four = sums[j / (N / 8)] + j % (N / 8) * 4;
-      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       there + (((own - 1) * (N / 4) + j) * 128 + thread) * 16),
-                   "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]) : "memory");
-    }
+    for (int j = 0; j < N / 8; ++j)
+      asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                   ::"r"(to + j * 512), "r"(__float_as_uint(sums[4 * j])), "r"(__float_as_uint(sums[4 * j + 1])),
+                   "r"(__float_as_uint(sums[4 * j + 2])), "r"(__float_as_uint(sums[4 * j + 3])), "r"(barrier) : "memory");
+    return false;
   }
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (own) return false;
+  await(shared(sent + chunk), 0);
   for (u32 other = 0; other < all - 1; ++other)
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j) {
-      const float4 found = ((const float4*)memory)[(other * (N / 4) + j) * 128 + thread];
-      float* four = sums[j / (N / 8)] + j % (N / 8) * 4;
+    for (int j = 0; j < N / 8; ++j) {
+      const float4 found = *(const float4*)(held + other * SENT_BYTES + j * 512);
+      float* four = sums + 4 * j;
       four[0] += found.x, four[1] += found.y, four[2] += found.z, four[3] += found.w;
     }
   return true;
+}
+
+// A warp's rows: a few numbers for each token
+INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned short* bias, char*, int row, int token,
+                  int tokens, int width, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + 8 * half + lane / 4;
+    if (at >= width) return;
+    const float more = !bias ? 0.0f : BFLOAT ? bfloat_number(bias[at]) : half_number(bias[at]);
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      const int own = token + i / 2 * 8 + lane % 4 * 2 + i % 2;
+      if (own < tokens)
+        out[(u64)own * width + at] = (unsigned short)twice(sums[i / 2 * 4 + half * 2 + i % 2] + more);
+    }
+  }
 }
 
 #else
@@ -391,7 +409,7 @@ INLINE bool next(Part& part, u32 count, u32 pairs, u32 steps, u32 whole) {
 }
 // All sums of a pair, in the program that has its first step; the others leave theirs, one pair each.
 // False for those.
-INLINE bool together(float (&sums)[1][N / 2], char*, int thread, const Part& part, u32 pairs, u32 steps,
+INLINE bool together(float (&sums)[N / 2], int thread, const Part& part, u32 pairs, u32 steps,
                      u32 whole, float* shares, u32* arrived) {
   if (part.from == 0 && part.to == steps) return true;
   const int warp = thread / 32, lane = thread % 32;
@@ -402,7 +420,7 @@ INLINE bool together(float (&sums)[1][N / 2], char*, int thread, const Part& par
   if (part.from) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j)
-      left[blockIdx.x * size + j * 32] = make_float4(sums[0][4 * j], sums[0][4 * j + 1], sums[0][4 * j + 2], sums[0][4 * j + 3]);
+      left[blockIdx.x * size + j * 32] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
     __syncwarp();
     if (lane == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     return false;
@@ -430,39 +448,36 @@ INLINE bool together(float (&sums)[1][N / 2], char*, int thread, const Part& par
         if (other + i <= others)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            float* four = sums[0] + 4 * (from + j);
+            float* four = sums + 4 * (from + j);
             four[0] += found[i][j].x, four[1] += found[i][j].y, four[2] += found[i][j].z, four[3] += found[i][j].w;
           }
     }
   return true;
 }
 
-#endif
-
 // A warp's rows of N tokens: turned round in shared memory, so that a token's rows are neighbours
-INLINE void write(float (&sums)[HALVES][N / 2], unsigned short* out, const unsigned short* bias, char* turned,
-                  int row, int token, int tokens, int width, int lane) {
-  float more[2 * HALVES] = {};
+INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned short* bias, char* turned, int row,
+                  int token, int tokens, int width, int lane) {
+  float more[2] = {};
   if (bias)
 #pragma unroll
-    for (int w = 0; w < 2 * HALVES; ++w) {
+    for (int w = 0; w < 2; ++w) {
       const int at = row + 8 * w + lane / 4;
       if (at < width) more[w] = BFLOAT ? bfloat_number(bias[at]) : half_number(bias[at]);
     }
-  // four matrices of 8 rows and 8 tokens at a time: of one block of tokens, or of two
-  const int beside = 2 / HALVES, chunks = 2 * HALVES;
-  const int matrix = lane / 8, own_chunk = lane % chunks, own_token = lane / chunks;
-  const u32 to = shared(turned) + (lane % 8 + matrix / chunks * 8) * TURNED_ROW + matrix % chunks * 16;
-  const char* from = turned + own_token * TURNED_ROW + own_chunk * 16;
-  const int column = row + own_chunk * 8;
+  // four matrices of 8 rows and 8 tokens at a time: of two blocks of tokens
+  const int matrix = lane / 8, own_half = lane % 2, own_token = lane / 2;
+  const u32 to = shared(turned) + (lane % 8 + matrix / 2 * 8) * TURNED_ROW + matrix % 2 * 16;
+  const char* from = turned + own_token * TURNED_ROW + own_half * 16;
+  const int column = row + own_half * 8;
 #pragma unroll
-  for (int j = 0; j < N / 8; j += beside) {
+  for (int j = 0; j < N / 8; j += 2) {
     if (token + 8 * j >= tokens) break;
     u32 r[4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      const int w = m % chunks, at = 4 * (j + m / chunks) + w % 2 * 2;
-      r[m] = pair(sums[w / 2][at] + more[w], sums[w / 2][at + 1] + more[w]);
+      const int w = m % 2, at = 4 * (j + m / 2) + w * 2;
+      r[m] = pair(sums[at] + more[w], sums[at + 1] + more[w]);
     }
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
@@ -473,6 +488,8 @@ INLINE void write(float (&sums)[HALVES][N / 2], unsigned short* out, const unsig
     __syncwarp();
   }
 }
+
+#endif
 
 // tokens    rows of x, and of out [tokens, width]
 // blocks    of 128 rows that there are; what a pair has behind them is read again, and not written
@@ -489,14 +506,23 @@ product(const __grid_constant__ Map x, const char* __restrict__ words, const cha
         u32 repeated, u32 whole) {
   extern __shared__ __align__(1024) char memory[];
   __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+#if FEW
+  __shared__ __align__(8) u64 sent[CHUNKS];
+#endif
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
     for (int i = 0; i < STAGES; ++i) prepare(shared(full + i), 1), prepare(shared(empty + i), WARPS);
+#if FEW
+    expect_sums(sent);
+#endif
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+#if FEW
+  if (programs_of_cluster() > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
   Part part;
   if (warp >= WARPS) {                              // copies
 #if !FEW
@@ -504,17 +530,17 @@ product(const __grid_constant__ Map x, const char* __restrict__ words, const cha
     if (warp > WARPS) return;
 #endif
     if (lane) return;                               // one thread tells the copy engine
-    const u32 groups = steps / repeated * (128 / STEP), ring = shared(memory);
+    const u32 groups = steps / repeated * (128 / STEP), ring = shared(memory) + STAGES * X_BYTES;
     const char *words_at[BLOCKS], *scale_at[BLOCKS], *zero_at[BLOCKS];
     u32 left = 0;                                   // steps until there is another scale
     auto weights = [&](u32 stage) {                 // of a step, and on to the next one
-      const u32 barrier = shared(full + stage), to = ring + stage * STAGE_BYTES;
-      expect(barrier, USED_BYTES);
+      const u32 barrier = shared(full + stage), to = ring + stage * WEIGHT_BYTES;
+      expect(barrier, X_BYTES + WEIGHT_BYTES);
       const bool moves = --left == 0;
       if (moves) left = repeated;
 #pragma unroll
       for (u32 i = 0; i < BLOCKS; ++i) {
-        copy(to + WORDS_AT + i * (4 * WORDS_BYTES), words_at[i], 4 * WORDS_BYTES, barrier);
+        copy(to + i * (4 * WORDS_BYTES), words_at[i], 4 * WORDS_BYTES, barrier);
         copy(to + SCALE_AT + i * (4 * SCALE_BYTES), scale_at[i], 4 * SCALE_BYTES, barrier);
         if (ZEROS) copy(to + ZERO_AT + i * (4 * ZERO_BYTES), zero_at[i], 4 * ZERO_BYTES, barrier);
         words_at[i] += 4 * WORDS_BYTES;
@@ -538,37 +564,39 @@ product(const __grid_constant__ Map x, const char* __restrict__ words, const cha
         const u32 filled = min(STAGES, part.to - part.from);
         for (u32 i = 0; i < filled; ++i) weights(i);
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        for (; stage < filled; ++stage, ++step) copy_x(ring + stage * STAGE_BYTES, &x, token, 2 * step, shared(full + stage));
+        for (; stage < filled; ++stage, ++step) copy_x(shared(memory) + stage * X_BYTES, &x, token, 2 * step, shared(full + stage));
       }
       for (; step < part.to; ++step, ++stage) {
         if (stage == STAGES) stage = 0, ++round;
         if (round) await(shared(empty + stage), round - 1 & 1);
         weights(stage);
-        copy_x(ring + stage * STAGE_BYTES, &x, token, 2 * step, shared(full + stage));
+        copy_x(shared(memory) + stage * X_BYTES, &x, token, 2 * step, shared(full + stage));
       }
     }
     return;
   }
 #if !FEW
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(RESIDENT == 1 ? 112 : 104));
 #endif
-  float sums[HALVES][N / 2];
+  float sums[N / 2];
   u32 stage = 0, round = 0;
-  char* turned = memory + STAGES * STAGE_BYTES + warp * TURNED_BYTES;
   for (u32 count = 0; next(part, count, pairs, steps, whole); ++count) {
 #pragma unroll
-    for (int h = 0; h < HALVES; ++h)
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) sums[h][i] = 0.0f;
+    for (int i = 0; i < N / 2; ++i) sums[i] = 0.0f;
     for (u32 step = part.from; step < part.to; ++step, ++stage) {
       if (stage == STAGES) stage = 0, ++round;
       await(shared(full + stage), round & 1);
-      compute(memory + stage * STAGE_BYTES, warp, lane, sums);
+      compute(shared(memory) + stage * X_BYTES, memory + STAGES * X_BYTES + stage * WEIGHT_BYTES, warp, lane, sums);
       __syncwarp();
       if (lane == 0) arrive(shared(empty + stage));
     }
-    if (together(sums, memory, thread, part, pairs, steps, whole, shares, arrived))
-      write(sums, out, bias, turned, part.pair / token_blocks * ROWS + warp * (16 * HALVES),
+#if FEW
+    const bool whole_sums = together(sums, memory + RING_BYTES, sent, warp, lane);
+#else
+    const bool whole_sums = together(sums, thread, part, pairs, steps, whole, shares, arrived);
+#endif
+    if (whole_sums)
+      write(sums, out, bias, memory + RING_BYTES + warp * TURNED_BYTES, part.pair / token_blocks * ROWS + warp * 16,
             part.pair % token_blocks * N, tokens, width, lane);
   }
 }

@@ -30,7 +30,6 @@ CAPABILITY = (9, 0)
 INPUTS = fragments.STEP  # of a stage
 _TILE_ROWS = 32
 _BLOCK_ROWS = _TILE_ROWS * fragments.BLOCK
-_STAGE = 1024  # what a stage's bytes are a multiple of
 _SHARED = 226 << 10  # bytes that a program may have: 227 KB, and barriers take some
 _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper.cu calls them
 
@@ -39,9 +38,9 @@ _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper
 class Shape:
     """How a product with up to so many ``tokens`` at a time is computed; see hopper.cu.
 
-    few         by clusters of small programs, or else by one large program to a processor
+    few         by clusters of small programs, or else by one or two large programs to a processor
     stages      of the ring of codes and inputs, at most
-    resident    programs that a processor has room for, of this product and the next one
+    resident    programs that a processor has room for
     exact       sums are scaled, not weights, which would be rounded
     """
 
@@ -53,24 +52,30 @@ class Shape:
 
     @property
     def rows(self) -> int:
-        return 128 if self.few else 256
+        return 128 if self.few else 256 // self.resident
 
     @property
     def threads(self) -> int:
-        return 160 if self.few else 640
+        return 2 * self.rows + (32 if self.few else 128)
+
+    def beside(self, cluster: int) -> int:
+        """Bytes beside the ring: for sums that other programs of a cluster of so many send, or for
+        warps that turn their results round."""
+        warps = self.rows // 16
+        return -(-warps // cluster) * (cluster - 1) * 64 * self.tokens if self.few else warps * 768
 
     @property
-    def turned(self) -> int:
-        """Bytes in which warps turn their results round."""
-        return 4 * 640 if self.few else 16 * 768
+    def most_beside(self) -> int:
+        """Of any cluster."""
+        return max(map(self.beside, range(1, CLUSTER + 1)))
 
 
 SHAPES = (
     Shape(8, True, 5, 3, True),
     Shape(16, True, 5, 3, True),
-    Shape(32, False, 8, 1, True),
-    Shape(64, False, 6, 1, True),
-    Shape(128, False, 4, 1, False),
+    Shape(32, False, 4, 2, True),
+    Shape(64, False, 4, 1, True),
+    Shape(128, False, 3, 1, False),
 )
 CLUSTER = 8  # programs at most
 
@@ -135,11 +140,6 @@ def matmul(
     The kernel begins before the one in front of it has ended, and reads weights at once: they must
     have been there before that one was launched.
     """
-    tokens, width = x.shape
-    blocks = len(weight.words)
-    token_blocks = -(-tokens // shape.tokens)
-    pairs = -(-blocks * _BLOCK_ROWS // shape.rows) * token_blocks
-    steps, processors = width // INPUTS, support.of(x.device).processors
     kernel = _kernel(
         shape,
         x.dtype == torch.bfloat16,
@@ -149,18 +149,13 @@ def matmul(
         weight.scheme.midpoint,
         x.get_device(),
     )
-    if shape.few:
-        cluster = split or divided(pairs, steps, processors, kernel.room // (512 * shape.tokens))
-        programs, whole, left = pairs * cluster, 0, 0
-    else:
-        cluster, programs = 1, min(processors, pairs * steps)
-        whole = max(0, pairs // programs - 1)
-        left = programs * shape.rows * shape.tokens
-    out = torch.empty(tokens, weight.out, dtype=x.dtype, device=x.device)
+    parts = _parts(x, weight, shape, split)
+    out = torch.empty(len(x), weight.out, dtype=x.dtype, device=x.device)
+    left = 0 if shape.few else parts.programs * shape.rows * shape.tokens
     shares = torch.empty(left, dtype=torch.float32, device=x.device)
     kernel.launch(
-        programs,
-        cluster,
+        parts.programs,
+        parts.of_cluster,
         torch.cuda.current_stream(x.device).cuda_stream,
         _map(x, shape.tokens),
         weight.words.data_ptr(),
@@ -170,22 +165,46 @@ def matmul(
         out.data_ptr(),
         shares.data_ptr(),
         arrived.data_ptr(),
-        tokens,
+        len(x),
         weight.out,
-        blocks,
-        pairs,
-        token_blocks,
-        steps,
+        len(weight.words),
+        parts.pairs,
+        parts.token_blocks,
+        parts.steps,
         max(1, weight.group // INPUTS),
-        whole,
+        parts.whole,
     )
     return out
 
 
-def divided(pairs: int, steps: int, processors: int, most: int) -> int:
+@dataclass(frozen=True)
+class _Parts:
+    """How a product is divided among programs; see hopper.cu."""
+
+    pairs: int
+    token_blocks: int
+    steps: int
+    programs: int
+    of_cluster: int
+    whole: int
+
+
+def _parts(x: Tensor, weight: Fragments, shape: Shape, split: int = 0) -> _Parts:
+    token_blocks = -(-len(x) // shape.tokens)
+    pairs = -(-len(weight.words) * _BLOCK_ROWS // shape.rows) * token_blocks
+    steps, processors = weight.width // INPUTS, support.of(x.device).processors
+    if shape.few:
+        cluster = split or divided(pairs, steps, processors)
+        return _Parts(pairs, token_blocks, steps, pairs * cluster, cluster, 0)
+    programs = min(processors * shape.resident, pairs * steps)
+    whole = max(0, pairs // programs - 1)
+    return _Parts(pairs, token_blocks, steps, programs, 1, whole)
+
+
+def divided(pairs: int, steps: int, processors: int) -> int:
     """Programs of a cluster: so that nearly three run on every processor, as far as there is work
-    and a cluster may be large (its sums have to fit into the ring of its first program)."""
-    return max(1, min(3 * processors // pairs, CLUSTER, steps, 1 + most))
+    and a cluster may be large."""
+    return max(1, min(3 * processors // pairs, CLUSTER, steps))
 
 
 class _Kernel:
@@ -196,14 +215,13 @@ class _Kernel:
     def __init__(self, cubin: bytes, shape: Shape, ring: int, device: int) -> None:
         from cuda.bindings import driver
 
-        self.room = ring
-        self._driver, self._shape, self._shared_bytes = driver, shape, ring + shape.turned
+        self._driver, self._shape, self._ring = driver, shape, ring
         none: list[Any] = []
         self._library = _checked(driver.cuLibraryLoadData(cubin, none, none, 0, none, none, 0))
         kernel = _checked(driver.cuLibraryGetKernel(self._library, b"product"))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         on = _checked(driver.cuDeviceGet(device))
-        _checked(driver.cuKernelSetAttribute(most, self._shared_bytes, kernel, on))
+        _checked(driver.cuKernelSetAttribute(most, ring + shape.most_beside, kernel, on))
         self._function = driver.CUfunction(int(kernel))
         early = driver.CUlaunchAttribute()
         kinds = driver.CUlaunchAttributeID
@@ -216,7 +234,7 @@ class _Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._shape.threads, 1, 1
-        config.sharedMemBytes = self._shared_bytes
+        config.sharedMemBytes = self._ring + self._shape.beside(cluster)
         config.hStream = driver.CUstream(stream)
         attributes = [self._early]
         if cluster > 1:
@@ -238,8 +256,7 @@ def _kernel(
     scales = 32 * (INPUTS // step) * ((4 if scale == 4 else 2) + (2 if zeros else 0))
     tile = _TILE_ROWS * INPUTS // 2 + scales
     stage = shape.tokens * INPUTS * 2 + shape.rows // _TILE_ROWS * tile
-    stage = -(-stage // _STAGE) * _STAGE
-    room = _SHARED // shape.resident - shape.turned
+    room = _SHARED // shape.resident - shape.most_beside
     shape = replace(shape, stages=min(shape.stages, room // stage))
     text = source(shape, bfloat, step, scale, zeros, middle)
     return _Kernel(_compiled(text), shape, shape.stages * stage, device)

@@ -187,6 +187,23 @@ def test_it_ends_when_the_server_is_told_to_while_it_loads(tmp_path, monkeypatch
         assert ended(vllm)
 
 
+def test_ctrl_c_in_the_moment_in_which_it_starts(program, monkeypatch):
+    """It comes behind Popen, when there is a process that nobody knows of."""
+    begun = []
+
+    def interrupted(*args, start=subprocess.Popen, **settings):
+        begun.append(start(*args, **settings))
+        signal.raise_signal(signal.SIGINT)
+        return begun[0]
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("quantkit.serve.engines.vllm.subprocess.Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_models(["demo"], ["demo"], Settings(engine="vllm"), print)
+    assert begun[0].poll() is not None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_one_that_does_not_start_ends_the_others(program, monkeypatch):
     """They would keep their memory."""
     monkeypatch.setenv("ONLY", "1")

@@ -8,14 +8,15 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,17 @@ class VllmEngine:
         self._client: httpx2.AsyncClient | None = None
         self._key, self._url = secrets.token_hex(16), f"http://127.0.0.1:{_free_port()}"
         self._log = tempfile.TemporaryFile(prefix="quantkit-vllm-")
-        self._process = subprocess.Popen(
-            [program, "serve", *_arguments(path, self._url, context, rows, dtype)],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"},
-            start_new_session=True,  # a Ctrl-C is not for it: answers are finished first
-        )
+        command = [program, "serve", *_arguments(path, self._url, context, rows, dtype)]
         with ExitStack() as undo:
-            undo.callback(self.close)
+            with _unbroken():
+                self._process = subprocess.Popen(
+                    command,
+                    stdout=self._log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"},
+                    start_new_session=True,  # a Ctrl-C is not for it: answers are finished first
+                )
+                undo.callback(self.close)
             self._wait()
             undo.pop_all()
         threading.Thread(target=self._watched, name="engine vllm", daemon=True).start()
@@ -204,6 +207,27 @@ def _tokens(choice: dict[str, Any], job: Job) -> list[Token]:
         likely.sort(key=lambda one: -one[1])
         found.append(Token(token, log, tuple(likely[: job.logprobs])))
     return found
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Signals that end the program come behind this: a process that was just started, and that
+    nobody knows of yet, would go on for ever."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _free_port() -> int:

@@ -226,8 +226,8 @@ def _unbroken() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in came:
-        signal.raise_signal(number)
+    for each in came:
+        signal.raise_signal(each)
 
 
 def _free_port() -> int:

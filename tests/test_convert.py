@@ -1132,3 +1132,83 @@ def test_tensors_move_without_transformers_in_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["LIGHT"]
+
+
+# what a stranger found
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"versions": 3}, {"source": 5}, {"source": {"name": 5}}, {"measured": [1]}]
+)
+def test_somebody_else_s_record_is_told_before_the_first_byte(tmp_path, wrong):
+    folder = write(tmp_path / "model", "gptq")
+    write_json(folder / "quantkit.json", wrong)
+    with pytest.raises(QuantkitError, match=r"quantkit did not write") as caught:
+        convert(str(folder), "gptq_v2", out=tmp_path / "out")
+    assert "quantkit.json" in caught.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert inspect(str(folder)).kind == "gptq"  # which copes
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    folder = write(tmp_path / "model", "gptq")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for to in ("gptq_v2", "dense:f32", "dense:f16"):  # three times: nothing is left in the way
+        convert(str(folder), to, out=tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert record(tmp_path / "real")["conversion"]["to"] == to
+        assert {p.name for p in tmp_path.iterdir()} == {"model", "real", "link"}
+    (tmp_path / "nowhere").symlink_to("missing")
+    with pytest.raises(UsageError, match="leads nowhere"):
+        convert(str(folder), "gptq_v2", out=tmp_path / "nowhere")
+
+
+def test_scales_alone_are_rounded_where_only_they_do_not_fit(tmp_path):
+    folder = write(tmp_path / "model", "gptq")
+    tensors = load_file(folder / WEIGHTS)
+    scales = {n: t.float() * 1.0001 for n, t in tensors.items() if n.endswith(".scales")}
+    save(tensors | scales, folder)
+    result = convert(str(folder), "gptq", out=tmp_path / "out", lossy=True)
+    after = load_file(tmp_path / "out" / WEIGHTS)
+    for name, tensor in tensors.items():
+        if name.endswith((".qweight", ".qzeros")):
+            assert torch.equal(after[name], tensor)
+    assert 0 < result.worst[1] < 1e-6
+
+
+def test_linears_that_were_plain_are_counted(tmp_path, capsys):
+    assert command("convert", DEMO, "--to", "gguf:q4_0", "--lossy", "--out", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "28 of 28 linears" in said.out + said.err
+    assert "will be rounded to nearest" in said.out + said.err
+    assert record(tmp_path / "out")["size"]["linears"] == 28
+
+
+def test_a_name_of_a_pre_tokenizer(tmp_path):
+    for wrong in ("", "Non Sense"):
+        with pytest.raises(UsageError, match="no name of a pre-tokenizer"):
+            convert(DEMO, "gguf:f16", out=tmp_path / "out", pre_tokenizer=wrong)
+    found = convert(DEMO, "gguf:f16", out=tmp_path / "out", pre_tokenizer="a-new-one")
+    assert any("a-new-one" in note for note in found.notes)
+    found = convert(DEMO, "gguf:f16", out=tmp_path / "two", pre_tokenizer="refact")
+    assert not any("refact" in note for note in found.notes)
+
+
+def test_a_tensor_that_is_a_single_number_is_told(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model("llama"), folder)
+    tensors = load_file(folder / WEIGHTS)
+    save(tensors | {"model.norm.weight": torch.tensor(1.0)}, folder)
+    with pytest.raises(QuantkitError, match=r"model\.norm\.weight is a single number"):
+        convert(str(folder), "gguf:f16", out=tmp_path / "out")
+
+
+def test_numbers_that_are_none_are_not_called_too_large(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model("llama"), folder)
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save({name: tensor.float() for name, tensor in tensors.items()}, folder)
+    with pytest.raises(QuantkitError, match="NaN"):
+        convert(str(folder), "dense:f16", out=tmp_path / "out")

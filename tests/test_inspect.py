@@ -860,3 +860,73 @@ def test_the_copys_folder_may_be_a_path(folder):
     """``--repair`` takes a Path in Python and a text on the command line."""
     section(bits=8)(folder)
     assert inspect(str(folder), repair=Path(folder.with_name("a"))).repaired
+
+
+# what a stranger found
+
+
+def test_a_copy_is_never_written_into_the_original(tmp_path):
+    """The dense original lies beside the GPTQ file, and has the name that the copy gives to it."""
+    folder = write(tmp_path / "model", "gptq")
+    (folder / WEIGHTS).rename(folder / "gptq_model-4bit-128g.safetensors")
+    shutil.copyfile(data.demo() / WEIGHTS, folder / WEIGHTS)
+    before = digests(folder)
+    out = tmp_path / "repaired"
+    told = inspect(str(folder), model_basename="gptq_model-4bit-128g", repair=out).repaired
+    assert digests(folder) == before
+    assert digests(out)[WEIGHTS] == before["gptq_model-4bit-128g.safetensors"]
+    assert f"{WEIGHTS} was left out: another file has its name now" in told
+
+
+def test_hints_of_a_repair_name_its_own_option(folder, tmp_path):
+    edit(folder / CONFIG, SECTION, bits=3)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(UsageError) as caught:
+        inspect(str(folder), repair=tmp_path / "there")
+    assert "--repair" in caught.value.hint and "--out" not in caught.value.hint
+    told = inspect(str(folder), repair=folder / "inside").repaired
+    assert not any("partial" in text for text in told)
+
+
+def cut(tensors):
+    name = "model.embed_tokens.weight"
+    return tensors | {name: tensors[name][:-100].clone()}
+
+
+def whole_numbers(tensors):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return tensors | {name: tensors[name].char()}
+
+
+@pytest.mark.parametrize("damage", [cut, whole_numbers])
+def test_tensors_that_are_no_parameters_of_the_model(tmp_path, damage):
+    folder = tmp_path / "model"
+    shutil.copytree(model("llama", **TOKENS), folder)
+    save(damage(load_file(folder / WEIGHTS)), folder)
+    assert ("error", "shape") in found(folder)
+    with pytest.raises(QuantkitError, match="nothing can load"):
+        convert(str(folder), "dense:f32", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"num_hidden_layers": "two"}, {"num_attention_heads": 3}])
+def test_a_configuration_that_transformers_refuses_is_a_warning(folder, tmp_path, wrong):
+    edit(folder / CONFIG, **wrong)
+    assert ("warning", "structure") in found(folder)
+    convert(str(folder), "gptq_v2", out=tmp_path / "out")
+
+
+def test_the_original_may_be_named_in_a_list(folder):
+    (folder / "README.md").write_text("---\nbase_model:\n- owner/name\ntags:\n- x\n---\n")
+    assert inspect(str(folder)).made_from == "owner/name"
+    (folder / "README.md").write_text("---\nbase_model: owner/other\n---\n")
+    assert inspect(str(folder)).made_from == "owner/other"
+
+
+@pytest.mark.parametrize("name", ["~nobodyx/y", "x" * 300])
+@pytest.mark.parametrize("verb", [["inspect"], ["push"], ["convert", "--to", "gptq"]])
+def test_names_that_no_disk_takes(name, verb, capsys):
+    more = ["owner/name"] if verb == ["push"] else []
+    assert command(*verb, name, *more) in (1, 2)
+    assert sentence(capsys.readouterr().err)

@@ -78,6 +78,7 @@ def cli() -> None:
 def run() -> NoReturn:
     """The ``quantkit`` command: the command line in a process of its own."""
     process.prepare()
+    process.stoppable(lambda: _say("stopped", None))
     try:
         several.begin(sys.argv[1:], _say)
         main()

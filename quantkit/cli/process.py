@@ -4,7 +4,10 @@
 import ctypes
 import gc
 import os
+import signal
 import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 # of glibc's malloc.h
@@ -18,6 +21,36 @@ def prepare() -> None:
     # and again takes a quarter of the start.
     gc.set_threshold(100_000, 50, 100)
     _keep_memory()
+
+
+def stoppable(say: Callable[[], None]) -> None:
+    """Let Ctrl-C end the process at once, after ``say``, while libraries are imported for the first
+    time: an import that is broken off leaves halves of modules behind, and some swallow it. From
+    then on it is a KeyboardInterrupt, as always."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # a shell has it ignored, for a job in the background
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        if _importing(frame) and not _imported():
+            say()
+            leave(130)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _imported() -> bool:
+    """Whether the last of the large libraries is there."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def leave(code: int) -> NoReturn:

@@ -150,6 +150,10 @@ class _Safetensors:
         try:
             yield
         except (SafetensorError, OSError) as error:
+            if os.access(self._path, os.F_OK) and not os.access(self._path, os.R_OK):
+                raise QuantkitError(
+                    f"{self._path} cannot be read (Permission denied)", "see whose file it is"
+                ) from error
             raise QuantkitError(
                 f"{self._path} is missing, truncated or not a safetensors file ({error})",
                 "download or copy it again",

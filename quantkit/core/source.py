@@ -46,10 +46,14 @@ class Source:
     def read_json(self, file: str) -> dict[str, Any] | None:
         """A JSON file of the model, or None when it has none of that name."""
         path = self.folder / file
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             content = read_json(path)
+        except OSError as error:
+            raise QuantkitError(
+                f"{path} cannot be read ({error.strerror})", "see whose file it is"
+            ) from error
         except ValueError as error:
             raise QuantkitError(f"{path} is not readable JSON ({error})") from error
         if not isinstance(content, dict):

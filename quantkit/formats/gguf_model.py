@@ -347,6 +347,8 @@ def plan(config: Config, shapes: Shapes) -> dict[str, Place]:
     for name, shape in shapes.items():
         if name.endswith(_BUFFERS) or (tied and name == head):
             continue
+        if not shape:
+            raise QuantkitError(f"the tensor {name} is a single number, which no model has there")
         if name not in names:
             raise QuantkitError(
                 f"the tensor {name} has no place in a GGUF file of a {config['model_type']} model",

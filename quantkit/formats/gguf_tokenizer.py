@@ -19,12 +19,13 @@ not have is Unicode normalization (NFC): texts that are not composed get other t
 The facts are those of llama.cpp's src/llama-vocab.cpp and of gguf-py/gguf/vocab.py.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from quantkit.core.gguf_file import Value, array, boolean, string, u32
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, UsageError
 
 Json = Mapping[str, Any]
 
@@ -135,6 +136,7 @@ _ALIKE = {
     "qwen2": ("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"),
     "gpt-4o": ("llama4",),
 }
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _READ = PRE_TOKENIZERS | {
     alike: PRE_TOKENIZERS[name] for name, others in _ALIKE.items() for alike in others
 }
@@ -179,6 +181,11 @@ def _pre_tokenizer(cut: Cut) -> dict[str, Any]:
 
 
 _PLAIN = {"add_prefix_space": False, "trim_offsets": True}
+
+
+def is_known(pre: str) -> bool:
+    """Whether quantkit reads files that cut texts in the way of this name."""
+    return pre in _READ
 
 
 def pre_tokenizer_name(tokenizer: Json) -> str:
@@ -231,6 +238,11 @@ def _check(tokenizer: Json) -> None:
 def _words(files: Files, pre: str | None) -> dict[str, Value]:
     """Byte-level BPE."""
     _refuse_normalizer(files.tokenizer, allowed=("NFC",))
+    if pre is not None and not _NAME.fullmatch(pre):
+        raise UsageError(
+            f"{pre!r:.40} is no name of a pre-tokenizer",
+            f"llama.cpp's look like {', '.join(list(PRE_TOKENIZERS)[:5])}",
+        )
     pre = pre or pre_tokenizer_name(files.tokenizer)
     tokens, types = _tokens(files)
     merges = [" ".join(pair) for pair in _merges(files.tokenizer)]

@@ -170,6 +170,12 @@ def with_zeros(q: QWeight) -> QWeight:
     return replace(q, scheme=replace(q.scheme, symmetric=False), zero=zero)
 
 
+def damage(prefix: str, q: QWeight) -> list[str]:
+    """What is to be said of a linear whose scales multiply to nothing: they are carried over."""
+    sound = q.scale.isfinite().all() and (q.minimum is None or q.minimum.isfinite().all())
+    return [] if bool(sound) else [f"{prefix} has scales that are no numbers: it is damaged"]
+
+
 def nearest_scheme(scheme: Scheme, form: Form) -> Scheme:
     """That of a weight rounded to the form's grid: groups as long as its own or, where the form has
     none such, its shortest."""
@@ -181,8 +187,19 @@ def nearest_scheme(scheme: Scheme, form: Form) -> Scheme:
 
 
 def nearest(q: QWeight, form: Form) -> QWeight:
-    """Every weight of ``q`` rounded to the form's grid. Scales are in the form's usual dtype."""
+    """Every weight of ``q`` rounded to the form's grid. Scales are in the form's usual dtype: where
+    only they have another one they are rounded, and codes stay."""
     scheme = nearest_scheme(q.scheme, form)
+    cast = q.scale.to(form.scales[0])
+    of_another = q.scale.dtype not in form.scales and q.minimum is None
+    if of_another and bool(cast.isfinite().all()):
+        try:
+            found = fit(replace(q, scale=cast), form).qweight
+        except CannotHold:
+            pass
+        else:
+            if (found.scheme.bits, found.scheme.group_size) == (scheme.bits, scheme.group_size):
+                return found
     rounded = rtn.quantize(q.dequantize(), scheme, form.zero_min)
     return fit(rounded, form).qweight
 

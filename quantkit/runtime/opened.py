@@ -246,9 +246,23 @@ def refuse_scaled_activations(opened: Opened) -> list[str]:
     return found
 
 
-def recorded(opened: Opened) -> dict[str, Any]:
-    """quantkit.json of the source. A GGUF file may lie in the folder of another model."""
+_PARTS = "source settings size versions conversion measured verified calibration layers card budget"
+
+
+def recorded(opened: Opened, *, checked: bool = True) -> dict[str, Any]:
+    """quantkit.json of the source. A GGUF file may lie in the folder of another model. Raises
+    QuantkitError, if it is to be ``checked``, for one that quantkit cannot have written."""
     record = opened.source.read_json(provenance.FILE) or {}
+    if checked:
+        wrong = [p for p in _PARTS.split() if not isinstance(record.get(p) or {}, dict)]
+        if not wrong and not isinstance((record.get("source") or {}).get("name", ""), str):
+            wrong = ["source.name"]
+        if wrong:
+            raise QuantkitError(
+                f"{opened.source.name} has a {provenance.FILE} that quantkit did not write "
+                f"({wrong[0]} is {'no text' if '.' in wrong[0] else 'no object'})",
+                f"remove {provenance.FILE} there",
+            )
     if opened.format != "gguf":
         return record
     for part, key in (("conversion", "to"), ("settings", "format")):

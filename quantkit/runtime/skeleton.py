@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -62,8 +63,9 @@ def read_config(source: Source, described: dict[str, Any] | None = None) -> Pret
         if described is not None:
             return AutoConfig.for_model(**described)
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise QuantkitError(f"the config.json of {source.name} is not usable ({error})") from error
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())  # some say it in two lines
+        raise QuantkitError(f"the config.json of {source.name} is not usable ({said})") from error
 
 
 @contextmanager

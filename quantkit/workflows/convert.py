@@ -21,7 +21,7 @@ from quantkit.core.sizes import size_in_bytes
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import digest, fit
-from quantkit.runtime.opened import Folder, Opened, open_checkpoint
+from quantkit.runtime.opened import Folder, Opened, open_checkpoint, recorded
 from quantkit.workflows import convert_targets, legacy
 from quantkit.workflows.ahead import Ahead, ahead, one_behind
 from quantkit.workflows.convert_record import Conversion, made, provenance_of
@@ -102,6 +102,8 @@ def carry(
     started = time.perf_counter()
     folder = output.folder
     output.keep_apart(opened.source)
+    if not isinstance(opened, Rounded):
+        recorded(opened)  # one that cannot be gone on from is told before anything is written
     result = Conversion(folder, opened.format, to, linears=len(opened.linears))
     result.settings = {key: value for key, value in settings.items() if value}
     for text in [*target.survey(progress), *_unpacked(opened, to)]:
@@ -131,6 +133,7 @@ def carry(
             _measure(opened, target, output.partial, result, progress)
         else:
             _gather(ledger, result)
+            result.linears = max(result.linears, len(result.digests))  # some were plain before
             _compare(opened, target, output.partial, ledger, progress, workers)
         result.seconds = time.perf_counter() - started
         files = hashes.result() if hashes else {}

@@ -82,6 +82,13 @@ class GgufTarget:
         name = opened.source.short_name
         self.metadata = gguf_model.metadata(config, name, self.kind)
         self.metadata |= gguf_tokenizer.metadata(files, self.pre_tokenizer)
+        if self.pre_tokenizer and not gguf_tokenizer.is_known(self.pre_tokenizer):
+            notes.append(
+                f"quantkit does not know how {self.pre_tokenizer} cuts texts: only llama.cpp, if "
+                "it knows the name, can use the file"
+            )
+        if self.form is not None and not opened.linears:
+            notes.append("the linears, which are not quantized, will be rounded to nearest")
         notes += self._see_that_all_fit()
         return notes
 
@@ -115,19 +122,23 @@ class GgufTarget:
     def _see_that_all_fit(self) -> list[str]:
         if self.form is None:
             return []
-        inexact = None
+        inexact, notes = None, []
         for prefix, packed in self.opened.linears.items():
             if reason := gguf.refusal(packed.out, packed.width, _as_stored(self.form), self.kind):
                 raise QuantkitError(f"{prefix} cannot be held: {reason}")
             try:
-                exact = fit.fit(self._enough(prefix, self.form), self.form).exact
+                fitted = fit.fit(self._enough(prefix, self.form), self.form)
+                exact = fitted.exact
+                notes += fit.damage(prefix, fitted.qweight)
             except fit.CannotHold as error:
                 if not self.lossy:
                     raise QuantkitError(f"{prefix} cannot be held: {error}", LOSSY) from error
                 exact = False
             self.opened.release()
             inexact = inexact or (None if exact else prefix)
-        return [f"{inexact} and others will be rounded; the error is measured"] if inexact else []
+        if inexact:
+            notes.append(f"{inexact} and others will be rounded; the error is measured")
+        return notes
 
     def _enough(self, prefix: str, form: Form) -> QWeight:
         """What decides whether a linear fits: its codes only where other codes, or an asymmetric

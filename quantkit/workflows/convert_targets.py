@@ -196,11 +196,12 @@ class PackedTarget(SafetensorsTarget):
             )
         self._choose_groups()
         kinds: dict[str, tuple[Scheme, torch.dtype]] = {}
-        rounded = ""
+        rounded, notes = "", list[str]()
         for prefix, packed in opened.linears.items():
             try:
                 q, exact = fit.fit(opened.survey(prefix), self.form)
                 scheme, scale = q.scheme, q.scale.dtype
+                notes += fit.damage(prefix, q)
                 self.ordered |= q.group_of is not None
             except fit.CannotHold as error:
                 if not self.lossy:
@@ -218,7 +219,9 @@ class PackedTarget(SafetensorsTarget):
             specs = self.format.specs(packed.out, packed.width, self.own[prefix], scale)
             self.specs |= {f"{prefix}.{suffix}": spec for suffix, spec in specs.items()}
         self._dense_specs()
-        return [f"{rounded} and others will be rounded; the error is measured"] if rounded else []
+        if rounded:
+            notes.append(f"{rounded} and others will be rounded; the error is measured")
+        return notes
 
     def _choose_schemes(self, schemes: dict[str, Scheme]) -> None:
         """What the configuration will say. One asymmetric linear makes all of them so."""
@@ -383,6 +386,11 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, floa
         total += float(before.square().sum())
         if torch.equal(after, before):
             continue
+        if not bool(before.isfinite().all()):
+            raise QuantkitError(
+                f"{name} holds infinities or no numbers (NaN)",
+                "'quantkit inspect' says more; the model was damaged before",
+            )
         if not bool(after.isfinite().all()):
             raise QuantkitError(
                 f"{name} has values that do not fit into {str(dtype).removeprefix('torch.')}",

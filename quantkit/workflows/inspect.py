@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.runtime.gguf_opened import GgufOpened
 
 _NESTED = 50  # levels in quantkit.json; a conversion of a conversion has one more
-_BASE_MODEL = re.compile(r"^base_model:\s*['\"]?([\w./-]+)", re.MULTILINE)
+_BASE_MODEL = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]+)?['\"]?([\w./-]+)", re.MULTILINE)
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
@@ -120,8 +120,15 @@ def inspect(
 
 def readers(name: str, folder: Path) -> list[dict[str, Any]]:
     """The programs that load the model in ``folder``, whose files are all written: what they need
-    and what they run on, for quantkit.json."""
+    and what they run on, for quantkit.json. Raises QuantkitError when none can, since tensors do
+    not fit the model."""
     found = _look_over(open_checkpoint(Source(name, folder)), read=True)
+    for finding in found.findings:
+        if finding.code == "shape":
+            raise QuantkitError(
+                f"nothing can load what was made of {name}: {finding.text}",
+                f"'quantkit inspect {name}' says more of what it was made of",
+            )
     return [
         {"program": one.target, "needs": one.needs, "hardware": one.hardware}
         for one in found.targets
@@ -151,14 +158,23 @@ def _resolve(model: str, revision: str | None, model_basename: str | None) -> So
     try:
         return resolve(model, revision, model_basename)
     except QuantkitError:
-        partial = Path(model).expanduser()
-        partial = partial.with_name(partial.name + ".partial") if partial.name else partial
-        if not (partial / ledger.FILE).is_file():
+        partial = _begun(model)
+        if partial is None:
             raise
         raise QuantkitError(
             f"{model} is unfinished: there is only {partial}",
             "run the command that began it again to go on",
         ) from None
+
+
+def _begun(model: str) -> Path | None:
+    """What an unfinished run has left of a folder of this name."""
+    try:
+        folder = Path(model).expanduser()
+        partial = folder.with_name(folder.name + ".partial")
+        return partial if (partial / ledger.FILE).is_file() else None
+    except (OSError, RuntimeError, ValueError):  # no name for a folder, or of nobody's home
+        return None
 
 
 def _unfinished(source: Source) -> Finding | None:
@@ -186,7 +202,7 @@ def _described(look: Look) -> Inspection:
         tensors=sum(1 for _ in opened.tensors),
         tokenizer=checks.has_tokenizer(look),
         chat_template=checks.has_chat_template(look),
-        provenance=_flat_enough(recorded(opened)),
+        provenance=_flat_enough(recorded(opened, checked=False)),
     )
     dense = opened.tensors.without(look.linears.names)
     _describe_tensors(found, look.linears, look.structure, dense)
@@ -209,7 +225,7 @@ def _described_gguf(opened: "GgufOpened", linears: Linears, structure: Structure
         tokenizer="tokenizer.ggml.tokens" in opened.metadata,
         chat_template="tokenizer.chat_template" in opened.metadata,
         made_by=_text(dict(opened.metadata), "general.quantized_by"),
-        provenance=_flat_enough(recorded(opened)),
+        provenance=_flat_enough(recorded(opened, checked=False)),
     )
     _describe_record(found)
     _describe_tensors(found, linears, structure, opened.dense)

@@ -401,6 +401,8 @@ def _structure(found: Structure) -> Iterator[Finding]:
         yield Finding("warning", "structure", f"the structure was not checked: {found.unknown}")
     if found.missing:
         yield Finding("error", "missing", f"the model needs {_some(found.missing)}: no such tensor")
+    if found.misfit:
+        yield Finding("error", "shape", f"a tensor does not fit the model: {_some(found.misfit)}")
     old = [name for name in found.unexpected if _OLD_BUFFERS.search(name)]
     scales = awq.activation_scale_names(found.unexpected)
     odd = [name for name in found.unexpected if name not in old and name not in scales]

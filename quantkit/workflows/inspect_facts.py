@@ -5,6 +5,7 @@ wrong: what cannot be read is written down by name.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -183,6 +184,7 @@ class Structure:
     dense       linears inside the decoder blocks that are not quantized
     missing     parameters that no tensor of the checkpoint becomes
     unexpected  tensors that become no parameter
+    misfit      tensors of another shape than their parameter, or of whole numbers
     head        own: a tensor of its own; quantized: several of its own; tied: the embedding;
                 both: it is tied by the configuration and stored; missing
     unknown     why none of this could be found out
@@ -191,6 +193,7 @@ class Structure:
     dense: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    misfit: list[str] = field(default_factory=list)
     head: str = ""
     head_differs: bool = False
     unknown: str | None = None
@@ -227,6 +230,7 @@ def _compare(skeleton: Skeleton, dense: Tensors, packed: list[str]) -> Structure
         parameters = model.named_parameters(remove_duplicate=False)
         shared = tied.keys() | set(tied.values())
         found.missing = [n for n, _ in parameters if n not in held and n not in shared]
+        found.misfit = list(_misfits(skeleton, dense))
     expected = model.state_dict().keys()
     found.unexpected = [disk for disk, live in skeleton.live_names.items() if live not in expected]
     head = _head_name(skeleton)
@@ -249,6 +253,19 @@ def _compare(skeleton: Skeleton, dense: Tensors, packed: list[str]) -> Structure
             if is_linear(module) and f"{prefix}.{name}.weight" not in quantized
         ]
     return found
+
+
+def _misfits(skeleton: Skeleton, dense: Tensors) -> Iterator[str]:
+    """Tensors that cannot be the parameters that they are named after, with both shapes."""
+    for name, tensor in skeleton.model.state_dict().items():
+        disk = skeleton.disk_names.get(name)
+        if disk is None:
+            continue
+        spec = dense.spec(disk)
+        if tuple(spec.shape) != tuple(tensor.shape):
+            yield f"{disk} is {list(spec.shape)}, not {list(tensor.shape)}"
+        elif tensor.is_floating_point() and not spec.dtype.is_floating_point:
+            yield f"{disk} holds {str(spec.dtype).removeprefix('torch.')}, as packed weights do"
 
 
 def _head(held: bool, tied: bool) -> str:

@@ -45,17 +45,21 @@ class Output:
     """``folder`` is where the result will be, ``partial`` where it is being made.
 
     Raises UsageError when ``folder`` exists and may not be replaced: without ``overwrite``, or when
-    it is not something that quantkit wrote.
+    it is not something that quantkit wrote. ``option`` is how people name the folder.
     """
 
-    def __init__(self, folder: Path, overwrite: bool) -> None:
+    def __init__(self, folder: Path, overwrite: bool, option: str = "--out") -> None:
+        another = f"choose another {option}"
         if folder.name in ("", ".."):
-            raise UsageError(f"{folder} is not a name for a new folder", "choose another --out")
+            raise UsageError(f"{folder} is not a name for a new folder", another)
         if str(folder) == DEMO:
             raise UsageError(
-                f"a folder called {DEMO} could not be named: that is the bundled model",
-                "choose another --out",
+                f"a folder called {DEMO} could not be named: that is the bundled model", another
             )
+        if folder.is_symlink():  # what it leads to is replaced, and the link stays
+            if not folder.exists():
+                raise UsageError(f"{folder} is a link that leads nowhere", another)
+            folder = folder.resolve()
         self.folder = folder
         self.partial = folder.with_name(folder.name + ".partial")
         # a name that nobody gives a folder of their own, as they do with ``.old``: it is removed
@@ -73,10 +77,11 @@ class Output:
         if not ours:
             raise UsageError(
                 f"{folder} already exists, and was not written by quantkit",
-                "it is not overwritten in any case; choose another --out",
+                f"it is not overwritten in any case; {another}",
             )
         if not overwrite:
-            raise UsageError(f"{folder} already exists", "choose another --out, or use --overwrite")
+            replacing = ", or use --overwrite" if option == "--out" else ""
+            raise UsageError(f"{folder} already exists", another + replacing)
 
     def keep_apart(self, source: Source) -> None:
         """Raises UsageError when the result, or what is made on the way to it, would take the place
@@ -155,7 +160,15 @@ class Output:
         """Tokenizer, generation settings, chat template and licence, as they are."""
         for path in companions(source):
             temporary = self.partial / (path.name + ".tmp")
-            shutil.copyfile(path, temporary)
+            try:
+                shutil.copyfile(path, temporary)
+            except OSError as error:
+                if error.filename != str(path):
+                    raise
+                raise QuantkitError(
+                    f"{path} cannot be read ({error.strerror})",
+                    "make it readable, then run the same command again; it will go on from here",
+                ) from error
             temporary.replace(self.partial / path.name)
 
     @property

@@ -67,8 +67,13 @@ def push(
     check_name(repository)
     if not _BRANCH.fullmatch(branch) or branch == "HEAD":
         raise UsageError(f"{branch!r} is no name of a branch", "give one such as gptq-4bit-32g")
-    folder = Path(folder).expanduser()
-    record = _finished(folder)
+    try:
+        folder = Path(folder).expanduser()
+        record = _finished(folder)
+    except (OSError, RuntimeError) as error:  # names that no disk takes, users that there are not
+        raise QuantkitError(
+            f"there is no folder {folder}", "give one that quantkit wrote"
+        ) from error
     files = _files(folder)
     _clean(folder)
     if not unverified:

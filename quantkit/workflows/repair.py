@@ -76,7 +76,7 @@ def repair(source: Source, out: str | Path, changes: list[Change]) -> list[str]:
         )
     folder = Path(out)
     with disk_errors(folder):
-        output = Output(folder, overwrite=False)
+        output = Output(folder, overwrite=False, option="--repair")
         if output.partial.resolve() == source.folder.resolve():
             raise UsageError(
                 f"{folder} would be made from {output.partial} in its own place",
@@ -129,6 +129,9 @@ def _copy(folder: Path, partial: Path, changes: Iterable[Change]) -> list[str]:
     told = []
     for path in _files(folder):
         new = partial / renamed.get(path.name, path.name)
+        if path.name in set(renamed.values()) - renamed.keys():
+            told.append(f"{path.name} was left out: another file has its name now")
+            continue
         if path.name in headers:
             _rewrite(path, new, headers[path.name])
             told.append(f"{new.name}: its header now says that it is PyTorch's")
@@ -139,7 +142,8 @@ def _copy(folder: Path, partial: Path, changes: Iterable[Change]) -> list[str]:
             shutil.copyfile(path, new)
         if new.name != path.name:
             told.append(f"{path.name} is now {new.name}")
-    told += [f"the folder {p.name} was left out" for p in sorted(folder.iterdir()) if p.is_dir()]
+    folders = (path for path in sorted(folder.iterdir()) if path.is_dir())
+    told += [f"the folder {p.name} was left out" for p in folders if not p.samefile(partial)]
     return told
 
 
@@ -147,6 +151,8 @@ def _link(path: Path, new: Path) -> None:
     """The same file under a second name. Some disks have no such thing; then it is a copy."""
     try:
         os.link(path.resolve(), new)
+    except FileExistsError:  # to copy would be to write into the source, through that link
+        raise
     except OSError:
         shutil.copyfile(path, new)
 
@@ -158,7 +164,7 @@ def _rewrite(path: Path, new: Path, names: dict[str, str]) -> None:
     header = {"__metadata__": metadata, **{names.get(n, n): entry for n, entry in old.items()}}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("rb") as source, new.open("wb") as target:
+    with path.open("rb") as source, new.open("xb") as target:
         (length,) = struct.unpack("<Q", source.read(8))
         source.seek(8 + length)
         target.write(struct.pack("<Q", len(text)) + text)

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from tools import command, model, read_json, sentence
+from tools import command, model, quantized, read_json, sentence
 
 from quantkit import data
 from quantkit.core import table_file
@@ -230,3 +230,95 @@ def test_the_command(questions, capsys):
     told = capsys.readouterr().err
     assert "1 rows, cp932" in told and "0 without an answer" in told
     assert read(out)[0]["番号"] == "1"
+
+
+# what a stranger found
+
+
+def test_half_a_character_harms_no_other_row(tmp_path):
+    lines = ['{"question": "a", "id": "\\ud83d"}', '{"question": "\\ud800 b"}', '{"question": "c"}']
+    (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
+    found = answer_file("demo", tmp_path / "q.jsonl", tmp_path / "a.jsonl", **GREEDY)
+    assert (found.rows, found.failed) == (3, 1)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
+    assert rows[0]["id"] == "\ud83d" and rows[0]["answer"] and rows[2]["answer"]
+    assert "Unicode" in rows[1]["error"]
+    answer_file("demo", tmp_path / "q.jsonl", tmp_path / "a.csv", column="question", **GREEDY)
+    assert [row["id"] for row in read(tmp_path / "a.csv")] == ["?", "", ""]
+
+
+def test_other_weights_do_not_go_on(questions, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(data.demo(), folder)
+    out = questions.with_name("answers.csv")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(answers.Progress, "step", stopped)
+        answer_file(str(folder), questions, out, batch=2, **GREEDY)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    with pytest.raises(UsageError, match="weights was"):
+        answer_file(str(folder), questions, out, batch=2, **GREEDY)
+    with pytest.raises(UsageError, match="dtype was"):
+        answer_file(str(folder), questions, out, batch=2, **GREEDY | {"dtype": "bfloat16"})
+
+
+def test_a_mistyped_model_is_in_nobody_s_way(questions):
+    out = questions.with_name("answers.csv")
+    with pytest.raises(QuantkitError, match="there is no folder"):
+        answer_file("demoo", questions, out, **GREEDY)
+    assert answer_file("demo", questions, out, **GREEDY).failed == 0
+
+
+def test_what_is_answered_one_by_one(questions, tmp_path, monkeypatch):
+    """A single row, and rows of a model whose weights a batch would unpack at every step."""
+    together = []
+    made = answers._together
+
+    def seen(engine, ids, *rest):
+        together.append(len(ids))
+        return made(engine, ids, *rest)
+
+    monkeypatch.setattr(answers, "_together", seen)
+    answer_file("demo", questions, tmp_path / "one.csv", batch=1, **GREEDY)
+    assert together == []
+    answer_file("demo", questions, tmp_path / "all.csv", **GREEDY)
+    assert together == [len(QUESTIONS)]
+    answer_file(str(quantized()), questions, tmp_path / "packed.csv", **GREEDY)
+    assert together == [len(QUESTIONS)]  # float32: torch's int4 kernel is for bfloat16
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "q.csv").write_text("q,note,note\nhi,first,second\n")
+    with pytest.raises(QuantkitError, match="two columns 'note'"):
+        table_file.read(tmp_path / "q.csv")
+
+
+def test_marks_and_names_of_encodings(tmp_path):
+    (tmp_path / "q.csv").write_bytes("\ufeffquestion,x\nhi,1\n".encode())
+    assert table_file.read(tmp_path / "q.csv", "utf-8").columns == ["question", "x"]
+    with pytest.raises(QuantkitError, match="is not undefined text"):
+        table_file.read(tmp_path / "q.csv", "undefined")
+    (tmp_path / "p.csv").write_text("question\nhi\n")
+    answer_file("demo", tmp_path / "p.csv", tmp_path / "a.csv", encoding="UTF8", **GREEDY)
+    assert not (tmp_path / "a.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+
+
+def test_columns_of_a_table_without_rows(tmp_path):
+    (tmp_path / "q.csv").write_text("question,x\n")
+    assert table_file.read(tmp_path / "q.csv").columns == ["question", "x"]
+
+
+def test_what_json_had_stays_json_in_a_csv(tmp_path):
+    table_file.write(tmp_path / "a.csv", ["x"], [{"x": {"a": [1, None, True]}}], mark=False)
+    assert json.loads(read(tmp_path / "a.csv")[0]["x"]) == {"a": [1, None, True]}
+
+
+def test_a_system_message_of_raw_text_is_told_at_once(questions, capsys):
+    out = questions.with_name("answers.csv")
+    asked = ["generate", "demo", "--in", questions, "--out", out, "--raw", "--system", "x"]
+    assert command(*asked) == 2
+    assert "--raw" in sentence(capsys.readouterr().err)[0]
+    assert not list(questions.parent.glob("*.partial"))

@@ -235,3 +235,20 @@ def test_ctrl_c_stops_the_answer_and_then_the_chat(tmp_path):
         process.kill()
         process.wait()
         os.close(terminal)
+
+
+def test_an_answer_that_cannot_be_made_again_stays(engine):
+    chat = Conversation(engine, WANTED)
+    talk(chat, TURNS[0])
+    before = contents(chat)
+    chat.set_system("long " * 5000)
+    with pytest.raises(QuantkitError):
+        chat.again()
+    assert contents(chat)[-2:] == before
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(engine):
+    chat = Conversation(engine, WANTED)
+    with pytest.raises(QuantkitError, match="Unicode"):
+        talk(chat, b"a\xff".decode("utf-8", "surrogateescape"))
+    assert talk(chat, TURNS[0])[0]

@@ -134,3 +134,9 @@ def test_junit_and_the_summary_of_a_job(tmp_path, capsys, monkeypatch):
 def test_a_gate_that_is_passed_says_so(capsys):
     assert command("verify", quantized(), *SHORT, "--max-kl", "9") == 0
     assert "passed: 1 limits were kept" in capsys.readouterr().out
+
+
+def test_a_share_is_no_percentage():
+    with pytest.raises(UsageError) as caught:
+        Gate.of(None, "95", None, False)
+    assert caught.value.hint == "write 0.95"

@@ -17,7 +17,7 @@ from quantkit.runtime.load import load
 from quantkit.runtime.prompts import Prompts, asked
 from quantkit.runtime.stream import Detokenizer, StopStrings
 from quantkit.runtime.torch_engine import TorchEngine
-from quantkit.workflows.generate import generate
+from quantkit.workflows.generate import Wanted, generate
 
 PROMPT = "昔々、ある村に"
 GREEDY = {"temperature": 0, "chat": False, "max_new_tokens": 24}
@@ -323,3 +323,10 @@ def test_chat_and_raw_differ(capsys, tmp_path):
 def test_bad_options_are_refused(capsys, options, named):
     assert command("generate", "demo", "hello", *options) == 2
     assert named in sentence(capsys.readouterr().err)[0]
+
+
+def test_one_string_that_stops_is_one():
+    assert Wanted(stop="hare").stop == ("hare",)
+    text = "Tell me a long story about a fox."
+    found = [generate("demo", text, stop=stop, **GREEDY).text for stop in ("zq", ("zq",))]
+    assert found[0] == found[1]

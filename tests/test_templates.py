@@ -130,3 +130,12 @@ def test_a_template_ends_an_answer_at_the_next_turn():
     engine = TorchEngine(*load("demo"))
     assert Prompts(engine, "weblab").stop == ("### 指示:",)
     assert Prompts(engine).stop == ()
+
+
+def test_a_system_message_needs_a_place(tmp_path):
+    (tmp_path / "form.txt").write_text("Q: {prompt}\nA:")
+    form = templates.find(str(tmp_path / "form.txt"))
+    user = {"role": "user", "content": "hi"}
+    assert form.render([user], {}) == "Q: hi\nA:"
+    with pytest.raises(QuantkitError, match="no place for a system message"):
+        form.render([{"role": "system", "content": "x"}, user], {})

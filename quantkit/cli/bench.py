@@ -17,8 +17,10 @@ from quantkit.errors import UsageError
 @click.option("--new", type=int, default=64, show_default=True, help="Tokens to make.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="The median counts.")
 @click.option("--engine", default="auto", show_default=True, help="auto, torch or llama.cpp.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write it here too.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw it here: an .svg file.")
+@click.option(
+    "--json", "json_file", callback=options.in_a_folder, help="Write it to this file too."
+)
+@click.option("--plot", callback=options.in_a_folder, help="Draw it here: an .svg file.")
 @options.basename
 @options.running
 @options.quiet
@@ -26,14 +28,14 @@ def command(
     model: str,
     batch: str,
     context: str,
-    json_file: Path | None,
-    plot: Path | None,
+    json_file: str | None,
+    plot: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Measure how fast MODEL reads prompts and makes text, and what share of the memory's bandwidth
     that is."""
-    if plot is not None and plot.suffix != ".svg":
+    if plot is not None and Path(plot).suffix != ".svg":
         raise UsageError(f"{plot} is not an .svg file", "name it so")
     from quantkit.cli.console import Drawn, stdout
     from quantkit.cli.tables import bench_table
@@ -49,11 +51,11 @@ def command(
     )
     stdout().print(bench_table(found.described()))
     if json_file is not None:
-        write_text(json_file, json.dumps(found.described(), indent=2) + "\n")
+        write_text(Path(json_file), json.dumps(found.described(), indent=2) + "\n")
     if plot is not None:
         from quantkit.workflows.bench_chart import chart
 
-        write_text(plot, chart(found))
+        write_text(Path(plot), chart(found))
 
 
 def _numbers(given: str, option: str) -> list[int]:

@@ -70,6 +70,8 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             yield input("> ")
+        except UnicodeDecodeError:  # bytes that are no UTF-8, from a terminal that should send it
+            click.echo("that was no UTF-8 text", err=True)
         except (EOFError, KeyboardInterrupt):
             click.echo(err=True)
             return

@@ -100,6 +100,7 @@ def _print_answer(prompt: str | None, quiet: bool, **options: Any) -> None:
     if prompt == "-":
         try:
             prompt = sys.stdin.read()
+            prompt = prompt.removesuffix("\n").removesuffix("\r")  # as echo ends it
         except UnicodeDecodeError as error:
             raise UsageError("the prompt on standard input is not UTF-8 text") from error
 

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(cli.main(arguments, "quantkit", standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
-        resumes = command in _RESUMING
+        resumes = command in _RESUMING or (command == "generate" and "--in" in arguments)
         _say("stopped", "run the same command again to go on from here" if resumes else None)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:

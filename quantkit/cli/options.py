@@ -290,8 +290,8 @@ def measuring(command: Command) -> Command:
             "--text",
             multiple=True,
             metavar="SOURCE",
-            help="Text to measure on, repeatable (as for --calib); default: the bundled held-out "
-            "sets.",
+            help="Text to measure on, repeatable: FILE, FILE:column, hf:..., wikitext2; default: "
+            "the bundled held-out sets.",
         ),
     ):
         command = option(command)

@@ -18,6 +18,7 @@ line knows: it says so with a ``Vocabulary``.
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Recipe:
 def read(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises UsageError when it cannot be read."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:  # of TOML or of UTF-8
@@ -231,15 +232,17 @@ def _filled(value: Any, model: str | None, out: str | None, name: str) -> Any:
         return [_filled(one, model, out, name) for one in value]
     if not isinstance(value, str):
         return value
-    for key, meant in (("$model", model), ("$out", out)):
-        if key in value:
-            if meant is None:
-                raise UsageError(
-                    f"{name} speaks of {key} and does not say what it is",
-                    f"give --{key[1:]}, or write {key[1:]} = ... at its top",
-                )
-            value = value.replace(key, meant)
-    return value
+
+    def meant(found: re.Match[str]) -> str:
+        value = {"model": model, "out": out}[found[1]]
+        if value is None:
+            raise UsageError(
+                f"{name} speaks of {found[0]} and does not say what it is",
+                f"give --{found[1]}, or write {found[1]} = ... at its top",
+            )
+        return value
+
+    return re.sub(r"\$(model|out)\b", meant, value)
 
 
 def _connect(

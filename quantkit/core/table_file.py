@@ -57,16 +57,19 @@ def read(path: Path, encoding: str = "auto") -> Table:
         raise UsageError(
             f"there is no encoding '{encoding}'", "utf-8, cp932, euc-jp ..."
         ) from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         raise QuantkitError(
-            f"{path} is not {encoding} text (byte {error.start})", "name its --encoding"
+            f"{path} is not {encoding} text{where}", "name its --encoding"
         ) from error
+    text = text.removeprefix("\ufeff")  # where utf-8 was named for a file with a mark
     if kind == ".txt":
         rows = [{TEXT: line} for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         return Table([TEXT], rows, encoding)
-    found = _json_lines(path, text) if kind == ".jsonl" else _records(path, text)
-    columns = list(dict.fromkeys(name for row in found for name in row))
-    return Table(columns, found, encoding)
+    if kind == ".jsonl":
+        found = _json_lines(path, text)
+        return Table(list(dict.fromkeys(name for row in found for name in row)), found, encoding)
+    return Table(*_records(path, text), encoding)
 
 
 def check_writable(path: Path) -> None:
@@ -80,15 +83,30 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], ma
     it for UTF-8."""
     kind = path.suffix.lower()
     if kind == ".jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(_json(row) + "\n" for row in rows))
         return
     out = io.StringIO()
     writer = csv.DictWriter(
         out, columns, delimiter=_DELIMITERS[kind], lineterminator="\n", restval=""
     )
     writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, ("\ufeff" if mark else "") + out.getvalue())
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    text = out.getvalue().encode("utf-8", "replace").decode()  # halves of characters that JSON had
+    write_text(path, ("\ufeff" if mark else "") + text)
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # halves of characters, which JSON can spell
+        return json.dumps(value)
+    return text
+
+
+def _cell(value: Any) -> Any:
+    """A field of a .csv: text, a number, or what JSON had there."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
 def _encoding(raw: bytes) -> str:
@@ -103,13 +121,17 @@ def _encoding(raw: bytes) -> str:
     return "utf-8"
 
 
-def _records(path: Path, text: str) -> list[dict[str, Any]]:
+def _records(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows."""
     csv.field_size_limit(_FIELD)
     reader = csv.DictReader(
         io.StringIO(text, newline=""), delimiter=_DELIMITERS[path.suffix.lower()], strict=True
     )
     found: list[dict[str, Any]] = []
     try:
+        columns = list(reader.fieldnames or [])
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise QuantkitError(f"{path} has two columns '{twice[0]}'", "rename one of them")
         for row in reader:
             if None in row:
                 raise QuantkitError(
@@ -119,7 +141,7 @@ def _records(path: Path, text: str) -> list[dict[str, Any]]:
             found.append({name: value or "" for name, value in row.items()})
     except csv.Error as error:
         raise QuantkitError(f"{path}, line {reader.line_num}: {error}") from error
-    return found
+    return columns, found
 
 
 def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:

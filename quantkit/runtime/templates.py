@@ -56,6 +56,10 @@ class Turns:
         for message in messages:
             role, content = message["role"], message["content"]
             if role == "system":
+                if content and "{system}" not in self.first:
+                    raise QuantkitError(
+                        "the template has no place for a system message", "put {system} into it"
+                    )
                 system = content
             elif role == "assistant":
                 parts.append(_filled(self.answer, {**tokens, "answer": content}))

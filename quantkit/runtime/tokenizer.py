@@ -47,7 +47,9 @@ class Tokenizer:
         return {name: text for name, text in found.items() if isinstance(text, str)}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of ``text``."""
+        """Token ids of ``text``. Raises QuantkitError for halves of characters, which no tokenizer
+        takes."""
+        refuse_halves(text)
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         return found
 
@@ -62,6 +64,18 @@ class Tokenizer:
         """The text of a token alone, special ones too; half a character is U+FFFD."""
         text: str = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return text
+
+
+def refuse_halves(text: str) -> None:
+    """Raises QuantkitError for a text that is no Unicode: with halves of characters that JSON can
+    spell, or what Python makes of bytes that are no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise QuantkitError(
+            f"the text is no Unicode at character {error.start}",
+            "see that it is saved, or typed, as UTF-8",
+        ) from error
 
 
 def end_ids(own: Mapping[str, object], tokenizer: Any) -> frozenset[int]:

@@ -60,7 +60,17 @@ def compare(
     sources = [resolve(model) for model in models]
     refuse_engine(engine, sources)
     original = resolve(against) if against else recorded_original(sources[0])
-    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits, engine)
+    bench = Bench(
+        original,
+        [text] if isinstance(text, str) else list(text),
+        rows,
+        seqlen,
+        samples,
+        device,
+        dtype,
+        limits,
+        engine,
+    )
     found = bench.measure(sources, progress or Progress())
     _tell_apart(found, [str(model) for model in models])
     return Ranking(original.name, sorted(found, key=_loss))

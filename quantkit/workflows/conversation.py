@@ -57,8 +57,13 @@ class Conversation:
         """Another answer to what was said last."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise UsageError("there is no answer yet that could be made again")
-        self.messages.pop()
-        return self._answering(self._fitting())
+        last = self.messages.pop()
+        try:
+            ids = self._fitting()
+        except QuantkitError:
+            self.messages.append(last)
+            raise
+        return self._answering(ids)
 
     def undo(self) -> str:
         """Forget the last turn -> what was said in it."""

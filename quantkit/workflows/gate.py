@@ -141,6 +141,11 @@ def _limit(what: str, text: float | str) -> Limit:
             f"{OPTIONS[what]} takes a number or SET=NUMBER, not '{text}'",
             f"write {OPTIONS[what]} 0.9 or {OPTIONS[what]} ja=0.9",
         )
+    if what == "top1" and limit > 1:
+        raise UsageError(
+            f"{OPTIONS[what]} is a share of the predictions, at most 1",
+            f"write {limit / 100:g}" if limit <= 100 else "write 0.9",
+        )
     return Limit(what, label or MEAN, limit)
 
 

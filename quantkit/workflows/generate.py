@@ -46,9 +46,17 @@ class Wanted:
     template: str | None = None
     chat: bool | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # one, not its letters
+            object.__setattr__(self, "stop", (self.stop,))
+
     def check(self) -> None:
         """Raises UsageError for what no model could do, before one is loaded."""
         self.sampling({})
+        if self.chat is False and self.system:
+            raise UsageError(
+                "there is no place for a system message in --raw text", "leave one of them out"
+            )
         if not all(self.stop):
             raise UsageError("an empty --stop would end every answer at once", "leave it out")
         if self.max_new_tokens < 1:
@@ -107,7 +115,7 @@ def generate(
         seed=seed,
         max_new_tokens=max_new_tokens,
         until_eos=until_eos,
-        stop=tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
         system=system,
         template=template,
         chat=chat,

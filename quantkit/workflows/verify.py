@@ -109,7 +109,17 @@ def verify(
     source = resolve(model, revision)
     refuse_engine(engine, [source])
     original = resolve(against) if against else recorded_original(source)
-    bench = Bench(original, list(text), rows, seqlen, samples, device, dtype, limits, engine)
+    bench = Bench(
+        original,
+        [text] if isinstance(text, str) else list(text),
+        rows,
+        seqlen,
+        samples,
+        device,
+        dtype,
+        limits,
+        engine,
+    )
     (result,) = bench.measure([source], progress or Progress())
     if write:
         verdict.write(result.described(), source, Path(model), result.notes)

@@ -117,26 +117,22 @@ def test_a_run_that_was_killed_goes_on(questions):
     """SIGKILL in the middle: the rows that were done are not made again, and the result is that of
     a run that was not killed."""
     out = questions.with_name("answers.csv")
-    ledger = questions.with_name("answers.csv.partial") / "ledger.json"
+    made = questions.with_name("answers.csv.partial") / answers._DONE
     arguments = ["generate", "demo", "--in", str(questions), "--out", str(out), "--batch", "1"]
     arguments += ["-t", "0", "-n", "8", "--dtype", "float32"]
     program = "import sys; from quantkit.cli.main import main; main(sys.argv[1:])"
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments], stderr=subprocess.DEVNULL, env=os.environ
     )
-    while not (ledger.exists() and len(read_json(ledger)["done"]) >= 2):
+    while not (made.exists() and made.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    before = read_json(ledger)["done"]
-    marked = {
-        part: {r: {**record, "answer": "kept"} for r, record in rows.items()}
-        for part, rows in before.items()
-    }
-    content = read_json(ledger) | {"done": marked}
-    ledger.write_text(json.dumps(content))
+    before = [json.loads(line) for line in made.read_text().splitlines()]
+    marked = [json.dumps({**record, "answer": "kept"}) for record in before]
+    made.write_text("\n".join([*marked, marked[0][:20]]))  # and a line that was cut off
     assert command(*arguments) == 0
     answers_made = [row["answer"] for row in read(out)]
     alone = [generate("demo", question, **GREEDY).text.strip() for question in QUESTIONS]

@@ -253,6 +253,8 @@ def recorded(opened: Opened, *, checked: bool = True) -> dict[str, Any]:
     """quantkit.json of the source. A GGUF file may lie in the folder of another model. Raises
     QuantkitError, if it is to be ``checked``, for one that quantkit cannot have written."""
     record = opened.source.read_json(provenance.FILE) or {}
+    if opened.format == "gguf" and not _of_a_gguf(record):
+        return {}
     if checked:
         wrong = [p for p in _PARTS.split() if not isinstance(record.get(p) or {}, dict)]
         if not wrong and not isinstance((record.get("source") or {}).get("name", ""), str):
@@ -263,14 +265,16 @@ def recorded(opened: Opened, *, checked: bool = True) -> dict[str, Any]:
                 f"({wrong[0]} is {'no text' if '.' in wrong[0] else 'no object'})",
                 f"remove {provenance.FILE} there",
             )
-    if opened.format != "gguf":
-        return record
+    return record
+
+
+def _of_a_gguf(record: dict[str, Any]) -> bool:
     for part, key in (("conversion", "to"), ("settings", "format")):
         said = record.get(part)
         target = said.get(key) if isinstance(said, dict) else None
         if isinstance(target, str) and target.startswith("gguf"):
-            return record
-    return {}
+            return True
+    return False
 
 
 def gguf_file(source: Source, basename: str | None) -> Path | None:

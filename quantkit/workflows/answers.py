@@ -1,12 +1,14 @@
 """``quantkit generate --in FILE --out FILE``: every row of a file answered.
 
-Rows go through the model several at a time. What is done is recorded in OUT.partial after every
-batch, so that a run that was killed goes on there; OUT appears when all rows are done. A row that
-cannot be answered has the reason in its column ``error``, and the others go on.
+Rows go through the model several at a time. What is done is added to a file in OUT.partial after
+every batch, so that a run that was killed goes on there; OUT appears when all rows are done. A row
+that cannot be answered has the reason in its column ``error``, and the others go on.
 """
 
 import codecs
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +23,6 @@ from quantkit.core import table_file
 from quantkit.core.ledger import FILE, Ledger
 from quantkit.core.progress import Progress, Step
 from quantkit.core.sampling import Sampling
-from quantkit.core.source import Source
 from quantkit.core.table_file import Table
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import decode_cpu
@@ -34,6 +35,7 @@ from quantkit.runtime.torch_engine import TorchEngine
 from quantkit.workflows.generate import Wanted
 
 COLUMNS = ("answer", "finish_reason", "error")
+_DONE = "answers.jsonl"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _USUAL = ("question", "prompt", "instruction", "質問", table_file.TEXT)  # columns, if none is named
 
@@ -88,8 +90,8 @@ def answer_file(
         "revision": revision,
         "model_basename": model_basename,
     }
-    ledger = _ledger(partial, _fingerprint(model, loading, table, column, wanted))
-    done = dict(_recorded(ledger))
+    _claim(partial, _fingerprint(model, loading, table, column, wanted))
+    done = dict(_recorded(partial / _DONE))
     left = [row for row in range(len(table.rows)) if row not in done]
     if done:
         progress.note(f"{len(done)} rows are done already")
@@ -103,7 +105,7 @@ def answer_file(
                 started = perf_counter()
                 texts = {row: table.rows[row].get(column) for row in rows}
                 found = _answers(loaded, prompts, texts, wanted)
-                ledger.finish(str(rows[0]), {str(row): found[row] for row in rows})
+                _record(partial / _DONE, found)
                 done |= found
                 seconds = perf_counter() - started
                 progress.step(Step(index, len(parts), f"row {rows[-1] + 1}", None, seconds))
@@ -147,15 +149,12 @@ def _partial(out: Path, overwrite: bool) -> Path:
     return partial
 
 
-def _ledger(partial: Path, fingerprint: dict[str, Any]) -> Ledger:
-    """A run with other settings that has answered nothing (its model was not there) is none."""
-    try:
-        return Ledger(partial, fingerprint)
-    except UsageError:
-        if (Source(partial.name, partial).read_json(FILE) or {}).get("done"):
-            raise
-        (partial / FILE).unlink()
-        return Ledger(partial, fingerprint)
+def _claim(partial: Path, fingerprint: dict[str, Any]) -> None:
+    """Go on in a folder with answers of the same settings, or begin there: a run that has answered
+    nothing (its model was not there) is none. Raises UsageError for other settings."""
+    if not (partial / _DONE).exists():
+        (partial / FILE).unlink(missing_ok=True)
+    Ledger(partial, fingerprint)
 
 
 def _fingerprint(
@@ -183,10 +182,26 @@ def _weights(model: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _recorded(ledger: Ledger) -> Iterator[tuple[int, Record]]:
-    for part in ledger:
-        for row, record in ledger.report(part).items():
-            yield int(row), record
+def _record(file: Path, found: dict[int, Record]) -> None:
+    """Add the answers of a batch to those that are on the disk."""
+    with file.open("ab") as lines:
+        for row, record in found.items():
+            lines.write(json.dumps({"row": row, **record}).encode() + b"\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def _recorded(file: Path) -> Iterator[tuple[int, Record]]:
+    """The answers on the disk, whose last line a crash may have cut off: then it goes."""
+    if not file.exists():
+        return
+    text = file.read_bytes()
+    whole = text.rpartition(b"\n")[0] + b"\n" if b"\n" in text else b""
+    if whole != text:
+        os.truncate(file, len(whole))
+    for line in whole.splitlines():
+        record = json.loads(line)
+        yield record.pop("row"), record
 
 
 def _answers(

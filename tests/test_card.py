@@ -11,7 +11,10 @@ from quantkit import convert, quantize_awq, quantize_bnb, quantize_gguf, quantiz
 
 MAKERS = {
     "gptq": (None, {}),
-    "awq": (quantize_awq, {key: QUICK[key] for key in ("calib", "calib_seqlen", "check")}),
+    "awq": (
+        quantize_awq,
+        {key: QUICK[key] for key in ("calib", "calib_seqlen", "check")} | {"refine": "none"},
+    ),
     "rtn": (quantize_rtn, {}),
     "bnb": (quantize_bnb, {}),
     "gguf": (quantize_gguf, {"type": "q8_0"}),

@@ -77,7 +77,7 @@ def test_a_list_of_questions_to_a_branch_of_a_gptq_repository(hub, tmp_path):
 
 def test_awq_streaming_with_sampling_settings(tmp_path):
     quick = {name: value for name, value in QUICK.items() if name != "fast"}
-    quantkit.quantize_awq("demo", tmp_path / "awq", **quick)
+    quantkit.quantize_awq("demo", tmp_path / "awq", refine="none", **quick)
     loaded, tokenizer = quantkit.load(str(tmp_path / "awq"))
     settings = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1}
 

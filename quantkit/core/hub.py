@@ -62,6 +62,15 @@ def _entry(file: Any) -> Entry:
     return Entry(file.size, sha256, file.blob_id)
 
 
+def unsound() -> type[Exception]:
+    """What transformers raises for a config.json with fields of the wrong kind, or that contradict
+    each other: its configurations are checked by huggingface_hub."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    error: type[Exception] = StrictDataclassError
+    return error
+
+
 def is_path(text: str) -> bool:
     """Whether it can be the path of a file in a repository: relative, and fit to be shown."""
     return not _CONTROL.search(text) and not {"", ".", ".."} & set(text.split("/"))

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from quantkit.core import pinned
+from quantkit.core import hub, pinned
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors
@@ -63,7 +62,7 @@ def read_config(source: Source, described: dict[str, Any] | None = None) -> Pret
         if described is not None:
             return AutoConfig.for_model(**described)
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, OSError, hub.unsound()) as error:
         said = " ".join(str(error).split())  # some say it in two lines
         raise QuantkitError(f"the config.json of {source.name} is not usable ({said})") from error
 

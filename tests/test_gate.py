@@ -9,6 +9,7 @@ from tools import command, quantized, sentence
 from quantkit.errors import UsageError
 from quantkit.workflows import gate
 from quantkit.workflows.gate import DEFAULTS, Gate, Limit
+from quantkit.workflows.verify import verify
 
 MEASURED = {
     "kl": 0.1,
@@ -140,3 +141,12 @@ def test_a_share_is_no_percentage():
     with pytest.raises(UsageError) as caught:
         Gate.of(None, "95", None, False)
     assert caught.value.hint == "write 0.95"
+
+
+def test_one_text_is_one(tmp_path):
+    file = tmp_path / "held.txt"
+    file.write_text("The city lies at the river. " * 40, "utf-8")
+    found = verify(
+        str(quantized()), text=str(file), rows=1, seqlen=64, samples=False, write=False
+    ).described()
+    assert list(found["sets"]) == ["held"]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import data
+from quantkit.core.unicode import refuse_halves
 from quantkit.errors import QuantkitError, UsageError
 
 BUNDLED = ("en", "ja", "code", "chat")
@@ -194,13 +195,7 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
     text = document.text
     if document.messages is not None:
         text = "\n\n".join(message["content"] for message in document.messages)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise QuantkitError(
-            f"a text holds half a character ({text[:20].encode('utf-8', 'replace').decode()!r}...)",
-            "see that it is saved as UTF-8",
-        ) from error
+    refuse_halves(text)
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     if ids and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)

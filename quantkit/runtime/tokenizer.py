@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantkit.core.source import Source
+from quantkit.core.unicode import refuse_halves
 from quantkit.errors import QuantkitError
 
 
@@ -64,18 +65,6 @@ class Tokenizer:
         """The text of a token alone, special ones too; half a character is U+FFFD."""
         text: str = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return text
-
-
-def refuse_halves(text: str) -> None:
-    """Raises QuantkitError for a text that is no Unicode: with halves of characters that JSON can
-    spell, or what Python makes of bytes that are no UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise QuantkitError(
-            f"the text is no Unicode at character {error.start}",
-            "see that it is saved, or typed, as UTF-8",
-        ) from error
 
 
 def end_ids(own: Mapping[str, object], tokenizer: Any) -> frozenset[int]:

@@ -1,5 +1,6 @@
 """``quantkit compare``: several models against one original, ranked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ def compare(
     models: list[str] | tuple[str, ...],
     *,
     against: str | None = None,
-    text: list[str] | tuple[str, ...] = (),
+    text: str | Sequence[str] = (),
     rows: int = 16,
     seqlen: int = 512,
     samples: bool = True,
@@ -60,17 +61,7 @@ def compare(
     sources = [resolve(model) for model in models]
     refuse_engine(engine, sources)
     original = resolve(against) if against else recorded_original(sources[0])
-    bench = Bench(
-        original,
-        [text] if isinstance(text, str) else list(text),
-        rows,
-        seqlen,
-        samples,
-        device,
-        dtype,
-        limits,
-        engine,
-    )
+    bench = Bench(original, text, rows, seqlen, samples, device, dtype, limits, engine)
     found = bench.measure(sources, progress or Progress())
     _tell_apart(found, [str(model) for model in models])
     return Ranking(original.name, sorted(found, key=_loss))

@@ -5,7 +5,7 @@ The quantized model computes in the layers that it would be loaded into, so what
 will run. Only continuations of prompts need whole models, one at a time (see whole.py).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def verify(
     model: str,
     *,
     against: str | None = None,
-    text: list[str] | tuple[str, ...] = (),
+    text: str | Sequence[str] = (),
     rows: int = 16,
     seqlen: int = 512,
     samples: bool = True,
@@ -109,17 +109,7 @@ def verify(
     source = resolve(model, revision)
     refuse_engine(engine, [source])
     original = resolve(against) if against else recorded_original(source)
-    bench = Bench(
-        original,
-        [text] if isinstance(text, str) else list(text),
-        rows,
-        seqlen,
-        samples,
-        device,
-        dtype,
-        limits,
-        engine,
-    )
+    bench = Bench(original, text, rows, seqlen, samples, device, dtype, limits, engine)
     (result,) = bench.measure([source], progress or Progress())
     if write:
         verdict.write(result.described(), source, Path(model), result.notes)
@@ -155,7 +145,7 @@ class Bench:
     def __init__(
         self,
         original: Source,
-        text: list[str],
+        text: str | Sequence[str],
         rows: int,
         seqlen: int,
         samples: bool,
@@ -174,7 +164,8 @@ class Bench:
         if longest is not None and longest < seqlen:
             self._notes.append(f"rows are {longest} tokens, the longest that the model can take")
             seqlen = longest
-        sets = _texts(text, self.reference.tokenizer, rows, seqlen)
+        texts = [text] if isinstance(text, str) else list(text)
+        sets = _texts(texts, self.reference.tokenizer, rows, seqlen)
         limits.check_sets(sets)
         self._labels = [label for label, some in sets.items() for _ in some]
         self.reference.batches = [torch.tensor([row]) for some in sets.values() for row in some]
@@ -183,7 +174,7 @@ class Bench:
             "seqlen": seqlen,
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": provenance.machine(self._device),
-            "texts": [calibration.public_name(name) for name in text] or [card.HELD_OUT],
+            "texts": [calibration.public_name(name) for name in texts] or [card.HELD_OUT],
             "versions": provenance.versions(),
         }
 

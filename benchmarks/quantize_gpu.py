@@ -50,6 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantkit import data
 from quantkit.core.checkpoint import ShardWriter, TensorSpec
+from quantkit.core.profile import Profile
 from quantkit.core.progress import Progress, Step
 
 IDS = 8192  # what the tokenizer that is lent to the model knows
@@ -299,7 +300,8 @@ def _child(args: argparse.Namespace) -> None:
         options |= {"max_gpu_memory": args.low_memory, "max_memory": args.low_ram}
     if run in ("fast", "low"):
         options["fast"] = True
-    measured, steps = profile.start() if args.profile else None, _Steps()
+    measured = profile.start() if args.profile else None
+    steps = _Steps(measured)
     with _host_memory() as peak:
         carry = quantize_awq if run == "awq" else quantize
         report = carry(str(_source(args)), args.folder / "out", progress=steps, **options)
@@ -316,7 +318,7 @@ def _child(args: argparse.Namespace) -> None:
                 "blocks_s": round(sum(report.seconds.get(name, 0.0) for name in blocks), 2),
                 "each_block_s": steps.seconds,
                 "seconds": {name: round(spent, 2) for name, spent in report.seconds.items()},
-                "phases": {n: round(s, 2) for n, s in measured.seconds.items()} if measured else {},
+                "phases_per_block": steps.phases(),
                 "gpu_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
                 "gpu_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
                 "host_gb": round(peak[0] / 1e9, 2),
@@ -326,11 +328,15 @@ def _child(args: argparse.Namespace) -> None:
 
 
 class _Steps(Progress):
-    """The seconds of each block, of the last walk if there were several."""
+    """The seconds of each block, of the last walk if there were several; by phase, those of all but
+    the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, measured: Profile | None) -> None:
         self.seconds: list[float] = []
         self._since = 0.0
+        self._measured = measured
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
 
     def begin(self, title: str, total: int) -> None:
         self.seconds, self._since = [], time.perf_counter()
@@ -339,6 +345,19 @@ class _Steps(Progress):
         now = time.perf_counter()
         self.seconds.append(now - self._since)
         self._since = now
+        if self._measured:
+            self._last = dict(self._measured.seconds)
+            if len(self.seconds) == 1:
+                self._first = self._last
+
+    def phases(self) -> dict[str, float]:
+        """Seconds a block."""
+        count = len(self.seconds) - 1
+        return {
+            name: round((spent - self._first.get(name, 0.0)) / count, 4)
+            for name, spent in self._last.items()
+            if count
+        }
 
 
 class _host_memory:  # noqa: N801  (used like a function)

@@ -48,6 +48,7 @@ def objective(weight, hessian, q):
         (3, 48, True, "static", 1),
         (8, 96, False, "static", 0),
         (4, -1, True, "group", 1),
+        (4, 24, False, "static", 2),  # groups begin and end between the columns of a step
     ],
 )
 def test_solver_reaches_the_objective_of_float64(bits, group, symmetric, act_order, rounds):
@@ -60,7 +61,7 @@ def test_solver_reaches_the_objective_of_float64(bits, group, symmetric, act_ord
     exact = solve(weight.double(), hessian.double(), scheme, options).qweight
     found, expected = (objective(weight, hessian, q) for q in (fused, exact))
     assert found == pytest.approx(expected, rel=NEAR)
-    assert (fused.codes == exact.codes).float().mean() > 0.97
+    assert (fused.codes == exact.codes).float().mean() > 0.95  # TF32 tips scales, too
 
 
 @pytest.mark.parametrize(("tile", "out"), [(32, 70), (48, 5)])
@@ -70,8 +71,8 @@ def test_one_tile_is_rounded_as_torch_does(tile, out, ranged, monkeypatch):
     from quantkit.methods.scales import Grid
 
     generator = torch.Generator().manual_seed(1)
-    running, columns = (torch.randn(tile, out, generator=generator).to(DEVICE) for _ in range(2))
-    lower = torch.randn(tile, tile, generator=generator).to(DEVICE) / 8
+    passed, columns = (torch.randn(tile, out, generator=generator).to(DEVICE) for _ in range(2))
+    unit = torch.randn(tile, tile, generator=generator).to(DEVICE) / 8
     scale = (torch.rand(out, generator=generator).to(DEVICE) + 0.5) / 4
     low = torch.randint(-9, -5, (out,), generator=generator).float().to(DEVICE)
     grid = Grid(scale, low, low + 15) if ranged else Grid(scale, -8.0, 7.0)
@@ -79,7 +80,7 @@ def test_one_tile_is_rounded_as_torch_does(tile, out, ranged, monkeypatch):
     for kernels in (True, False):
         monkeypatch.setattr(fused, "usable", lambda tensor, on=kernels: on)
         levels, errors = torch.empty_like(columns), torch.empty_like(columns)
-        gptq._round_tile(running.clone(), columns, lower, grid, levels, errors)
+        gptq._round_tile(passed, 0, columns, unit, grid, slice(0, tile), levels, errors)
         results.append((levels, errors))
     same = (results[0][0] == results[1][0]).all(0)  # rows without a tie that fell otherwise
     assert same.float().mean() > 0.9
@@ -93,15 +94,16 @@ def test_search_finds_scales_as_good(symmetric, monkeypatch):
 
     weight, hessian = problem(out=70, width=32)
     target, curvature = weight.T.contiguous(), hessian + 0.01 * torch.eye(32, device=DEVICE)
+    root = torch.linalg.cholesky(curvature, upper=True)
     scheme = Scheme(4, 32, symmetric)
 
     def cost(grid):
         error = target - scales.nearest(target, grid) * grid.scale
         return (error * (curvature @ error)).sum(0)
 
-    found = cost(search.search(target, curvature, scheme, 1))
+    found = cost(search.search(target, root, scheme, 1))
     monkeypatch.setattr(fused, "usable", lambda tensor: False)
-    expected = cost(search.search(target, curvature, scheme, 1))
+    expected = cost(search.search(target, root, scheme, 1))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 

@@ -93,7 +93,8 @@ def choose_grid(weight, hessian, start, stop, scheme, options):
     if stop < len(hessian):
         later = hessian[start:stop, stop:]
         curvature = curvature - later @ torch.linalg.inv(hessian[stop:, stop:]) @ later.T
-    return search.search(shown, curvature, scheme, options.zero_min)
+    root = torch.linalg.cholesky(curvature, upper=True)
+    return search.search(shown, root, scheme, options.zero_min)
 
 
 @cache

@@ -13,6 +13,7 @@ import threading
 
 import pytest
 import torch
+from test_align import aligned_target
 from tools import model, read_json
 
 from quantkit.core import footprint, pinned
@@ -23,7 +24,7 @@ from quantkit.core.placed_file import PlacedFile
 from quantkit.core.source import resolve
 from quantkit.core.stats import Moments
 from quantkit.errors import QuantkitError
-from quantkit.methods import align, products, refine
+from quantkit.methods import products, refine
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import staging
 from quantkit.runtime.walk import Walk
@@ -292,8 +293,8 @@ def test_aligned_targets(problem):
     cross = (x @ lost.T).T @ x / len(x)
     exact = Moments(hessian.clone(), x.mean(0), cross, x.mean(0))
     ours = Moments(hessian.float(), x.mean(0).float(), cross.float(), x.mean(0).float())
-    expected = align.aligned_target(weight, exact, 0.5, 0.01) - weight
-    found = align.aligned_target(weight.float(), ours, 0.5, 0.01).double() - weight
+    expected = aligned_target(weight, exact, 0.5, 0.01) - weight
+    found = aligned_target(weight.float(), ours, 0.5, 0.01).double() - weight
     assert float((found - expected).norm() / expected.norm()) < 1e-3
     assert torch.equal(ours.gram, hessian.float())  # given back whole
 

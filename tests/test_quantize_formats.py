@@ -37,8 +37,8 @@ def test_one_group_is_no_row_and_zeros_in_the_middle_are_zeros(monkeypatch, tmp_
     """What a file reads back as is compared as what it was: shapes and numbers do not tell."""
     solve = gptq.solve
 
-    def middling(target, hessian, scheme, options):
-        found = solve(target, hessian, replace(scheme, symmetric=True), options)
+    def middling(weight, hessian, scheme, *others):
+        found = solve(weight, hessian, replace(scheme, symmetric=True), *others)
         return replace(found, qweight=fit.with_zeros(found.qweight))
 
     monkeypatch.setattr(gptq, "solve", middling)

@@ -13,15 +13,27 @@ calibration text: measured, KL on held-out text is lowest near a half).
 from torch import Tensor
 
 from quantkit.core.stats import Moments
-from quantkit.methods.factor import factored, solved
+from quantkit.methods.factor import solved
 
 
-def aligned_target(weight: Tensor, moments: Moments, fraction: float, damp: float) -> Tensor:
-    """``weight`` [out, in] float32 -> T, same shape. ``moments`` must carry ``cross``."""
-    assert moments.cross is not None
-    with factored(moments.gram, damp) as (energy, _):
-        correction = solved(moments.gram, energy, moments.cross.T)
-    return weight.add(correction.T, alpha=fraction)
+class Lost:
+    """P [out, in] and the ``fraction`` a of what it says was lost that a target is to make up for.
+    It is as large as the weight and used once: then its memory is let go of."""
+
+    def __init__(self, cross: Tensor, fraction: float) -> None:
+        self._cross: Tensor | None = cross
+        self.fraction = fraction
+
+    def taken(self) -> Tensor:
+        cross, self._cross = self._cross, None
+        assert cross is not None
+        return cross
+
+
+def correction(lost: Lost, hessian: Tensor, energy: Tensor, order: Tensor) -> Tensor:
+    """(T - W)^T [in, out], inputs in the ``order`` [in] that the factored ``hessian`` (factor.py)
+    has them in."""
+    return solved(hessian, energy, lost.taken().T[order]).mul_(lost.fraction)
 
 
 def corrected_bias(

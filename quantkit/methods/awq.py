@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.core.qweight import QWeight, Scheme
-from quantkit.methods import scales, search
+from quantkit.methods import factor, scales, search
 
 # (weight [rows, in], its Hessian [in, in]) -> the weight after rounding
 Rounding = Callable[[Tensor, Tensor], Tensor]
@@ -114,9 +114,8 @@ def rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, zero_min: int = 0) 
     width = scheme.width(len(columns))
     grids = []
     levels = torch.empty_like(columns)
-    for start in range(0, len(columns), width):
-        part = slice(start, start + width)
-        grid = search.search(columns[part], hessian[part, part], scheme, zero_min)
-        levels[part] = scales.nearest(columns[part], grid)
-        grids.append(grid)
+    for index, root in enumerate(factor.roots(hessian, width)):
+        part = slice(index * width, (index + 1) * width)
+        grids.append(search.search(columns[part], root, scheme, zero_min))
+        levels[part] = scales.nearest(columns[part], grids[-1])
     return scales.quantized(levels, scales.together(grids, torch.stack), scheme)

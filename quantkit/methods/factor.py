@@ -10,6 +10,7 @@ four.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,26 +27,84 @@ _WHOLE, _GPU_BLOCK = 8192, 1024
 _STRIP = 1024  # rows or columns that are moved at a time
 
 
+class Team(Protocol):
+    """``size`` processes that factor one matrix together, the ``rank``-th of them: each has all of
+    it, and computes some rows of every step."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def stacked(self, rows: Tensor) -> Tensor:
+        """As many rows [n, ...] of each: [size n, ...], the same for all."""
+
+
+class _Itself:
+    rank, size = 0, 1
+
+    def stacked(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+BY_ITSELF = _Itself()
+
+
 @contextmanager
-def factored(hessian: Tensor, damp: float) -> Iterator[tuple[Tensor, float]]:
+def factored(
+    hessian: Tensor, damp: float, team: Team = BY_ITSELF
+) -> Iterator[tuple[Tensor, float]]:
     """Factor ``hessian`` [in, in] in place, and give it back whole when this ends. Gives D [in] and
     the damping that it took, a fraction of the mean of the diagonal: where there is no factor it
     grows tenfold, up to that mean itself. Raises QuantkitError when not even that is enough."""
     mean = hessian.diagonal().mean()
     mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # of inputs that are always zero
     with phase("factor"):
-        while (energy := _factor(hessian, hessian.diagonal() + damp * mean)) is None:
-            if damp >= MAX_DAMP:
-                raise QuantkitError(
-                    "the Hessian has no factorisation, even with heavy damping",
-                    "calibrate with more or more varied text (--calib, --calib-rows)",
-                )
-            damp = min(MAX_DAMP, damp * 10)
+        while (energy := _factor(hessian, hessian.diagonal() + damp * mean, team)) is None:
+            damp = _more(damp)
     yield energy, damp
     _mirror(hessian)
 
 
-def _factor(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+def _more(damp: float) -> float:
+    if damp >= MAX_DAMP:
+        raise QuantkitError(
+            "the Hessian has no factorisation, even with heavy damping",
+            "calibrate with more or more varied text (--calib, --calib-rows)",
+        )
+    return min(MAX_DAMP, damp * 10)
+
+
+def roots(hessian: Tensor, size: int) -> Tensor:
+    """R with R^T R = the part of the Hessian [in, in] that each group of so many inputs has:
+    [groups, size, size]. A part may have no factor; each is damped by 1e-4 of its mean, or by more
+    where one needs it. Raises QuantkitError when not even much is enough."""
+    parts, damp = diagonal_blocks(hessian, size), 1e-4
+    mean = parts.diagonal(dim1=1, dim2=2).mean(1)
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # of inputs that are always zero
+    while True:
+        damped = parts.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damp * mean[:, None])
+        upper, failures = torch.linalg.cholesky_ex(damped, upper=True)
+        if not bool(failures.any()):
+            found: Tensor = upper.contiguous()
+            return found
+        damp = _more(damp)
+
+
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The square blocks along the diagonal of a matrix [n, n], in its own memory: [n / size, size,
+    size]."""
+    down, across = matrix.stride()
+    return matrix.as_strided(
+        (len(matrix) // size, size, size),
+        (size * (down + across), down, across),
+        matrix.storage_offset(),
+    )
+
+
+def _factor(matrix: Tensor, diagonal: Tensor, team: Team) -> Tensor | None:
     """D of the symmetric matrix that has this diagonal and, below it, the numbers of ``matrix``;
     above goes U. None when the matrix is not positive definite.
 
@@ -73,12 +132,16 @@ def _factor(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
         energy[own] = root.square()
         failures.append(failed)
         if start:
-            above = torch.addmm(matrix[own, :start].T, matrix[:start, behind], weighed.T, alpha=-1)
+            share = -(-start // team.size)
+            rows = slice(min(share * team.rank, start), min(share * (team.rank + 1), start))
+            above = matrix.new_zeros(share, stop - start)
+            mine = above[: rows.stop - rows.start].copy_(matrix[own, rows].T)
+            products.subtract(mine, matrix[rows, behind], weighed.T)
             above = torch.linalg.solve_triangular(upper.T, above, upper=False, left=False)
-            matrix[:start, own] = above.div_(root)
+            matrix[:start, own] = team.stacked(above.div_(root))[:start]
         block.copy_(block.tril().add_(upper.div_(root).triu(1)))
     sound = ~torch.stack(failures).any() & energy.isfinite().all()
-    return energy if bool(sound) else None
+    return energy if bool(team.stacked(sound[None].byte()).all()) else None
 
 
 def solved(unit: Tensor, energy: Tensor, right: Tensor) -> Tensor:

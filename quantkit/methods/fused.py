@@ -1,12 +1,12 @@
 """The column loops of gptq.py and refine.py, and the scale search of scales.py, as Triton kernels.
 
 A loop over 128 columns is 128 steps that each depend on the one before, and a handful of launches a
-step when written in torch. Here a program takes some rows of the weight and keeps all columns of a
-tile in registers; a step picks its column out of them and passes its error on to those behind it:
+step when written in torch. Here a program takes some rows of the weight and keeps a few columns of
+a tile in registers; a step picks its column out of them and passes its error on to those behind it:
 
-    running [tile, rows]      .  .  .  .        step j:  level_j = round(running_j / scale)
+    wanted [columns, rows]    .  .  .  .        step j:  level_j = round(wanted_j / scale)
                               j  j  j  j                 error_j = column_j - level_j * scale
-                              +  +  +  +                 running += lower[:, j] * error_j
+                              +  +  +  +                 wanted += unit[j, :] * error_j
 
 Rows do not depend on each other and every sum has a fixed order, so results are deterministic.
 Conventions as in gptq.py: [in, out], float32. Where Triton cannot be had, on GPUs before Ampere, or
@@ -23,9 +23,10 @@ from quantkit.core.qweight import Scheme
 from quantkit.methods import products, scales
 from quantkit.methods.scales import Grid
 
-_ROWS, _WARPS = 32, 1  # of a program of the column loops
-_SEARCH_ROWS, _SEARCH_WARPS = 64, 8
-_SYSTEM_ROWS, _SYSTEM_WARPS = 128, 8
+_ROWS, _STEP, _WARPS = 32, 16, 1  # of a program of the column loops
+_TILE = 64  # columns whose changes are passed on at once
+_SEARCH_ROWS, _SEARCH_WARPS = 64, 4
+_SYSTEM_ROWS, _SYSTEM_WARPS, _SYSTEM_STAGES = 128, 4, 2
 _SYSTEM_GROUPS = 16  # whose part of H is split at a time
 _GROUPS = (32, 64, 128)  # inputs of a group that programs can hold
 
@@ -46,63 +47,76 @@ def groupable(columns: Tensor, group: int) -> bool:
 
 
 def round_tile(
-    running: Tensor, columns: Tensor, lower: Tensor, grid: Grid, levels: Tensor, errors: Tensor
+    passed: Tensor,
+    at: int,
+    columns: Tensor,
+    unit: Tensor,
+    grid: Grid,
+    tile: slice,
+    levels: Tensor,
+    errors: Tensor,
 ) -> None:
     """What gptq._round_tile does."""
     from quantkit.methods import fused_kernels as kernels
 
-    tile, out = columns.shape
+    out, size = columns.shape[1], tile.stop - tile.start
     low, high, ranged = _range(grid, columns)
     kernels.round_tile[(-(-out // _ROWS),)](
-        running,
+        passed,
         columns,
-        lower,
+        unit,
         grid.scale,
         low,
         high,
         levels,
         errors,
         out,
-        tile=tile,
+        unit.stride(0),
+        tile.start,
+        at,
+        tile=size,
         RANGED=ranged,
-        TILE=_power(tile),
+        TILE=max(_STEP, _power(size)),
+        STEP=_STEP,
         ROWS=_ROWS,
         num_warps=_WARPS,
     )
 
 
-def polish_tile(
-    pulls: Tensor, own: Tensor, levels: Tensor, grid: Grid, first: int, width: int
+def polish_block(
+    pulls: Tensor, hessian: Tensor, levels: Tensor, grid: Grid, block: slice
 ) -> Tensor:
-    """What refine._polish_tile does, for the columns from ``first`` on; ``grid`` is that of all
-    groups, each ``width`` columns wide."""
+    """What refine._polish_block does."""
     from quantkit.methods import fused_kernels as kernels
 
-    tile, out = levels.shape
+    size, out = pulls.shape
+    width = len(hessian) // len(grid.scale)
     low, high, ranged = _range(grid, levels)
-    changes = torch.empty_like(levels)
-    kernels.polish_tile[(-(-out // _ROWS),)](
+    changes = torch.empty_like(pulls)
+    kernels.polish_block[(-(-out // _ROWS),)](
         pulls,
-        own.contiguous(),
-        1 / own.diagonal(),
+        hessian,
         grid.scale,
         low,
         high,
         levels,
         changes,
         out,
-        first,
+        hessian.stride(0),
+        block.start,
         width,
-        tile=tile,
+        ONE=width % _STEP == 0,
+        block=size,
         RANGED=ranged,
-        TILE=_power(tile),
+        TILE=_TILE,
+        STEP=_STEP,
         ROWS=_ROWS,
         num_warps=_WARPS,
     )
     return changes
 
 
-def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> Grid:
+def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int) -> Grid:
     """What search._search does."""
     from quantkit.methods import fused_kernels as kernels
 
@@ -110,7 +124,7 @@ def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> 
     scale, low = torch.empty_like(target[0]), torch.empty_like(target[0])
     kernels.search[(-(-out // _SEARCH_ROWS),)](
         target.contiguous(),
-        curvature.contiguous(),
+        root.contiguous(),
         scale,
         low,
         out,
@@ -154,6 +168,7 @@ def equations(hessian: Tensor, levels: Tensor, groups: int) -> Tensor:
             GROUPS=groups,
             GROUP=size,
             ROWS=_SYSTEM_ROWS,
+            STAGES=_SYSTEM_STAGES,
             num_warps=_SYSTEM_WARPS,
         )
     return system

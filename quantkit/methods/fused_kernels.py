@@ -30,58 +30,131 @@ def _bounds(low, high, place, inside, RANGED: tl.constexpr):
         return tl.load(low), tl.load(high)
 
 
+# Columns of a tile go STEP by STEP: these few stay in registers, where picking one of them and
+# passing its error on to the others takes a fraction of what it takes among 128. What all columns
+# before have to pass on is a product, and comes first. Everything is in units of levels there, so
+# that a step is as short as it can be: each waits for the one before.
+
+
 @triton.jit
 def round_tile(
-    running, columns, lower, scale, low, high, levels, errors,
-    out,
-    tile: tl.constexpr, RANGED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    passed, columns, unit, scale, low, high, levels, errors,
+    out, stride, first, at,
+    tile: tl.constexpr, RANGED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Round the columns of one tile in order. ``lower`` [tile, tile]: what an error (column) does
-    to the columns behind it (rows); one group, so ``scale`` is [out]."""
+    """Round the columns of one tile, from ``first`` on, in order. ``unit`` [in, in], rows
+    ``stride`` apart: what an error (row) does to the columns behind it. One group: ``scale`` is
+    [out]. What the tile is to take up is in ``passed`` from row ``at`` on."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out
-    index = tl.arange(0, TILE)
-    both = (index < tile)[:, None] & inside[None, :]
-    wanted = tl.load(running + index[:, None] * out + rows[None, :], both, other=0.0)
+    near, index = tl.arange(0, STEP), tl.arange(0, TILE)
     step = tl.load(scale + rows, inside, other=1.0)
-    inverse = 1 / step
+    inverse = (1 / step)[None, :]
     least, most = _bounds(low, high, rows, inside, RANGED)
-    for j in range(tile):
-        level = _within(_row(wanted, index, j) * inverse, least, most)
-        level = _whole(level)
-        column = tl.load(columns + j * out + rows, inside, other=0.0)
-        error = column - level * step
-        tl.store(levels + j * out + rows, level, inside)
-        tl.store(errors + j * out + rows, error, inside)
-        passed = tl.load(lower + index * tile + j, (index > j) & (index < tile), other=0.0)
-        wanted += passed[:, None] * error[None, :]
+    for start in range(0, tile, STEP):
+        own = first + start + near
+        present = start + near < tile
+        there = present[:, None] & inside[None, :]
+        place = own[:, None] * out + rows[None, :]
+        column = tl.load(columns + place, there, other=0.0)
+        wanted = tl.load(passed + place + (at - first) * out, there, other=0.0) + column
+        if start:
+            done = index < start
+            share = tl.load(
+                unit + (first + index)[None, :] * stride + own[:, None],
+                done[None, :] & present[:, None],
+                other=0.0,
+            )
+            before = tl.load(
+                errors + (first + index)[:, None] * out + rows[None, :],
+                done[:, None] & inside[None, :],
+                other=0.0,
+            )
+            wanted += tl.dot(share, before, input_precision="tf32")
+        wanted *= inverse
+        meant = column * inverse
+        level = wanted
+        for j in tl.static_range(STEP):
+            here = _whole(_within(_row(wanted, near, j), least, most))
+            lost = _row(meant, near, j) - here
+            level = tl.where(near[:, None] == j, here[None, :], level)
+            behind = (near > j) & present
+            share = tl.load(unit + (first + start + j) * stride + own, behind, other=0.0)
+            wanted += share[:, None] * lost[None, :]
+        tl.store(levels + place, level, there)
+        tl.store(errors + place, column - level * step[None, :], there)
+        tl.debug_barrier()
 
 
 @triton.jit
-def polish_tile(
-    pulls, own, inverse_stiffness, scale, low, high, levels, changes,
-    out, first, width,
-    tile: tl.constexpr, RANGED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+def polish_block(
+    pulls, hessian, scale, low, high, levels, changes,
+    out, stride, first, width,
+    ONE: tl.constexpr, block: tl.constexpr, RANGED: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Coordinate descent over the columns first..first+tile of groups that are ``width`` wide.
-    ``own`` [tile, tile] is the tile's part of the Hessian; ``scale`` [groups, out]."""
+    """Coordinate descent over the columns first..first+block of groups that are ``width`` wide;
+    ONE: STEP columns are always of one. ``hessian`` [in, in], rows ``stride`` apart; ``scale``
+    [groups, out]; ``pulls``, which is used up, and ``changes`` [block, out]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out
-    index = tl.arange(0, TILE)
-    both = (index < tile)[:, None] & inside[None, :]
-    pull = tl.load(pulls + index[:, None] * out + rows[None, :], both, other=0.0)
-    for j in range(tile):
-        place = ((first + j) // width) * out + rows
-        step = tl.load(scale + place, inside, other=1.0)
-        least, most = _bounds(low, high, place, inside, RANGED)
-        before = tl.load(levels + j * out + rows, inside, other=0.0)
-        move = _row(pull, index, j) * tl.load(inverse_stiffness + j) / step
-        level = _whole(_within(before + move, least, most))
-        change = (before - level) * step
-        tl.store(levels + j * out + rows, level, inside)
-        tl.store(changes + j * out + rows, change, inside)
-        passed = tl.load(own + j * tile + index, (index > j) & (index < tile), other=0.0)
-        pull += passed[:, None] * change[None, :]
+    near, index = tl.arange(0, STEP), tl.arange(0, TILE)
+    for start in range(0, block, STEP):
+        own = first + start + near
+        present = start + near < block
+        there = present[:, None] & inside[None, :]
+        here = (start + near)[:, None] * out + rows[None, :]
+        if start:
+            passed = tl.zeros([STEP, ROWS], tl.float32)
+            for begin in range(0, start, TILE):
+                before = begin + index
+                done = before < start
+                share = tl.load(
+                    hessian + own[:, None] * stride + (first + before)[None, :],
+                    done[None, :] & present[:, None],
+                    other=0.0,
+                )
+                change = tl.load(
+                    changes + before[:, None] * out + rows[None, :],
+                    done[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                passed = tl.dot(share, change, passed, input_precision="tf32")
+            passed += tl.load(pulls + here, there, other=0.0)
+            # through memory: else the steps below would change between the product's layout and
+            # one in which rows can be picked, each of them
+            tl.store(pulls + here, passed, there)
+            tl.debug_barrier()
+        pull = tl.load(pulls + here, there, other=0.0)
+        if ONE:
+            place = ((first + start) // width) * out + rows
+            step = tl.load(scale + place, inside, other=1.0)[None, :]
+            least, most = _bounds(low, high, place, inside, RANGED)
+        else:
+            place = (own // width)[:, None] * out + rows[None, :]
+            step = tl.load(scale + place, there, other=1.0)
+        give = 1 / tl.load(hessian + own * (stride + 1), present, other=1.0)
+        place_of_levels = own[:, None] * out + rows[None, :]
+        old = tl.load(levels + place_of_levels, there, other=0.0)
+        wanted = old + pull * give[:, None] / step
+        level = wanted
+        for j in tl.static_range(STEP):
+            if not ONE:
+                place = ((first + start + j) // width) * out + rows
+                least, most = _bounds(low, high, place, inside & (start + j < block), RANGED)
+            new = _whole(_within(_row(wanted, near, j), least, most))
+            moved = _row(old, near, j) - new
+            level = tl.where(near[:, None] == j, new[None, :], level)
+            behind = (near > j) & present
+            share = tl.load(hessian + (first + start + j) * stride + own, behind, other=0.0) * give
+            if ONE:
+                wanted += share[:, None] * moved[None, :]
+            else:
+                wanted += share[:, None] * (moved * _row(step, near, j))[None, :] / step
+        tl.store(levels + place_of_levels, level, there)
+        tl.store(changes + here, (old - level) * step, there)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -108,14 +181,14 @@ def _candidate(
 
 @triton.jit
 def _consider(
-    factor, direction, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
+    factor, direction, x, root, floor, reach, best, shrink, side, middle, top, zero_min,
     SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """The best of the candidates so far and one more, for every row: its cost, factor and sign."""
     s, least, most = _candidate(floor, reach, factor, direction, middle, top, zero_min, SYMMETRIC)
-    level = _whole(_within(x / s[None, :], least[None, :], most[None, :]))
-    error = level * s[None, :] - x
-    cost = tl.sum(tl.dot(k, error, input_precision="tf32x3") * error, 0)
+    level = _whole(_within(x * (1 / s)[:, None], least[:, None], most[:, None]))
+    lost = tl.dot(level * s[:, None] - x, root, input_precision="tf32")
+    cost = tl.sum(lost * lost, 1)
     better = cost < best
     best = tl.where(better, cost, best)
     return best, tl.where(better, factor, shrink), tl.where(better, direction, side)
@@ -123,42 +196,43 @@ def _consider(
 
 @triton.jit
 def search(
-    target, curvature, scale, low,
+    target, root, scale, low,
     out, middle, top, zero_min, start, step,
     FINE_0: tl.constexpr, FINE_1: tl.constexpr, FINE_2: tl.constexpr, FINE_3: tl.constexpr,
     COARSE: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The scale [out] (and the lowest level [out]) with the least e^T K e of every row, among the
-    candidates of search._search. ``target`` [group, out], ``curvature`` [group, group]."""
+    """The scale [out] (and the lowest level [out]) with the least |R e|^2 of every row, among the
+    candidates of search._search. ``target`` [group, out], ``root`` R [group, group]. Rows of the
+    weight are rows here, too: errors then go into the product from where they are computed."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out
     index = tl.arange(0, GROUP)
-    x = tl.load(target + index[:, None] * out + rows[None, :], inside[None, :], other=0.0)
-    k = tl.load(curvature + index[:, None] * GROUP + index[None, :])
+    x = tl.trans(tl.load(target + index[:, None] * out + rows[None, :], inside[None, :], other=0.0))
+    r = tl.trans(tl.load(root + index[:, None] * GROUP + index[None, :]))
     if SYMMETRIC:
         floor = tl.zeros([ROWS], tl.float32)
-        reach = tl.max(tl.abs(x), 0)
+        reach = tl.max(tl.abs(x), 1)
     else:
-        floor = tl.minimum(tl.min(x, 0), 0.0)
-        reach = tl.maximum(tl.max(x, 0), 0.0)
+        floor = tl.minimum(tl.min(x, 1), 0.0)
+        reach = tl.maximum(tl.max(x, 1), 0.0)
     one = tl.full([ROWS], 1.0, tl.float32)
     best, shrink, side = one * float("inf"), one, one
     for i in range(COARSE):
         factor = one * (start + i * step)
         best, shrink, side = _consider(
-            factor, one, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
+            factor, one, x, r, floor, reach, best, shrink, side, middle, top, zero_min,
             SYMMETRIC,
         )  # fmt: skip
         if SYMMETRIC:
             best, shrink, side = _consider(
-                factor, -one, x, k, floor, reach, best, shrink, side, middle, top, zero_min,
+                factor, -one, x, r, floor, reach, best, shrink, side, middle, top, zero_min,
                 SYMMETRIC,
             )  # fmt: skip
     centre = shrink
     for i in tl.static_range(4):
         offset = FINE_0 if i == 0 else FINE_1 if i == 1 else FINE_2 if i == 2 else FINE_3
         best, shrink, side = _consider(
-            centre + offset * step, side, x, k, floor, reach, best, shrink, side, middle, top,
+            centre + offset * step, side, x, r, floor, reach, best, shrink, side, middle, top,
             zero_min, SYMMETRIC,
         )  # fmt: skip
     s, least, _ = _candidate(floor, reach, shrink, side, middle, top, zero_min, SYMMETRIC)
@@ -170,7 +244,7 @@ def search(
 def equations(
     high, low, levels, system,
     out, stride, first,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L_g^T H L_h [groups, groups, out] for one g and all h up to it. ``levels`` [width, out];
     ``high`` + ``low`` are the columns of H from group ``first`` on, rows ``stride`` apart; all
@@ -182,14 +256,13 @@ def equations(
     columns = tl.program_id(1) * GROUP + index
     at = (g * GROUP + index)[:, None] * out + rows[None, :]
     own = tl.load(levels + at, inside[None, :], other=0.0)
-    for h in range(GROUPS):
-        if h <= g:
-            others = h * GROUP + index
-            place = others[:, None] * stride + columns[None, :]
-            pull = tl.dot(tl.load(high + place), own)
-            pull = tl.dot(tl.load(low + place), own, pull)
-            at = others[:, None] * out + rows[None, :]
-            other = tl.load(levels + at, inside[None, :], other=0.0)
-            total = tl.sum(pull * other.to(tl.float32), 0)
-            tl.store(system + (g * GROUPS + h) * out + rows, total, inside)
-            tl.store(system + (h * GROUPS + g) * out + rows, total, inside)
+    for h in tl.range(0, g + 1, num_stages=STAGES):
+        others = h * GROUP + index
+        place = others[:, None] * stride + columns[None, :]
+        pull = tl.dot(tl.load(high + place), own)
+        pull = tl.dot(tl.load(low + place), own, pull)
+        at = others[:, None] * out + rows[None, :]
+        other = tl.load(levels + at, inside[None, :], other=0.0)
+        total = tl.sum(pull * other.to(tl.float32), 0)
+        tl.store(system + (g * GROUPS + h) * out + rows, total, inside)
+        tl.store(system + (h * GROUPS + g) * out + rows, total, inside)

@@ -34,8 +34,8 @@ from torch import Tensor
 from quantkit.core.profile import phase
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import UsageError
-from quantkit.methods import fused, products, refine, scales, search
-from quantkit.methods.factor import MAX_DAMP, factored, permute
+from quantkit.methods import align, fused, products, refine, scales, search
+from quantkit.methods.factor import BY_ITSELF, MAX_DAMP, Team, diagonal_blocks, factored, permute
 from quantkit.methods.scales import Grid
 
 ActOrder = Literal["static", "none", "group"]
@@ -72,40 +72,59 @@ class Options:
 
 @dataclass(frozen=True)
 class Solution:
-    """``qweight``; the ``damp`` that the factorisation needed; how many inputs were ``dead``."""
+    """``qweight``; the ``target`` [out, in] that it comes near to; the ``damp`` that the
+    factorisation needed; how many inputs were ``dead``."""
 
     qweight: QWeight
+    target: Tensor
     damp: float
     dead: int
 
 
-def solve(target: Tensor, hessian: Tensor, scheme: Scheme, options: Options) -> Solution:
-    """Round ``target`` [out, in] under ``hessian`` [in, in], both float32 (or both float64: all
-    computation is done in their dtype). The work is done in the Hessian's own memory; in the end it
-    is as it was.
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    options: Options,
+    lost: align.Lost | None = None,
+    team: Team = BY_ITSELF,
+) -> Solution:
+    """Round ``weight`` [out, in], or what makes up for ``lost``, under ``hessian`` [in, in], both
+    float32 (or both float64: all computation is done in their dtype). The work is done in the
+    Hessian's own memory; in the end it is as it was. A ``team`` has the same Hessian, and factors
+    it together.
 
     Raises QuantkitError when the Hessian cannot be factored at any damping, UsageError when the
     group does not divide the input width.
     """
-    scheme.groups(target.shape[1])
+    scheme.groups(weight.shape[1])
     energy = hessian.diagonal().clone()
     alive = energy > 0
     dead = len(alive) - int(alive.sum())
     revived = _revived(energy, alive) if dead else energy
     order = visiting_order(revived, scheme, options.act_order)
-    columns = target.T[order].contiguous()
     hessian.diagonal().copy_(revived)
     permute(hessian, order)
-    with factored(hessian, options.damp) as (weight, damp), phase("round"):
-        levels, grid = _Rounding(columns, hessian, weight, scheme, options).run()
+    with factored(hessian, options.damp, team) as (factors, damp):
+        with phase("align"):
+            missing = align.correction(lost, hessian, factors, order) if lost else None
+        columns = weight.T[order].contiguous()
+        if missing is not None:
+            columns += missing
+        del missing
+        with phase("round"):
+            levels, grid = _Rounding(columns, hessian, factors, scheme, options).run()
     if options.rounds:
         hessian.diagonal().add_(damp * revived.mean())
         with phase("refine"):
             grid = refine.refined(columns, hessian, levels, grid, options.rounds)
+    back = torch.argsort(order)
+    target = columns[back].T if lost else weight
     del columns
     hessian.diagonal().copy_(energy[order])
-    permute(hessian, torch.argsort(order))
-    return Solution(_assemble(levels, grid, order, scheme, options.act_order), damp, dead)
+    permute(hessian, back)
+    qweight = _assemble(levels, grid, order, scheme, options.act_order)
+    return Solution(qweight, target, damp, dead)
 
 
 def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +173,7 @@ class _Rounding:
         self.columns, self.unit, self.weight = columns, unit, weight
         self.scheme, self.options = scheme, options
         self.group = scheme.width(columns.shape[0])
+        self._inverses, self._roots = self._of_groups()
         self.errors = torch.empty_like(columns)  # columns - what they became, for the columns done
         self.levels = torch.empty_like(columns)
 
@@ -165,8 +185,9 @@ class _Rounding:
             stop = min(start + self._step(group), width)
             passed = self._passed(start, stop)
             for first in range(start, stop, group):
-                grids.append(self._choose_grid(first, passed[first - start :][:group]))
-                self._round_group(first, passed[first - start :], grids[-1])
+                rest = passed[first - start :]
+                grids.append(self._choose_grid(first, rest))
+                self._round_group(first, rest, grids[-1])
         return self.levels, scales.together(grids, torch.stack)
 
     def _step(self, group: int) -> int:
@@ -192,45 +213,55 @@ class _Rounding:
                     products.add(passed[start:end], self.unit[done, block].T, self.errors[done])
             tile = slice(first + start, first + stop)
             _round_tile(
-                passed[start:stop].add_(self.columns[tile]),
-                self.columns[tile],
-                self.unit[tile, tile].T.contiguous(),
-                grid,
-                self.levels[tile],
-                self.errors[tile],
+                passed, start, self.columns, self.unit, grid, tile, self.levels, self.errors
             )
             if stop < end:
                 behind = slice(first + stop, first + end)
                 products.add(passed[stop:end], self.unit[tile, behind].T, self.errors[tile])
 
     def _choose_grid(self, first: int, passed: Tensor) -> Grid:
-        """The grid of the group that begins at column ``first``. The published algorithm sees
-        weights that already make up for all earlier errors; with p = ``passed`` they are
-        w + p (I + M)^-1, M the group's own strictly upper part, and their curvature is
-        (I + M) D (I + M)^T."""
-        group = slice(first, first + self.group)
-        own = self.unit[group, group].triu(1)
-        own.diagonal().fill_(1.0)
-        shown = torch.linalg.solve_triangular(own.T, passed, upper=False, unitriangular=True)
-        shown += self.columns[group]
+        """The grid of the group that begins at column ``first``, where ``passed`` does. The
+        published algorithm sees weights that already make up for all earlier errors; with p =
+        ``passed`` they are w + p (I + M)^-1."""
+        index = first // self.group
+        shown = self.columns[first : first + self.group]
+        if first:
+            shown = torch.addmm(shown, self._inverses[index].T, passed[: self.group])
         if not self.options.search:
             return scales.from_range(shown, self.scheme, self.options.zero_min)
-        curvature = (own * self.weight[group]) @ own.T
-        return search.search(shown, curvature, self.scheme, self.options.zero_min)
+        return search.search(shown, self._roots[index], self.scheme, self.options.zero_min)
+
+    def _of_groups(self) -> tuple[Tensor, Tensor]:
+        """For every group [groups, group, group], M its own strictly upper part: (I + M)^-1, and a
+        root of the curvature (I + M) D (I + M)^T that its errors have."""
+        own = diagonal_blocks(self.unit, self.group).triu(1)
+        own.diagonal(dim1=1, dim2=2).fill_(1.0)
+        inverses = own[:0]
+        if len(own) > 1:  # the first one has nothing to take up
+            one = torch.eye(self.group, dtype=own.dtype, device=own.device)
+            inverses = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True)
+        own.mul_(self.weight.sqrt().reshape(-1, 1, self.group))
+        return inverses, own.mT.contiguous()
 
 
 def _round_tile(
-    running: Tensor, columns: Tensor, lower: Tensor, grid: Grid, levels: Tensor, errors: Tensor
+    passed: Tensor,
+    at: int,
+    columns: Tensor,
+    unit: Tensor,
+    grid: Grid,
+    tile: slice,
+    levels: Tensor,
+    errors: Tensor,
 ) -> None:
-    """Round the columns of one tile in order, into ``levels`` and ``errors`` (all [tile, out]).
-
-    ``running`` already makes up for the tiles before; ``lower`` [tile, tile] is the tile's own part
-    of U, transposed.
-    """
+    """Round the ``columns`` [in, out] of one tile, in order, into ``levels`` and ``errors``. What
+    they are to take up of the tiles before is in ``passed`` [n, out] from row ``at`` on."""
     if fused.usable(columns):
-        return fused.round_tile(running, columns, lower, grid, levels, errors)
-    inverse = 1 / grid.scale
-    for j in range(columns.shape[0]):
+        return fused.round_tile(passed, at, columns, unit, grid, tile, levels, errors)
+    columns, levels, errors = columns[tile], levels[tile], errors[tile]
+    running = columns + passed[at : at + len(columns)]
+    inverse, lower = 1 / grid.scale, unit[tile, tile].T.contiguous()
+    for j in range(len(columns)):
         wanted = running[j]
         if j:
             wanted = torch.addmv(wanted, errors[:j].T, lower[j, :j])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.core.profile import phase
 from quantkit.methods import fused
-from quantkit.methods.products import Factor, add, splits, times, times_whole
+from quantkit.methods.products import Factor, splits, times, times_whole
 from quantkit.methods.scales import Grid, stored
 
 TILE, BLOCK = 128, 512  # columns whose changes are passed on one by one, and in small products
@@ -101,22 +101,33 @@ def polish(columns: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> None
     """One sweep of coordinate descent: each level in turn becomes the best one given all others.
     Changes ``levels`` in place."""
     width, out = levels.shape
-    group = width // grid.scale.shape[0]
+    group = width // len(grid.scale)
     rounded = (levels.reshape(-1, group, out) * grid.scale[:, None]).reshape(width, out)
     errors = Factor(torch.sub(columns, rounded, out=rounded))
     for first in range(0, width, BLOCK):
         block = slice(first, min(first + BLOCK, width))
         pulls = times(hessian[block], errors)
-        own, levels_here = hessian[block, block], levels[block]
-        changes = torch.empty_like(pulls)
-        for start in range(0, len(pulls), TILE):
-            tile, behind = slice(start, start + TILE), slice(start + TILE, None)
-            changes[tile] = _polish_tile(
-                pulls[tile], own[tile, tile], levels_here[tile], grid, first + start, group
-            )
-            if len(pulls[behind]):
-                add(pulls[behind], own[behind, tile], changes[tile])
-        errors.update(block, changes)
+        errors.update(block, _polish_block(pulls, hessian, levels, grid, block))
+
+
+def _polish_block(
+    pulls: Tensor, hessian: Tensor, levels: Tensor, grid: Grid, block: slice
+) -> Tensor:
+    """Some columns: changes their ``levels``, returns the changes of their errors [n, out].
+    ``pulls`` [n, out]: their rows of the Hessian times all errors, before any change."""
+    if fused.usable(levels):
+        return fused.polish_block(pulls, hessian, levels, grid, block)
+    own, levels = hessian[block, block], levels[block]
+    group = len(hessian) // len(grid.scale)
+    changes = torch.empty_like(pulls)
+    for start in range(0, len(pulls), TILE):
+        tile, behind = slice(start, start + TILE), slice(start + TILE, None)
+        changes[tile] = _polish_tile(
+            pulls[tile], own[tile, tile], levels[tile], grid, block.start + start, group
+        )
+        if len(pulls[behind]):
+            pulls[behind].addmm_(own[behind, tile], changes[tile])
+    return changes
 
 
 def _polish_tile(
@@ -129,8 +140,6 @@ def _polish_tile(
     tile's own part of the Hessian. Given all others, column j is best at a distance of
     pull_j / own_jj from where it is.
     """
-    if fused.usable(levels):
-        return fused.polish_tile(pulls, own, levels, grid, first, width)
     changes = torch.empty_like(pulls)
     stiffness = own.diagonal().tolist()
     inverse = 1 / grid.scale

@@ -13,26 +13,29 @@ from quantkit.methods.scales import COARSE, FINE, SHRINK, STEP, Grid, Range, tog
 _AT_ONCE = 1024  # rows of the weight searched at once on a CPU, to stay in its caches
 
 
-def search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
-    """The grid with the least ``e^T K e`` per row, e = target - rounded target.
+def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
+    """The grid with the least ``|R e|^2`` per row, e = target - rounded target.
 
-    ``curvature`` K is [group, group], positive definite. For GPTQ it is the group's Hessian given
-    that the columns still to come will make up for the error as well as they can. A coarse pass
-    over range factors (and, when symmetric, both signs of the scale), then a finer one around each
-    row's best.
+    ``root`` R is [group, group], R^T R the curvature of the loss. For GPTQ that is the group's
+    Hessian given that the columns still to come will make up for the error as well as they can. A
+    coarse pass over range factors (and, when symmetric, both signs of the scale), then a finer one
+    around each row's best.
+
+    A sum of squares needs few digits of its terms, where the same number as e^T (R^T R e) is a
+    difference of large ones: GPUs multiply with 11 bits here.
     """
     if fused.groupable(target, target.shape[0]):
-        return fused.search(target, curvature, scheme, zero_min)
+        return fused.search(target, root, scheme, zero_min)
     if target.is_cuda or target.shape[1] <= _AT_ONCE:
-        return _search(target, curvature, scheme, zero_min)
+        return _search(target, root, scheme, zero_min)
     parts = [
-        _search(part.contiguous(), curvature, scheme, zero_min)
+        _search(part.contiguous(), root, scheme, zero_min)
         for part in torch.split(target, _AT_ONCE, 1)
     ]
     return together(parts, torch.cat)
 
 
-def _search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) -> Grid:
+def _search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int) -> Grid:
     span = Range(target, scheme, zero_min)
     best = torch.full_like(target[0], float("inf"))
     shrink, sign = torch.ones_like(best), torch.ones_like(best)
@@ -44,7 +47,7 @@ def _search(target: Tensor, curvature: Tensor, scheme: Scheme, zero_min: int) ->
         torch.mul(target, 1 / grid.scale, out=level)
         grid.clamp(level.round_())
         torch.addcmul(opposite, level, grid.scale, out=error)
-        cost = torch.mm(curvature, error, out=pull).mul_(error).sum(0)
+        cost = torch.mm(root, error, out=pull).square_().sum(0)
         better = cost < best
         torch.where(better, cost, best, out=best)
         torch.where(better, torch.as_tensor(factor, dtype=best.dtype), shrink, out=shrink)

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device
@@ -166,6 +167,16 @@ class Ranks:
                         dist.all_reduce(tensor)
             stats.count = sum(count for count, _ in told)
 
+    def stacked(self, rows: Tensor) -> Tensor:
+        """As many rows [n, ...] of each rank, where the ranks' tensors are: [size n, ...]."""
+        if self.size == 1:
+            return rows
+        rows = rows.contiguous()
+        found = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        with self._together():
+            dist.all_gather_into_tensor(found, rows)
+        return found
+
     def from_first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on the first rank; the others wait for as long as it takes."""
         value = work() if self.first else None
@@ -215,7 +226,8 @@ class Ranks:
     def _together(self) -> Iterator[None]:
         """What collectives raise when a rank is lost, as a sentence."""
         try:
-            yield
+            with phase("exchange"):
+                yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -17,6 +17,8 @@ from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.errors import UsageError
 from quantkit.methods import awq, gptq
+from quantkit.methods.align import Lost
+from quantkit.methods.factor import BY_ITSELF, Team
 from quantkit.runtime import folding, gather
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
@@ -127,11 +129,19 @@ class Awq:
             return {}
         return solve_group(portion, moments, self.gptq, self.rounding, method)
 
-    def rounding(self, target: Tensor, hessian: Tensor, scheme: Scheme) -> gptq.Solution:
+    def rounding(
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        scheme: Scheme,
+        lost: Lost | None = None,
+        team: Team = BY_ITSELF,
+    ) -> gptq.Solution:
         if self.refine == "gptq":
-            return self.gptq.rounding(target, hessian, scheme)
-        qweight = awq.rounded(target, hessian, scheme, self.gptq.options.zero_min)
-        return gptq.Solution(qweight, 0.0, int((hessian.diagonal() <= 0).sum()))
+            return self.gptq.rounding(weight, hessian, scheme, lost, team)
+        assert lost is None  # only GPTQ's targets are aligned
+        qweight = awq.rounded(weight, hessian, scheme, self.gptq.options.zero_min)
+        return gptq.Solution(qweight, weight, 0.0, int((hessian.diagonal() <= 0).sum()))
 
     def _scale(
         self,

@@ -26,6 +26,8 @@ from quantkit.core.profile import phase
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.methods import align, gptq, rtn
+from quantkit.methods.align import Lost
+from quantkit.methods.factor import BY_ITSELF, Team
 from quantkit.runtime import gather
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
@@ -33,8 +35,8 @@ from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows.method import Originals, Outcome, Solved, put
 from quantkit.workflows.portions import Portion, Portions
 
-# target [out, in], Hessian [in, in], scheme -> the rounded target
-Rounding = Callable[[Tensor, Tensor, Scheme], gptq.Solution]
+# weight [out, in], Hessian [in, in], scheme, what its target makes up for, who shares the Hessian
+Rounding = Callable[[Tensor, Tensor, Scheme, Lost | None, Team], gptq.Solution]
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,15 @@ class Gptq:
             "tokens_per_input": self.tokens_per_input or "all",
         }
 
-    def rounding(self, target: Tensor, hessian: Tensor, scheme: Scheme) -> gptq.Solution:
-        return gptq.solve(target, hessian, scheme, self.options)
+    def rounding(
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        scheme: Scheme,
+        lost: Lost | None = None,
+        team: Team = BY_ITSELF,
+    ) -> gptq.Solution:
+        return gptq.solve(weight, hessian, scheme, self.options, lost, team)
 
     def solve(
         self,
@@ -104,7 +113,8 @@ def solve_block(
     block's outputs; ``quantized``, None when there is no alignment, stays where it is. The block is
     left quantized.
     """
-    traced = ranks.share(block.trace(full[0]) if ranks.first else None)
+    with phase("trace"):
+        traced = ranks.share(block.trace(full[0]) if ranks.first else None)
     groups = [g for group in traced if (g := group.only(originals.schemes))]
     zero_min = settings.options.zero_min
     widest = max((group.width for group in groups), default=1)
@@ -147,8 +157,9 @@ def _solve_groups(
 
 def fill(block: Block, solved: dict[str, Solved]) -> dict[str, Solved]:
     """Put what was solved into the block."""
-    for name, result in solved.items():
-        put(block, name, result.qweight, result.bias)
+    with phase("put"):
+        for name, result in solved.items():
+            put(block, name, result.qweight, result.bias)
     return solved
 
 
@@ -188,26 +199,26 @@ def solve_group(
     kinds: dict[tuple[Scheme, bool], list[str]] = {}
     for name in portion.rows:
         kinds.setdefault((originals.schemes[name], name in originals.plain), []).append(name)
-    targets = {
-        (scheme, plain): _target(originals, names, moments, settings, plain)
-        for (scheme, plain), names in kinds.items()
-    }
-    moments = replace(moments, cross=None)  # as large as the weights, and of no more use
+    lost = None if moments.cross is None else Lost(moments.cross, settings.align)
+    moments = replace(moments, cross=None)  # as large as the weights, and soon of no more use
     results = {}
     for (scheme, plain), names in kinds.items():
-        target, sizes = targets.pop((scheme, plain))
+        weights = [originals.weight(name) for name in names]
+        sizes = [len(weight) for weight in weights]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        del weights
         if plain:
-            qweight = rtn.quantize(target, scheme, settings.options.zero_min, signed=True)
-            solution = gptq.Solution(qweight, 0.0, 0)
+            qweight = rtn.quantize(weight, scheme, settings.options.zero_min, signed=True)
+            solution = gptq.Solution(qweight, weight, 0.0, 0)
         else:
-            solution = rounding(target, moments.gram, scheme)
+            solution = rounding(weight, moments.gram, scheme, lost, portion.team)
         stop = 0
         for name, size in zip(names, sizes):
             start, stop = stop, stop + size
             qweight = solution.qweight.rows(start, stop)
-            rounded = qweight.dequantize()
+            rounded, target = qweight.dequantize(), solution.target[start:stop]
             with phase("error"):
-                error, energy = gptq.relative_error(target[start:stop], rounded, moments.gram)
+                error, energy = gptq.relative_error(target, rounded, moments.gram)
             bias = originals.bias(name)
             if bias is not None and moments.centred:
                 weight = originals.weight(name)
@@ -217,19 +228,6 @@ def solve_group(
                 qweight, _stored(bias), error, energy, solution.damp, solution.dead, told
             )
     return results
-
-
-def _target(
-    originals: Originals, names: list[str], moments: Moments, settings: Gptq, plain: bool
-) -> tuple[Tensor, list[int]]:
-    """What linears are rounded towards, one above the other, and how many rows each has."""
-    weights = [originals.weight(name) for name in names]
-    sizes = [len(weight) for weight in weights]
-    target = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if moments.cross is not None and not plain:
-        with phase("align"):
-            target = align.aligned_target(target, moments, settings.align, settings.options.damp)
-    return target, sizes
 
 
 def corrects(group: InputGroup, originals: Originals, settings: Gptq) -> bool:

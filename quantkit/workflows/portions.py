@@ -2,9 +2,8 @@
 
 Rows of a weight do not depend on each other once the Hessian of their inputs is there. So each rank
 takes the same share of the rows of every linear, and their times differ little, whatever a row may
-cost. Each of them factors the Hessian for itself: the largest one is most of that work in a block,
-and waiting for a rank that has it would take as long. Only groups that are a small part of a block
-(one of a hundred experts) are not divided: each goes to the rank that has least to do.
+cost. The Hessian they factor together, each with all of it. Only groups that are a small part of a
+block (one of a hundred experts) are not divided: each goes to the rank that has least to do.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from quantkit.core.qweight import stacked
 from quantkit.core.stats import Moments
 from quantkit.errors import QuantkitError
 from quantkit.methods import gptq
+from quantkit.methods.factor import BY_ITSELF, Team
 from quantkit.runtime.ranks import Ranks
 from quantkit.runtime.walk import Block, InputGroup, features
 from quantkit.workflows.method import Originals, Solved
@@ -27,10 +27,12 @@ _GRAIN = 32  # rows are divided in whole numbers of these
 
 @dataclass(frozen=True)
 class Portion:
-    """``rows`` of a group's linears, and the ``originals`` of just these rows."""
+    """``rows`` of a group's linears, and the ``originals`` of just these rows; the ``team`` that
+    has others of the group."""
 
     rows: Mapping[str, slice]
     originals: Originals
+    team: Team = BY_ITSELF
 
     def moments(self, whole: Moments) -> Moments:
         """Those that concern the rows. Only linears that are alone in their group have any that
@@ -65,7 +67,14 @@ class Portions:
             for name, out in self._outs[group].items()
             if (some := share(out, at, len(owners)))
         }
-        return Portion(rows, _cut(originals, rows)) if rows else None
+        return Portion(rows, _cut(originals, rows), self._team(group)) if rows else None
+
+    def _team(self, group: InputGroup) -> Team:
+        """All ranks, where all of them have rows of all linears, and so do the same."""
+        count, outs = self._ranks.size, self._outs[group].values()
+        everyone = len(self.owners[group]) == count
+        busy = all(share(out, at, count) for out in outs for at in range(count))
+        return self._ranks if everyone and busy else BY_ITSELF
 
     def together(self, solved: dict[str, Solved]) -> dict[str, Solved]:
         """What all ranks have solved, the same on each."""

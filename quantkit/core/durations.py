@@ -12,7 +12,7 @@ from quantkit.core.footprint import Block, Run, Shapes
 # Shares of the nominal speed that are reached. What one step of a column loop costs on a GPU: in
 # kernel launches (eight of them at 10 us), or in a kernel that takes 128 columns (measured).
 _HALF_SHARE, _SINGLE_SHARE, _MEMORY_SHARE = 0.5, 0.6, 0.6
-_COLUMN_ON_GPU, _COLUMN_FUSED = 8e-5, 1.5e-6
+_COLUMN_ON_GPU, _COLUMN_FUSED = 8e-5, 6e-7
 _PARTS = 3  # products of half precision in one of the solver's, where it works so (products.py)
 _START = 6.0  # imports, tokenizer, calibration texts
 _READING = 1e9  # bytes a second from a disk
@@ -83,7 +83,7 @@ def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: S
         half += 2 * seen * (_GRAM_SHARE * group.width**2 + drift * group.numbers)
         width = group.width if run.group == -1 else run.group
         product = group.numbers * group.width
-        single += (1 + drift) * group.width**3 / 3
+        single += group.width**3 / 3
         single += 2 * _CONSIDERED * width * group.numbers
         products += 2 * drift * product
         products += 2 * product + 4 * product  # rounding; the error and its scale

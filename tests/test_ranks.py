@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.methods import factor
 from quantkit.runtime import gather, states
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.ranks import ALONE, Ranks, join
@@ -31,7 +33,7 @@ from quantkit.workflows import check, portions, several
 from quantkit.workflows import quantize as whole
 from quantkit.workflows.awq import quantize_awq
 from quantkit.workflows.calibrate import shared
-from quantkit.workflows.method import Solved
+from quantkit.workflows.method import Originals, Solved
 from quantkit.workflows.portions import divided, joined, share
 from quantkit.workflows.quantize import quantize
 
@@ -193,6 +195,53 @@ def test_statistics_are_added_where_they_are_wanted(tmp_path):
     for everywhere, _ in results:
         near(everywhere, expected, 1e-6)
     near(results[2][1], expected, 1e-6)
+
+
+@pytest.mark.parametrize("lowest", [0.02, -0.05])  # the second takes more damping, everywhere
+def test_a_hessian_is_factored_together(tmp_path, monkeypatch, lowest):
+    monkeypatch.setattr(factor, "_BLOCK", 24)  # in steps: 100 inputs would be one
+    basis, _ = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64))
+    hessian = basis * torch.linspace(lowest, 3, 100).double() @ basis.T
+    hessian = (hessian + hessian.T) / 2
+
+    def found(team):
+        whole = hessian.clone()
+        with factor.factored(whole, 0.01, team) as (energy, damp):
+            unit = whole.triu(1)
+        return unit, energy, damp, whole
+
+    def work(rank):
+        ranks = join()
+        ranks.connect("cpu")
+        own = found(ranks)
+        ranks.leave()
+        return own
+
+    unit, energy, damp, _ = found(factor.BY_ITSELF)
+    results = together(3, work, tmp_path)
+    for a, b, same, restored in results:
+        torch.testing.assert_close(a, unit)
+        torch.testing.assert_close(b, energy)
+        assert same == damp
+        assert torch.equal(restored, hessian)
+        assert torch.equal(a, results[0][0])
+    assert (damp > 0.01) == (lowest < 0)
+
+
+@pytest.mark.parametrize(("outs", "together"), [((96, 200), True), ((96, 64), False)])
+def test_a_hessian_is_shared_where_everyone_needs_it(outs, together, monkeypatch):
+    """A rank without rows of a linear never comes to its factor: the others would wait for it."""
+    names = dict(zip("ab", outs))
+    monkeypatch.setattr(portions, "features", lambda linear: (linear, 64))
+    block = SimpleNamespace(linear=names.__getitem__)
+    originals = Originals({}, lambda name: torch.zeros(names[name], 64), lambda name: None, None)
+    teams = set()
+    for rank in range(3):
+        ranks = Ranks(rank, 3)
+        group = InputGroup(tuple(names), 64)
+        portion = portions.Portions(block, [group], ranks).of(group, originals)
+        teams.add(portion.team is ranks)
+    assert teams == {together}
 
 
 # whole runs

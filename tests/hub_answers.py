@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # headers and body are sent apart: the second would wait 40 ms until the first has arrived
+    disable_nagle_algorithm = True
     hub: "Hub"
 
     def log_message(self, *_: object) -> None:

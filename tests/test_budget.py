@@ -155,7 +155,7 @@ def test_kl_is_that_of_the_model_with_one_part_rounded(chosen, monkeypatch):
     scheme = Scheme(sensitivity.PROBE, 128)
 
     def plain(weight, hessian, scheme, options):
-        return gptq.Solution(rtn.quantize(weight, scheme), 0.0, 0)
+        return gptq.Solution(rtn.quantize(weight, scheme), weight, 0.0, 0)
 
     monkeypatch.setattr(gptq, "solve", plain)
     settings = {**SETTINGS, "dtype": "float32", "dry_run": True, "target_bits": 3.6}

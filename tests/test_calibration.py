@@ -78,6 +78,21 @@ def test_parse_refuses(specification):
 # the bundled texts
 
 
+@pytest.mark.parametrize(
+    ("source", "specifications", "same"),
+    [
+        ("bundled:en", ["c4=3", "bundled:ja=1,en=2"], True),
+        ("bundled", ["bundled:ja"], True),
+        ("bundled:ja", ["bundled=64"], True),
+        ("bundled:ja", ["bundled:en"], False),
+        ("notes.txt", ["notes.txt=5"], True),
+        ("notes.txt", ["bundled", "self", "bundled:xx=1", "notes.txt=none"], False),
+    ],
+)
+def test_text_that_is_the_same(source, specifications, same):
+    assert calibration.overlaps(source, specifications) is same
+
+
 def test_bundled_texts_are_large_enough():
     sizes = dict.fromkeys(BUNDLED, 0)
     for label in BUNDLED:

@@ -28,7 +28,7 @@ TINY, WEIGHTS = "somebody/tiny", "model.safetensors"
 def in_pieces(monkeypatch):
     """Weights of some KB are large, and have several pieces."""
     monkeypatch.setattr(pulling, "LARGE", 10_000)
-    monkeypatch.setattr(ranges, "PIECE", 1 << 16)
+    monkeypatch.setattr(ranges, "PIECE", 1 << 18)
 
 
 def weights_here(tmp_path: Path) -> list[Path]:

@@ -131,6 +131,8 @@ def test_what_cannot_be_planned(capsys, tmp_path):
         (["demo", "--calib-rows", "0"], 2, "--calib-rows"),
         (["demo", "--context", "-1"], 2, "--context"),
         (["demo", "--calib", "bundled:xx=3"], 2, "xx"),
+        (["demo", "--calib", tmp_path / "none.txt"], 1, "none.txt"),
+        (["demo", "--calib", "wikitxt"], 2, "not a calibration source"),
         (["demo", "--method", "none", "--for", "verify"], 2, "nothing to verify"),
         ([folder, "--for", "quantize"], 2, "quantized already"),
         ([tmp_path / "none"], 1, "no folder"),
@@ -160,8 +162,21 @@ def test_fused_experts_are_refused(tmp_path, capsys):
         assert "experts" in message
 
 
-def test_calibration_tokens():
-    assert calibration_tokens(["notes.txt"], 128, 2048) == 128 * 2048
+def test_what_is_planned_otherwise_than_asked_for_is_told(capsys):
+    assert command("plan", "demo", "--gpu", "cpu", "--context", "90000") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith("--context 90000: the model takes 2048 tokens, and is planned with those")
+    assert told.count("90000") == 1  # of generate and serve together
+    for wishes in ({"context": 64}, {"tasks": ["verify"], "context": 90000}, {}):
+        assert forecast("demo", gpu="cpu", **wishes).notes == []
+    found = forecast("demo", gpu="cpu", calib_seqlen=4096, seqlen=5000)
+    assert [note.split()[0] for note in found.notes] == ["--calib-seqlen", "--seqlen"]
+    assert found.described()["notes"] == found.notes
+
+
+def test_calibration_tokens(tmp_path):
+    (tmp_path / "notes.txt").write_text("some text", "utf-8")
+    assert calibration_tokens([str(tmp_path / "notes.txt")], 128, 2048) == 128 * 2048
     assert calibration_tokens(["self=4", "c4"], 10, 100) == 4 * 100 + 6 * 100
     bundled = calibration_tokens(["bundled"], 128, 2048)
     assert 120_407 <= bundled < 128 * 2048  # the former: what the demo's tokenizer makes of them

@@ -7,7 +7,7 @@ import pytest
 from hub_answers import Handler
 from hub_store import READER, WRITER, git_sha1, sha256
 from pushing import REPO, edit, faults, files, without_attributes
-from tools import QUICK_OPTIONS, command, quantized, read_json, sentence
+from tools import QUICK_OPTIONS, command, model, quantized, read_json, sentence
 
 from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
@@ -260,7 +260,8 @@ def test_a_quantization_that_is_published(writer, tmp_path, capsys):
 def test_a_push_behind_a_quantization_fails_and_says_how_to_go_on(writer, tmp_path, capsys):
     out = tmp_path / "out"
     writer.instead = faults("commit/", 403)
-    assert command("gptq", "demo", "--out", out, *QUICK_OPTIONS, "--push", REPO, "-q") == 1
+    options = ["--out", out, "--group", "32", *QUICK_OPTIONS, "--push", REPO, "-q"]
+    assert command("gptq", model("gpt_neox"), *options) == 1
     hint = sentence(capsys.readouterr().err)[1]
     again = hint.partition("'")[2].partition("'")[0]
     writer.instead = lambda handler: False

@@ -594,6 +594,13 @@ def test_rows_are_not_longer_than_the_model_can_take():
     assert result.notes == ["rows are 64 tokens, the longest that the model can take"]
 
 
+def test_text_that_a_model_was_calibrated_on_is_told():
+    folder = str(quantized())  # on bundled:en and bundled:ja
+    for text, told in (("bundled:en", True), ("bundled", True), ("bundled:code", False)):
+        notes = verify(folder, text=text, samples=False, **FEW).notes
+        assert notes == ([f"it was calibrated on {text}, too: other text tells more"] * told)
+
+
 # what does not belong together
 
 

@@ -100,6 +100,8 @@ def _print(found: "Forecast") -> None:
     console.print(f"on {on.name}: {there or 'RAM and disk not given'}", markup=False)
     titles = ["", "GPU memory", "RAM", "disk", "time", "fits"]
     console.print(plain_table("", titles, [_row(need) for need in found.needs]))
+    for note in found.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
     if not found.exact:
         console.print("[yellow]guessed:[/] the model does not run on shapes alone")
     for need in found.needs:

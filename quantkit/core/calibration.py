@@ -20,7 +20,7 @@ import json
 import random
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,22 @@ def _rows_of(item: str) -> Part:
     return Part(name, int(rows))
 
 
+def overlaps(source: str, specifications: Iterable[str]) -> bool:
+    """Whether one of them, which others may have written, names the same text."""
+    for specification in specifications:
+        try:
+            parts = parse(specification)
+        except UsageError:
+            continue
+        if any(_texts(source) & _texts(part.source) for part in parts):
+            return True
+    return False
+
+
+def _texts(source: str) -> set[str]:
+    return {f"bundled:{name}" for name in BUNDLED} if source == "bundled" else {source}
+
+
 def public_name(source: str) -> str:
     """A source as it may be published: without the folders of this machine."""
     hub = source.startswith("hf:") and source[3:4] not in ("/", ".", "~")
@@ -141,6 +157,13 @@ def read(source: str, seed: int) -> Sequence[Document] | Iterator[Document]:
     if documents[0].ids is None:
         random.Random(seed).shuffle(documents)
     return documents
+
+
+def check(source: str) -> None:
+    """Raises what :func:`read` would raise of a source that is none; nothing is read."""
+    source = SHORTCUTS.get(source, source)
+    if source not in ("self", "bundled") and not source.startswith(("hf:", "bundled:")):
+        _file(source)
 
 
 def pack(
@@ -239,7 +262,9 @@ def _bundled(name: str) -> Iterator[Document]:
             yield _document(row, label, "bundled")
 
 
-def _from_file(source: str) -> Iterator[Document]:
+def _file(source: str) -> tuple[Path, str | None]:
+    """The file, and the column of it, that a source means. Raises UsageError and QuantkitError when
+    there is none."""
     path, column = Path(source).expanduser(), None
     if not path.exists() and ":" in source:
         before, _, column = source.rpartition(":")
@@ -252,6 +277,11 @@ def _from_file(source: str) -> Iterator[Document]:
         )
     if not path.is_file():
         raise QuantkitError(f"there is no calibration file {path}")
+    return path, column
+
+
+def _from_file(source: str) -> Iterator[Document]:
+    path, column = _file(source)
     try:
         if path.suffix.lower() == ".txt":
             text = path.read_text("utf-8-sig")

@@ -21,7 +21,8 @@ _RUNNING = TASKS[2:]
 @dataclass(frozen=True)
 class Forecast:
     """``original`` and ``result``: bytes of the files before and after; ``bits_per_weight`` of the
-    weights that will be quantized, None where none are; ``exact``: see footprint.Shapes."""
+    weights that will be quantized, None where none are; ``exact``: see footprint.Shapes;
+    ``notes``: where it is not for what was asked for."""
 
     name: str
     machine: Machine
@@ -31,6 +32,7 @@ class Forecast:
     bits_per_weight: float | None
     exact: bool
     needs: list[Need]
+    notes: list[str]
 
     @property
     def fits(self) -> bool:
@@ -48,6 +50,7 @@ class Forecast:
             "exact": self.exact,
             "machine": {"name": on.name, "device": on.device, "ram": on.ram, "disk": on.disk},
             "fits": self.fits,
+            "notes": self.notes,
             "tasks": [need.described() for need in self.needs],
         }
 
@@ -95,6 +98,7 @@ def forecast(
         needs.bits_per_weight,
         needs.shapes.exact,
         [n if n.fits else replace(n, changes=tuple(_changes(needs, n, ram))) for n in found],
+        [*dict.fromkeys(note for need in found for note in needs.notes(need.task))],
     )
 
 

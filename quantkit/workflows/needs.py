@@ -36,6 +36,13 @@ _SETS = len(calibration.BUNDLED)
 # of the bundled texts as they are stored, at least; most tokenizers take 3 to 4
 _BYTES_PER_TOKEN = 2.5
 _SHARD = 5 << 30
+# the option that says how many tokens a text of a task has
+_LENGTH = {
+    "quantize": "calib_seqlen",
+    "verify": "seqlen",
+    "generate": "context",
+    "serve": "context",
+}
 # bytes of a group in a running model: the scale and, asymmetric, the zero point; and on a CPU what
 # the 4-bit kernel reads instead
 _SCALE, _ZERO, _KERNEL = 2, 1, 2
@@ -133,8 +140,10 @@ class Subject:
 
 def calibration_tokens(calib: Sequence[str], rows: int, row: int) -> int:
     """Tokens that ``--calib`` comes to, at most: whole rows, but no more than bundled texts have.
-    Raises UsageError for what cannot be read."""
+    Raises UsageError for what cannot be read, QuantkitError for files that are not there."""
     parts = [part for text in calib for part in calibration.parse(text)]
+    for part in parts:
+        calibration.check(part.source)
     open_ended = sum(part.rows is None for part in parts)
     fixed = sum(part.rows or 0 for part in parts)
     cap = max(1, (rows - fixed) // max(1, open_ended))
@@ -254,6 +263,16 @@ class Needs:
         seconds += durations.prompt(self.shapes, context // 2, speed)
         rate = 1 / durations.token(self.shapes, model.weights, self._coded, speed)
         return phases, seconds, rate, disk
+
+    def notes(self, task: str) -> list[str]:
+        """Where the plan of a task is not for what was asked for."""
+        name = _LENGTH[task]
+        asked = getattr(self.wish, name)
+        planned = self._at_most(asked)
+        if planned == asked or asked == getattr(Wish, name):
+            return []
+        option = "--" + name.replace("_", "-")
+        return [f"{option} {asked}: the model takes {planned} tokens, and is planned with those"]
 
     def _at_most(self, tokens: int) -> int:
         """So many tokens, or what the model can take."""

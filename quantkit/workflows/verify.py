@@ -169,12 +169,13 @@ class Bench:
         limits.check_sets(sets)
         self._labels = [label for label, some in sets.items() for _ in some]
         self.reference.batches = [torch.tensor([row]) for some in sets.values() for row in some]
+        self._texts = [calibration.public_name(name) for name in texts]
         self._settings = {
             "rows": rows,
             "seqlen": seqlen,
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": provenance.machine(self._device),
-            "texts": [calibration.public_name(name) for name in texts] or [card.HELD_OUT],
+            "texts": self._texts or [card.HELD_OUT],
             "versions": provenance.versions(),
         }
 
@@ -221,6 +222,11 @@ class Bench:
         made = {"quantization": _made(candidate)}
         result.settings = {**made, **self._settings, "engine": candidate.engine}
         result.nonfinite = _with_layers(candidate.census.nonfinite, result.layers)
+        result.notes += [
+            f"it was calibrated on {text}, too: other text tells more"
+            for text in self._texts
+            if calibration.overlaps(text, _calibrated_on(candidate))
+        ]
         return result
 
     def _predict(self, candidate: Candidate, result: Verification) -> Iterator[str]:
@@ -281,6 +287,13 @@ def _made(candidate: Candidate) -> dict[str, Any]:
         **({"calibration_tokens": tokens} if isinstance(tokens, int) else {}),
         **made,
     }
+
+
+def _calibrated_on(candidate: Candidate) -> list[str]:
+    """What --calib was given, as far as quantkit.json says it."""
+    rows = candidate.record.get("calibration")
+    sources = rows.get("sources") if isinstance(rows, dict) else None
+    return [name for name in sources if isinstance(name, str)] if isinstance(sources, list) else []
 
 
 def _with_layers(tensors: Iterable[str], layers: dict[str, dict[str, Any]]) -> list[str]:

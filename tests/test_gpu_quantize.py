@@ -28,8 +28,7 @@ from quantkit.methods import products, refine
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import staging
 from quantkit.runtime.walk import Walk
-from quantkit.workflows import quantize as workflow
-from quantkit.workflows import stored
+from quantkit.workflows import blocks, stored
 from quantkit.workflows.ahead import one_behind
 from quantkit.workflows.awq import quantize_awq
 from quantkit.workflows.quantize import quantize
@@ -63,7 +62,7 @@ def plain(source, tmp_path_factory):
     """What is written without threads or streams, by run."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workflow, "_threaded", lambda plan: False)
+        patch.setattr(blocks, "_threaded", lambda plan: False)
         for name, (run, options) in RUNS.items():
             out = tmp_path_factory.mktemp(name) / "out"
             run(source, out, **ROWS, **options)

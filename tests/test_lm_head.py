@@ -16,6 +16,7 @@ from quantkit.runtime.load import load
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.workflows import head as heading
 from quantkit.workflows import quantize as whole
+from quantkit.workflows import stored
 from quantkit.workflows.check import held_out
 from quantkit.workflows.convert import convert
 from quantkit.workflows.inspect import inspect
@@ -157,7 +158,7 @@ def test_a_killed_run_goes_on_at_the_head(reports, monkeypatch, tmp_path):
     """Killed before the head is solved, while it is written, and when it is finished."""
     out, settings = tmp_path / "out", {**SETTINGS, "check": True}
     solved, solve = [], heading.solve
-    for module, name in [(heading, "solve"), (whole.stored, "write_linear"), (whole.seal, "seal")]:
+    for module, name in [(heading, "solve"), (stored, "write_linear"), (whole.seal, "seal")]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if name == "seal":
                 patch.setattr(heading, "solve", lambda *a: solved.append("once") or solve(*a))

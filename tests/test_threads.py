@@ -13,6 +13,7 @@ from quantkit.core.ledger import Ledger
 from quantkit.errors import QuantkitError
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
+from quantkit.workflows import blocks
 from quantkit.workflows import quantize as workflow
 from quantkit.workflows.quantize import quantize
 
@@ -28,7 +29,7 @@ def threaded(monkeypatch):
         return read(self, prefix)
 
     monkeypatch.setattr(staging.Staging, "_read", noting)
-    monkeypatch.setattr(workflow, "_threaded", lambda plan: True)
+    monkeypatch.setattr(blocks, "_threaded", lambda plan: True)
     return seen
 
 
@@ -38,7 +39,7 @@ def test_the_folder_is_the_same(tmp_path, threaded, monkeypatch, fast):
     settings = {**QUICK, "fast": fast, "group": 32}
     quantize(source, tmp_path / "threads", **settings)
     assert threaded == ["gpt_neox.layers.1"]  # the first one is not read ahead
-    monkeypatch.setattr(workflow, "_threaded", lambda plan: False)
+    monkeypatch.setattr(blocks, "_threaded", lambda plan: False)
     quantize(source, tmp_path / "plain", **settings)
     assert len(threaded) == 1
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("threads", "plain"))

@@ -31,6 +31,8 @@ class _Room(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer [rows, heads, columns, width], in tensors with free columns
     behind: a step writes its column and copies no other."""
 
+    is_initialized: bool
+
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.dtype, self.device = keys.dtype, keys.device

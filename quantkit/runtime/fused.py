@@ -60,8 +60,9 @@ def _norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    plain = weight is not None and len(normalized_shape) == 1 and x.is_contiguous()
-    if not plain or x.shape[-1] > _WIDEST:
+    if weight is None or len(normalized_shape) > 1 or not x.is_contiguous():
+        return None
+    if x.shape[-1] > _WIDEST:
         return None
     return small.layer_norm(x, weight, bias, eps)
 
@@ -95,7 +96,7 @@ def _elementwise(what: str, args: tuple[Any, ...], settings: dict[str, Any]) -> 
 def fewer_launches(model: PreTrainedModel) -> Iterator[None]:
     """What is captured inside takes the kernels of ``small``."""
     source = sys.modules[type(model).__module__]
-    theirs = getattr(source, _ROTARY, None)
+    theirs: Any = getattr(source, _ROTARY, None)
     ours = theirs is not None and _agree(theirs, model.device, model.dtype)
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from quantkit.core.profile import phase
@@ -56,7 +57,7 @@ class Ranks:
         self._connected = self._turns = 0
         self._asked, self._asking = False, threading.Lock()
         # of its own: the other one may be waiting for something
-        self._notes = store.clone() if store else None
+        self._notes: Any = store.clone() if store else None
 
     @property
     def first(self) -> bool:
@@ -78,7 +79,7 @@ class Ranks:
         with self._together():
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=dist.PrefixStore(f"connection {self._connected}", self._store),
+                store=PrefixStore(f"connection {self._connected}", self._store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=TIMEOUT,

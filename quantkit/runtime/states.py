@@ -150,7 +150,7 @@ class _Lane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         cuda = device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(device) if cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="states")
 
     def copy(self, into: Tensor, source: Tensor) -> "Future[torch.cuda.Event | None]":
@@ -234,7 +234,7 @@ def _mapped(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
 def _pin(whole: Tensor, owner: object) -> None:
     """Let a GPU read and write the memory by itself, as long as ``owner`` lives. (torch's own
     pinned memory comes in powers of two.)"""
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime: Any = torch.cuda.cudart()
     address = whole.data_ptr()
     if int(runtime.cudaHostRegister(address, whole.nbytes, 0)):
         raise torch.OutOfMemoryError(f"{whole.nbytes / 1e9:.1f} GB of RAM cannot be locked")

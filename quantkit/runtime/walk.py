@@ -180,7 +180,8 @@ class Block:
             change = self.forward(piece).float() - output.float()
         finally:
             handle.remove()
-        return (change - noise.float()).norm() / noise.float().norm()
+        distance: Tensor = (change - noise.float()).norm() / noise.float().norm()
+        return distance
 
 
 class Walk:
@@ -276,7 +277,7 @@ class Walk:
     def _behind(self, batch: Tensor, state: Tensor) -> Any:
         """Run the model with ``state`` for what its blocks make of ``batch``."""
         for block in self._blocks:
-            block.forward = lambda *args, **kwargs: (state,) if self._tuples else state  # type: ignore[method-assign]
+            block.forward = lambda *args, **kwargs: (state,) if self._tuples else state
         try:
             ids = batch.to(self.skeleton.device)
             return self.skeleton.model(input_ids=ids, use_cache=False)
@@ -374,7 +375,7 @@ class Walk:
             return record
 
         for index, block in enumerate(self._blocks):
-            block.forward = recorder(index)  # type: ignore[method-assign]
+            block.forward = recorder(index)
         try:
             self._run(batch)
         finally:
@@ -463,5 +464,5 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear or of GPT-2's transposed Conv1D."""
-    out, width = module.weight.shape  # type: ignore[union-attr, misc]
-    return (width, out) if isinstance(module, Conv1D) else (out, width)  # type: ignore[return-value]
+    out, width = module.weight.shape  # type: ignore[misc]
+    return (width, out) if isinstance(module, Conv1D) else (out, width)

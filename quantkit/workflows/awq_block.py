@@ -16,9 +16,10 @@ from torch import Tensor
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
 from quantkit.errors import UsageError
-from quantkit.methods import awq, gptq
+from quantkit.methods import awq
 from quantkit.methods.align import Lost
 from quantkit.methods.factor import BY_ITSELF, Team
+from quantkit.methods.gptq import Solution
 from quantkit.runtime import folding, gather
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
@@ -93,11 +94,11 @@ class Awq:
         groups = [group for group in groups if group in stats or group not in observed]
         linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
         # everywhere: scales are chosen before it is known who solves what
-        ranks.merge((found, range(ranks.size)) for found in stats.values())
+        ranks.merge((seen, range(ranks.size)) for seen in stats.values())
         moments = {}
         while stats:
-            group, found = stats.popitem()
-            moments[group] = found.moments(centred=corrects(group, originals, self.gptq))
+            group, seen = stats.popitem()
+            moments[group] = seen.moments(centred=corrects(group, originals, self.gptq))
 
         chosen, notes = self._scale(block, folds, originals, moments, sample, wanted, ranks)
         chosen.put(block, originals)
@@ -136,12 +137,12 @@ class Awq:
         scheme: Scheme,
         lost: Lost | None = None,
         team: Team = BY_ITSELF,
-    ) -> gptq.Solution:
+    ) -> Solution:
         if self.refine == "gptq":
             return self.gptq.rounding(weight, hessian, scheme, lost, team)
         assert lost is None  # only GPTQ's targets are aligned
         qweight = awq.rounded(weight, hessian, scheme, self.gptq.options.zero_min)
-        return gptq.Solution(qweight, weight, 0.0, int((hessian.diagonal() <= 0).sum()))
+        return Solution(qweight, weight, 0.0, int((hessian.diagonal() <= 0).sum()))
 
     def _scale(
         self,

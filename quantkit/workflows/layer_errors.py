@@ -29,7 +29,7 @@ class LayerErrors:
         for name, module in block.module.named_modules():
             if not is_linear(module):
                 continue
-            found = other.linear(name)
+            found: Any = other.linear(name)
             if not (is_linear(found) and torch.equal(found.weight, module.weight)):
                 self._others[name] = found
 

@@ -225,7 +225,7 @@ class Needs:
         stored = self.subject.tensors.nbytes
         disk = self.result + self.subject.fetched
         if wish.method == "rtn":
-            seconds = speed and durations.rounding(self.shapes, stored, speed)
+            seconds = durations.rounding(self.shapes, stored, speed) if speed else None
             return footprint.rounding(self.shapes), seconds, None, disk
         row = self._at_most(wish.calib_seqlen)
         tokens = calibration_tokens(wish.calib, wish.calib_rows, row)
@@ -234,15 +234,18 @@ class Needs:
         mode = footprint.choose(self.shapes, run, room) or footprint.modes(run.cuda)[-1]
         phases = footprint.quantizing(self.shapes, run, mode)
         thinned = planning.FAST_TOKENS if wish.fast else None
-        seconds = speed and durations.quantizing(self.shapes, run, thinned, stored, speed)
+        seconds = None
+        if speed:
+            seconds = durations.quantizing(self.shapes, run, thinned, stored, speed)
         return phases, seconds, None, disk + max(phase.disk for phase in phases)
 
     def _verify(self) -> tuple[list[Phase], float | None, float | None, int]:
         wish, speed, model = self.wish, self.machine.speed, self._loaded
         rows, row = wish.rows * _SETS, self._at_most(wish.seqlen)
-        seconds = speed and durations.verifying(
-            self.shapes, model.weights, self._coded, rows, row, speed
-        )
+        seconds = None
+        if speed:
+            coded = self._coded
+            seconds = durations.verifying(self.shapes, model.weights, coded, rows, row, speed)
         return loaded.verifying(self.shapes, model, rows, row), seconds, None, 0
 
     def _generate(self) -> tuple[list[Phase], float | None, float | None, int]:

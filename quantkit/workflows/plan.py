@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -65,6 +65,11 @@ class Plan:
     @property
     def packer(self) -> Format:
         return formats.by_name(self.layout.format)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The original's tensors, in their files."""
+        return cast(Checkpoint, self.skeleton.checkpoint)
 
     @property
     def cuda(self) -> bool:
@@ -164,7 +169,7 @@ class Plan:
     def smaller(self, rows: Calibration, place: Place) -> "Plan | None":
         """The same in the next mode that takes less there, if there is one."""
         mode = footprint.smaller(self.shapes, self._run(rows), self.way, place)
-        return mode and replace(self, mode=mode)
+        return replace(self, mode=mode) if mode else None
 
     def resolved(self) -> dict[str, Any]:
         """The settings as they were resolved, for reports."""
@@ -184,8 +189,8 @@ class Plan:
         """Everything that decides the output's bytes, flat and readable."""
         versions = provenance.versions()
         files = {
-            f"source file {path.name}": provenance.identity(path, self.skeleton.checkpoint.remote)
-            for path in source_files(self.source, self.skeleton.checkpoint)
+            f"source file {path.name}": provenance.identity(path, self.checkpoint.remote)
+            for path in source_files(self.source, self.checkpoint)
         }
         return {
             "model": self.source.name,
@@ -308,7 +313,7 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
         f"calibration: {len(rows.rows)} rows, {tokens:,} tokens ({labels}); "
         f"{rows.used} documents used, {rows.left} left over",
         f"output: {plan.output_bytes / 1e6:,.1f} MB, from "
-        f"{plan.skeleton.checkpoint.nbytes / 1e6:,.1f} MB; "
+        f"{plan.checkpoint.nbytes / 1e6:,.1f} MB; "
         f"{plan.bits_per_weight:.2f} bits per quantized weight",
         f"running on {plan.skeleton.device} in {str(plan.skeleton.dtype).removeprefix('torch.')}, "
         f"{plan.way}: {_memory(plan, rows)}",

@@ -75,4 +75,4 @@ class Reference:
         if self.opened.linears:
             return self.bytes
         parameters = sum(parameter.numel() for parameter in self.skeleton.model.parameters())
-        return parameters * self.skeleton.dtype.itemsize
+        return int(parameters * self.skeleton.dtype.itemsize)

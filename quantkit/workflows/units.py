@@ -69,7 +69,7 @@ def units(block: Block, other: Block, sample: Tensor) -> Units:
 def _weight(module: nn.Module) -> Tensor:
     """float32 [out, in] of a linear, [features] of a norm."""
     if not isinstance(module, QuantLinear):
-        weight: Tensor = module.weight.float()  # type: ignore[operator, assignment, union-attr]
+        weight: Tensor = module.weight.float()  # type: ignore[assignment]
         return weight.T if isinstance(module, Conv1D) else weight
     weight = module.weight_as(torch.float32)
     return weight if module.order is None else weight[:, module.order.argsort()]

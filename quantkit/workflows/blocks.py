@@ -1,0 +1,311 @@
+"""The blocks of a model, one after the other, from the checkpoint into the finished folder.
+
+Hidden states of the calibration rows go from block to block; each block is read, solved, written
+and left behind. On a GPU the next one is read, and the last one written, while this one computes.
+"""
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.core import durations, pinned, profile
+from quantkit.core.checkpoint import ShardWriter
+from quantkit.core.ledger import Ledger
+from quantkit.core.progress import Progress, Step
+from quantkit.errors import QuantkitError
+from quantkit.runtime import gather
+from quantkit.runtime.kernels import cpu_attention
+from quantkit.runtime.ranks import Ranks
+from quantkit.runtime.staging import Staging, staging
+from quantkit.runtime.states import Keeping
+from quantkit.runtime.walk import Block, Walk
+from quantkit.workflows import head as heading
+from quantkit.workflows import stored
+from quantkit.workflows.ahead import one_behind
+from quantkit.workflows.calibrate import shared
+from quantkit.workflows.check import RideAlong
+from quantkit.workflows.layout import Job
+from quantkit.workflows.method import Originals, Outcome
+from quantkit.workflows.plan import Plan
+from quantkit.workflows.task import Report
+
+_DENSE = "dense"  # the part of the ledger that says so of what is not quantized
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where results go, and what says which of them are there."""
+
+    writer: ShardWriter
+    ledger: Ledger
+
+
+class Blocks:
+    """The way of a plan through all blocks. Each rank walks it with its part of the rows; the first
+    one has ``files``.
+
+    states    where hidden states are kept
+    rides     rows by set that are compared along the way (check.py)
+    strict    raise where a linear takes more damping than asked for, or has no Hessian
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        states: Keeping,
+        files: Files | None,
+        report: Report,
+        rides: dict[str, list[list[int]]],
+        strict: bool,
+        progress: Progress,
+        ranks: Ranks,
+    ) -> None:
+        self._plan, self._files, self._report, self._strict = plan, files, report, strict
+        self._progress, self._ranks, self._rides = progress, ranks, rides
+        self._writer = files.writer if files else None
+        reports = {part: files.ledger.report(part) for part in files.ledger} if files else None
+        self._finished: dict[str, dict[str, Any]] = ranks.share(reports)
+        self._walk = Walk(plan.skeleton)
+        self._parts = len(self._walk) + (plan.layout.head is not None)
+        self._states = states
+
+    def run(self) -> None:
+        """Raises what solving a block raises; what is finished by then stays so."""
+        cpu_attention.use(self._plan.skeleton.model)
+        skeleton, threaded = self._plan.skeleton, _threaded(self._plan)
+        reading = staging(skeleton, threaded)
+        with one_behind(threaded, skeleton.device) as self._behind, reading as ahead:
+            with self._report.timing("copy"):
+                self._behind(self._copy_dense)
+            self._embed()
+            self._tell_finished()
+            self._progress.begin("quantizing", self._parts)
+            for index in range(len(self._walk)):
+                self._block(index, ahead)
+            if self._plan.layout.head:
+                self._head(self._plan.layout.head)
+            self._progress.end()
+            self._compare()
+            with self._report.timing("write"):
+                self._behind.finish()
+
+    def _tell_finished(self) -> None:
+        names = [self._walk.block_name(index) for index in range(len(self._walk))]
+        if solved := sum(name in self._finished for name in names):
+            self._progress.note(f"going on: {solved} blocks are solved already, they are only run")
+
+    def _copy_dense(self) -> None:
+        """Embeddings, norms, head: as they are, but float32 becomes float16."""
+        plan, files = self._plan, self._files
+        if files is None or _DENSE in files.ledger:
+            return
+        for name, spec in plan.layout.dense.items():
+            tensor = plan.checkpoint.get(name)
+            written = tensor.to(spec.dtype)
+            if written.dtype != tensor.dtype and not bool(written.isfinite().all()):
+                raise QuantkitError(
+                    f"{name} has values that do not fit into {spec.dtype}",
+                    "save the model in bfloat16 first",
+                )
+            files.writer.write(name, written)
+        for name, spec in plan.layout.ones.items():
+            files.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
+        files.writer.sync()
+        self._plan.checkpoint.release()
+        files.ledger.finish(_DENSE, {})
+
+    def _embed(self) -> None:
+        """Hidden states in front of the first block."""
+        plan = self._plan
+        everyone = shared(self._report.calibration.rows, plan.way.tokens, self._ranks.size)
+        self._rows = everyone[self._ranks.part(len(everyone))]
+        self._ride = RideAlong(self._rides, plan.tokens_compared, self._ranks)
+        batches = [*self._rows, *self._ride.batches, *_other_shapes(everyone, self._rows)]
+        keep = self._states.keep
+        with self._report.timing("embed"), closing(self._walk.embedding(batches)) as hidden:
+            own = islice(hidden, len(self._rows))
+            self._full = keep(own, [batch.shape for batch in self._rows])
+            aside = islice(hidden, len(self._ride.batches))
+            self._ride.start(keep(aside, [batch.shape for batch in self._ride.batches]))
+            for _ in hidden:  # other shapes are only made known
+                pass
+            self._quantized = self._full.copy() if plan.method.aligned else None
+
+    def _block(self, index: int, ahead: Staging | None) -> None:
+        started, report = time.perf_counter(), self._report
+        part, last = self._walk.block_name(index), index + 1 == len(self._walk)
+        if ahead:
+            with report.timing("read"):
+                ahead.arrived(part)
+        with self._walk.block(index) as block:
+            if ahead and not last:
+                ahead.begin(self._walk.block_name(index + 1))
+            with report.timing("check"):
+                self._ride.before(block)
+            done = self._finished.get(part)
+            if done is not None:
+                self._replay(index, block, done)
+            else:
+                done = self._solve(index, block, part)
+            if self._quantized is not None and not last:
+                with report.timing("propagate"):
+                    gather.advance(block, self._quantized)
+            with report.timing("check"):
+                self._ride.after(block)
+        self._plan.checkpoint.release()
+        self._told(index + 1, part, self._plan.layout.jobs[index], done, started)
+
+    def _replay(self, index: int, block: Block, done: dict[str, Any]) -> None:
+        """A block that is solved already."""
+        with self._report.timing("replay"):
+            gather.advance(block, self._full)
+            others = done["others"]
+            stored.put_finished(self._plan, index, block, self._writer, others, self._ranks)
+
+    def _solve(self, index: int, block: Block, part: str) -> dict[str, Any]:
+        """A block by the method, and what the ledger is to say of it."""
+        plan = self._plan
+        with self._report.timing("solve"):
+            found = originals(plan, index, block)
+            outcome = plan.method.solve(block, found, self._full, self._quantized, self._ranks)
+        if measured := profile.running():
+            tokens = sum(batch.numel() for batch in self._rows)
+            measured.add(durations.least(plan.shapes.blocks[index], tokens))
+        done = _described(plan.layout.jobs[index], outcome) | {"tokens": plan.way.tokens}
+        with self._report.timing("write"):
+            self._behind(self._keep, index, outcome, part, done)
+        return done
+
+    def _keep(self, index: int, outcome: Outcome, part: str, done: dict[str, Any]) -> None:
+        """A block into the output's files and then into the ledger, while the next one computes."""
+        if self._files:
+            found = stored.write(self._plan, index, outcome, self._files.writer)
+            for name, digest in found.items():
+                done["layers"][name]["digest"] = digest
+            self._files.ledger.finish(part, done)
+
+    def _head(self, job: Job) -> None:
+        """The last part: behind all blocks is what the original model gives its final norm."""
+        with self._report.timing("write"):  # the files are used here now
+            self._behind.finish()
+        started = time.perf_counter()
+        done = self._finished.get(job.name)
+        if done is None:
+            done = self._solve_head(job)
+        self._told(self._parts, job.name, [job], done, started)
+
+    def _solve_head(self, job: Job) -> dict[str, Any]:
+        plan, files = self._plan, self._files
+        with self._report.timing("solve"):
+            outcome = heading.solve(plan, job, self._walk, self._rows, self._full, self._ranks)
+        done = _described([job], outcome)
+        if files:
+            with self._report.timing("write"):
+                solved = outcome.linears[job.inner]
+                stored.write_linear(plan, job, solved, files.writer)
+                digest = stored.digest_of(plan, job, solved, files.writer)
+                done["layers"][job.disk]["digest"] = digest
+                files.writer.sync()
+            files.ledger.finish(job.name, done)
+        return done
+
+    def _compare(self) -> None:
+        """What the held-out rows that rode along say."""
+        if not self._rides:
+            return
+        job = self._plan.layout.head
+        with self._report.timing("check"):
+            head = heading.written(self._plan, job, self._writer, self._ranks) if job else None
+            self._report.measured = self._ride.finish(self._walk, head)
+
+    def _told(
+        self, count: int, part: str, jobs: list[Job], done: dict[str, Any], started: float
+    ) -> None:
+        """Take a finished part into the report, and to whoever watches."""
+        layers = done["layers"]
+        self._report.layers |= layers
+        self._count_fallbacks(jobs, layers)
+        errors = [layers[job.disk]["error"] for job in jobs]
+        loss = sum(errors) / len(errors) if errors else None
+        self._progress.step(Step(count, self._parts, part, loss, time.perf_counter() - started))
+
+    def _count_fallbacks(self, jobs: list[Job], layers: dict[str, dict[str, Any]]) -> None:
+        found = []
+        for job in jobs:
+            layer = layers[job.disk]
+            if layer["damp"] > self._plan.method.damp:
+                found.append(
+                    f"{job.disk} needed a damping of {layer['damp']:g} (statistics are exact with "
+                    "--dtype float32)"
+                )
+            if layer["method"] == "rtn" and not job.rtn:
+                found.append(f"{job.disk} was only rounded: no calibration token reached it")
+            if not isfinite(layer["error"]):
+                raise QuantkitError(f"{job.disk} has an error that is not a number")
+        if found and self._strict:
+            raise QuantkitError(f"--strict: {found[0]}", "leave out --strict to allow it")
+        for text in found:
+            self._progress.warn(text)
+        self._report.fallbacks += found
+
+
+def _threaded(plan: Plan) -> bool:
+    """Whether threads read and write beside the computation: on a CPU they would only take cores
+    and memory from it."""
+    return plan.cuda and plan.way.ahead
+
+
+def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:
+    """A micro-batch of every shape that only other ranks have."""
+    known = {batch.shape for batch in own}
+    found = {batch.shape: batch for batch in everyone if batch.shape not in known}
+    return [*found.values()]
+
+
+def originals(plan: Plan, index: int, block: Block) -> Originals:
+    """A block's weights as the checkpoint has them."""
+    skeleton = plan.skeleton
+    jobs = {job.inner: job for job in plan.layout.jobs[index]}
+
+    def get(disk: str) -> Tensor:
+        # in two steps: in one, the CPU would make a float32 copy first
+        return pinned.carried(skeleton.read(disk), skeleton.device).float()
+
+    def weight(name: str) -> Tensor:
+        tensor = get(f"{jobs[name].disk}.weight")
+        return tensor.T.contiguous() if isinstance(block.linear(name), Conv1D) else tensor
+
+    def bias(name: str) -> Tensor | None:
+        return get(f"{jobs[name].disk}.bias") if jobs[name].bias else None
+
+    def other(name: str) -> tuple[Tensor, torch.dtype]:
+        disk = plan.disk_name(index, name)
+        return get(disk), plan.specs[disk].dtype
+
+    schemes = {name: job.scheme for name, job in jobs.items()}
+    plain = {name for name, job in jobs.items() if job.rtn}
+    return Originals(schemes, weight, bias, other, plain)
+
+
+def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
+    """A finished block in the ledger. Here, and once, it is waited for what a GPU has computed."""
+    results = [outcome.linears[job.inner] for job in jobs]
+    errors = torch.stack([solved.error for solved in results]).tolist() if results else []
+    layers = {
+        job.disk: {
+            "error": error,
+            "damp": solved.damp,
+            "dead": solved.dead,
+            "method": solved.method,
+            **solved.notes,
+        }
+        for job, solved, error in zip(jobs, results, errors)
+    }
+    return {"layers": layers, "others": list(outcome.others)}

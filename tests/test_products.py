@@ -42,6 +42,33 @@ def test_two_parts_keep_what_one_loses(split):
     assert relative(products.times(hessian, Factor(errors)), exact) < one / 50
 
 
+def test_a_factor_is_updated_with_nearly_all_digits(split, monkeypatch):
+    """Each product is one of TF32: its factors rounded to 11 bits, as the hardware does it."""
+    added = torch.Tensor.addmm_
+
+    def rounded(x):
+        return (x.contiguous().view(torch.int32) + 0x1000 & -(1 << 13)).view(torch.float32)
+
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda x, a, b, **how: added(x, rounded(a), rounded(b), **how)
+    )
+    sums, a, b = torch.randn(100, 30), torch.randn(100, 170), torch.randn(170, 30)
+    expected = sums.double() - a.double() @ b.double()
+    once = sums.clone().addmm_(a, b, alpha=-1)
+    products.subtract(sums, a, b)
+    assert relative(once, expected) > 1e-4
+    assert relative(sums, expected) < 1e-6
+
+
+def test_the_parts_of_a_number_are_the_number():
+    x = torch.cat([torch.randn(500), torch.tensor([0.0, 1e30, -3e-30])])[None]
+    high, low = products._tf32_parts(x)
+    assert torch.equal(high + low, x)
+    assert not (high.view(torch.int32) & 0x1FFF).any()  # nothing that TF32 would round away
+    high, low = products._tf32_parts(torch.tensor([[float("nan"), float("inf"), 1.0]]))
+    assert (high + low).isfinite().tolist() == [[False, False, True]]
+
+
 def test_whole_numbers_are_multiplied_exactly_but_for_the_hessian(split):
     hessian, _ = hessian_and_errors()
     levels = torch.randint(-128, 128, (48, 10)).float()

@@ -1,4 +1,4 @@
-"""The column loops of gptq.py and refine.py, and the scale search of scales.py, as Triton kernels.
+"""The column loops of gptq.py and refine.py, and the scale search of search.py, as Triton kernels.
 
 A loop over 128 columns is 128 steps that each depend on the one before, and a handful of launches a
 step when written in torch. Here a program takes some rows of the weight and keeps a few columns of

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 from quantkit.runtime import ranks
@@ -81,6 +82,9 @@ def _begin(rank: int, size: int, work: Callable[[int], Any], pipe: Any, folder: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks.join.cache_clear()
+    # the first use of torch's pool of threads after a fork makes it anew; of two threads that come
+    # to it at once, one finds none ("Invalid thread pool")
+    torch.set_num_threads(torch.get_num_threads())
     code = 1
     try:
         # as bytes: torch would send a handle to memory that ends with this process

@@ -114,6 +114,7 @@ def test_the_command(tmp_path, capsys):
         (["--new", 1], "--new"),
         (["--context", 10**7], "do not fit"),
         (["--plot", "b.png"], "not an .svg"),
+        (["--json", tmp_path], "is a folder"),
     ):
         assert command("bench", "demo", *options) == 2
         assert problem in sentence(capsys.readouterr().err)[0]

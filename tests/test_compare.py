@@ -70,5 +70,7 @@ def test_the_command(capsys):
 def test_what_does_not_belong_is_refused():
     with pytest.raises(UsageError, match="nothing to compare"):
         compare([])
+    with pytest.raises(QuantkitError, match="no folder nowhere/x"):
+        compare("nowhere/x")  # not n, o, w, ...
     with pytest.raises(QuantkitError, match="was not made from"):
         compare([str(model("gpt_neox"))], against="demo", **FEW)

@@ -95,6 +95,7 @@ def test_data_that_is_not_there_is_told(tasks, tmp_path, capsys):
         ({"tasks": " ,"}, "no task to score"),
         ({"tasks": "a", "limit": 0}, "limit 0 leaves nothing"),
         ({"tasks": "a", "batch_size": 0}, "batch_size 0 leaves nothing"),
+        ({"tasks": "a", "num_fewshot": -1}, "-1 examples"),
     ],
 )
 def test_nothing_to_do_is_refused(options, message):

@@ -442,6 +442,7 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
     [
         ("model.layers.3.mlp.down_proj.weight", r"down_proj.scales holds numbers that are none"),
         ("model.norm.weight", r"what the original predicts on held-out text \(en\) is not finite"),
+        ("model.layers.1.mlp.up_proj.weight", r"layers\.1\.mlp\.up_proj\.weight holds inf"),
     ],
 )
 def test_a_model_that_is_not_made_of_numbers_is_refused(tmp_path, damaged, found):

@@ -29,6 +29,7 @@ OPTIONS = {
     },
     "taste": {"model": Key("str"), "against": Key("str"), "rows": Key("int")},
     "pack": {"model": Key("str"), "out": Key("str"), "to": Key("str")},
+    "rank": {"models": Key("str", several=True)},
 }
 
 
@@ -76,6 +77,20 @@ def test_another_model_and_folder():
     steps = assemble(CHAIN, model="here", out="there")
     assert [step.options["model"] for step in steps] == ["here", "there", "there", "there-box"]
     assert steps[1].options["against"] == "here"
+
+
+def test_another_model_and_folder_than_the_first_step_says_itself():
+    text = '[[step]]\ncommand = "cook"\nmodel = "a"\nout = "x"\n[[step]]\ncommand = "taste"\n'
+    first, second = assemble(text, model="here", out="there")
+    assert first.options == {"model": "here", "out": "there"}
+    assert second.options == {"model": "there"}
+    text = '[[step]]\ncommand = "rank"\nmodels = ["a", "b"]'
+    assert assemble(text, model="here")[0].options == {"models": ["here"]}
+
+
+def test_several_models_are_what_was_written_before():
+    text = CHAIN + '[[step]]\ncommand = "rank"\n'
+    assert assemble(text)[-1].options == {"models": ["name-small-box"]}
 
 
 def test_a_single_command_needs_no_step():
@@ -143,10 +158,18 @@ def test_set_reaches_every_step_that_has_the_option_or_the_named_ones():
         ("step = []", "steps are written as [[step]]"),
         (CHAIN.replace('out = "$out-box"', ""), "step 3 (pack) does not say where to write"),
         (CHAIN.replace('out = "name-small"', ""), "speaks of $out"),
+        (CHAIN.replace("$out-box", "./$out/../name-small"), "is there already: step 1 writes it"),
+        ('command = ["cook"]', "command should be text, not ['cook']"),
     ],
 )
 def test_refusals(text, message):
     assert message in refused(text)
+
+
+def test_what_would_change_nothing_is_refused():
+    taste = 'command = "taste"\nmodel = "m"'
+    assert "--out changes nothing, as taste has no out" in refused(taste, out="x")
+    assemble(taste + '\nagainst = "$out"', out="x")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +262,14 @@ def test_all_steps_are_checked_before_the_first_one_runs(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "rows should be a whole number" in sentence(captured.err)[0]
     assert not captured.out
+    for limit in ('"many"', "nan", '"en=-1"'):
+        text = '[[step]]\ncommand = "verify"\nmodel = "demo"\nmax_kl = ' + limit
+        assert command("run", write(tmp_path / "r.toml", (TWO % "x") + text)) == 2
+        captured = capsys.readouterr()
+        assert "step 3 (verify): --max-kl takes a number" in sentence(captured.err)[0]
+        assert not captured.out
+    assert command("run", write(tmp_path / "r.toml", 'command = "cache"')) == 2
+    assert "no command 'cache'" in sentence(capsys.readouterr().err)[0]
 
 
 def test_from_begins_later_and_a_failing_step_ends_the_chain(tmp_path, capsys):

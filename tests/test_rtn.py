@@ -154,6 +154,7 @@ def test_refusals(tmp_path):
         ({"format": "awq", "bits": 3}, "no codes of 3 bits"),
         ({"format": "gguf:q4_0", "group": 64}, "no groups of 64"),
         ({"format": "gguf:q4_1", "sym": True}, "asymmetric"),
+        ({"pre_tokenizer": "llama-bpe"}, "for GGUF files, and gptq is none"),
     ):
         with pytest.raises(UsageError, match=words):
             quantize_rtn(source, out, **options)

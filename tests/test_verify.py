@@ -252,6 +252,9 @@ def test_a_kl_that_is_not_a_number_does_not_pass_the_gate(tmp_path, capsys):
     options = ["--rows", 1, "--seqlen", 16, "--no-samples", "--no-write", "-q"]
     assert command("verify", broken, *options, "--max-kl", 5) == 3
     assert "mean KL nan is above" in sentence(capsys.readouterr().err)[0]
+    assert command("verify", broken, *options) == 0  # no limit, but it is told
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "broken holds NaN or infinities: model.layers.0.self_attn.q_proj.scale" in shown
     assert command("verify", broken, *options, "--gate", "--json") == 3
     one = capsys.readouterr()
     assert "hold NaN or infinities" in sentence(one.err)[0]

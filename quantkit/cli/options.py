@@ -13,9 +13,18 @@ Command = Callable[..., Any]
 
 
 class Limit(click.ParamType[str]):
-    """A number, or SET=NUMBER; workflows/gate.py reads it."""
+    """A number, or SET=NUMBER, for ``what`` of workflows/gate.py."""
 
     name = "limit"
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from quantkit.workflows import gate
+
+        gate.limit(self._what, value)
+        return value
 
 
 shard = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
@@ -34,6 +43,8 @@ def in_a_folder(context: click.Context, option: click.Parameter, file: str | Non
     """A file that can be written in the end, said before anything is measured."""
     if file and not Path(file).absolute().parent.is_dir():
         raise UsageError(f"there is no folder for {file}")
+    if file and Path(file).is_dir():
+        raise UsageError(f"{file} is a folder", "give the name of a file")
     return file
 
 
@@ -308,19 +319,19 @@ def judging(command: Command) -> Command:
         ),
         click.option(
             "--max-ppl-ratio",
-            type=Limit(),
+            type=Limit("perplexity_ratio"),
             multiple=True,
             help="The same for the perplexity divided by the original's.",
         ),
         click.option(
             "--min-top1",
-            type=Limit(),
+            type=Limit("top1"),
             multiple=True,
             help="Exit with 3 when the share of equal next tokens is below this.",
         ),
         click.option(
             "--max-kl",
-            type=Limit(),
+            type=Limit("kl"),
             multiple=True,
             help="Exit with 3 when the mean KL is above this; ja=0.2 limits one text, repeatable.",
         ),

@@ -92,12 +92,12 @@ def command(
 
 
 def _commands(context: click.Context) -> dict[str, click.Command]:
-    """Every command but this one."""
+    """Every command but this one, and those that have commands of their own."""
     root = context.find_root()
     assert isinstance(root.command, click.Group)
     names = [name for name in root.command.list_commands(root) if name != context.command.name]
     found = {name: root.command.get_command(root, name) for name in names}
-    return {name: one for name, one in found.items() if one is not None}
+    return {n: one for n, one in found.items() if one and not isinstance(one, click.Group)}
 
 
 def _assembled(

@@ -3,10 +3,10 @@
     QUANTKIT_CACHE, or XDG_CACHE_HOME/quantkit, or ~/.cache/quantkit
         autotune/      which variant of a kernel is fastest here
         cubin/         kernels for Hopper, compiled
-        ...
 
-Models are not here: those from the Hub lie in huggingface_hub's own cache (HF_HOME), where other
-programs find them too. Everything here may be removed at any time.
+Whatever else lies there is somebody else's, and stays. Models are not here: those from the Hub lie
+in huggingface_hub's own cache (HF_HOME), where other programs find them too. All of it may be
+removed at any time.
 """
 
 import os
@@ -19,6 +19,7 @@ from pathlib import Path
 from quantkit.errors import QuantkitError, UsageError
 
 VARIABLE = "QUANTKIT_CACHE"
+KINDS = ("autotune", "cubin")
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -40,7 +41,7 @@ def root() -> Path:
 
 def folder(kind: str) -> Path:
     """The folder of one kind, which need not exist. Raises ValueError for a name that is none."""
-    if not _NAME.fullmatch(kind):
+    if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of cached data")
     return root() / kind
 
@@ -72,10 +73,9 @@ def write(kind: str, name: str, content: bytes) -> None:
 
 def kinds() -> list[Kind]:
     """Everything that is there."""
-    place = root()
     found = []
-    for path in sorted(place.iterdir()) if place.is_dir() else []:
-        if path.is_dir() and _NAME.fullmatch(path.name):
+    for path in map(folder, KINDS):
+        if path.is_dir():
             files = [file for file in path.rglob("*") if file.is_file()]
             found.append(Kind(path.name, len(files), sum(file.stat().st_size for file in files)))
     return found
@@ -87,10 +87,11 @@ def clear(kind: str | None = None) -> list[Kind]:
     if kind is not None and not gone:
         raise UsageError(f"there is nothing called {kind} in {root()}", "see 'quantkit cache list'")
     for one in gone:
+        path = folder(one.name)
         try:
-            shutil.rmtree(folder(one.name))
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
         except OSError as error:
-            raise QuantkitError(f"{error.filename} cannot be removed ({error.strerror})") from error
+            raise QuantkitError(f"{path} cannot be removed ({error.strerror})") from error
     return gone
 
 

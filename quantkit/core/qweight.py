@@ -60,7 +60,7 @@ class Scheme:
     grid: Grid = "int"
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS or not isinstance(self.bits, int):
             raise UsageError(f"{self.bits} bits are not supported", "use 2, 3, 4 or 8")
         if self.group_size != -1 and not 16 <= self.group_size <= 1024:
             raise UsageError(

@@ -114,6 +114,7 @@ def assemble(
     steps = [_step(name, table, vocabulary) for table in _tables(name, content)]
     for change in changes:
         _change(steps, change, vocabulary)
+    _instead(name, steps[0], vocabulary, model, out, str(content))
     model, out = model or top.get("model"), out or top.get("out")
     for step in steps:
         step.options.update(
@@ -141,6 +142,8 @@ def _step(name: str, table: dict[str, Any], vocabulary: Vocabulary) -> Step:
     command = table.get("command")
     if command is None:
         raise UsageError(f"{name}: a step has no command", f"one of {', '.join(vocabulary)}")
+    if not isinstance(command, str):
+        raise UsageError(f"{name}: command should be text, not {_shown(command)}")
     if command not in vocabulary:
         raise UsageError(f"{name}: there is no command '{command}'", _near(command, vocabulary))
     options = {}
@@ -226,6 +229,30 @@ def _parsed(text: str, known: Key) -> Any:
         return text
 
 
+def _instead(
+    name: str,
+    first: Step,
+    vocabulary: Vocabulary,
+    model: str | None,
+    out: str | None,
+    content: str,
+) -> None:
+    """``model`` and ``out`` in the place of what the first step says itself."""
+    known = vocabulary[first.command]
+    for key, value in (("model", model), ("out", out)):
+        if value is None:
+            continue
+        if key in first.options:
+            first.options[key] = value
+        elif "models" in first.options and key == "model":
+            first.options["models"] = [value]
+        elif not {key, f"{key}s"} & known.keys() and f"${key}" not in content:
+            raise UsageError(
+                f"{name}: --{key} changes nothing, as {first.command} has no {key}",
+                f"leave out --{key}, or write ${key} in the recipe",
+            )
+
+
 def _filled(value: Any, model: str | None, out: str | None, name: str) -> Any:
     """The value with the recipe's model and out in the places of $model and $out."""
     if isinstance(value, list):
@@ -250,13 +277,13 @@ def _connect(
 ) -> None:
     """Let every step work on what the one before wrote, where it does not say otherwise."""
     latest = model
-    taken: dict[str | None, str] = {model: "it is the model"}
+    taken = {_place(model): "it is the model"} if model else {}
     for index, step in enumerate(steps):
         where = f"{name}, step {index + 1} ({step.command})"
-        if "model" in vocabulary[step.command] and "model" not in step.options:
+        for key in {"model", "models"} & vocabulary[step.command].keys() - step.options.keys():
             if latest is None:
                 raise UsageError(f"{where} does not say which model", "give --model")
-            step.options["model"] = latest
+            step.options[key] = [latest] if key == "models" else latest
         if "out" not in vocabulary[step.command]:
             continue
         if index == 0 and out is not None:
@@ -264,12 +291,19 @@ def _connect(
         if "out" not in step.options and len(steps) > 1:
             raise UsageError(f"{where} does not say where to write", 'add out = "FOLDER" to it')
         latest = step.options.get("out")
-        if latest is not None and latest in taken:
+        if latest is None:
+            continue
+        if (place := _place(latest)) in taken:
             raise UsageError(
-                f"{where} would write to {latest}, which is there already: {taken[latest]}",
+                f"{where} would write to {latest}, which is there already: {taken[place]}",
                 "give every step an out of its own",
             )
-        taken[latest] = f"step {index + 1} writes it"
+        taken[place] = f"step {index + 1} writes it"
+
+
+def _place(path: str) -> Path:
+    """The same for all ways to write it."""
+    return Path(path).expanduser().resolve()
 
 
 def _shown(value: Any) -> str:

@@ -7,9 +7,9 @@ from quantkit.errors import UsageError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
-def size_in_bytes(text: str) -> int:
-    """``5GB`` -> 5000000000. Raises UsageError."""
-    match = _SIZE.fullmatch(text.strip())
+def size_in_bytes(text: str | int) -> int:
+    """``5GB``, or 5000000000 -> 5000000000. Raises UsageError."""
+    match = _SIZE.fullmatch(str(text).strip())
     size = (
         0
         if match is None

@@ -149,6 +149,11 @@ def _checked(block: Block, stats: Stats) -> Stats:
 
 
 def _not_finite(block: Block, group: InputGroup) -> QuantkitError:
+    for name, parameter in block.module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return QuantkitError(
+                f"{block.name}.{name} holds infinities or NaN", "the original may be damaged"
+            )
     return QuantkitError(
         f"the inputs of {block.name}.{group.names[0]} are not finite during calibration",
         "run with --dtype float32, and check that the model itself generates sensible text",

@@ -56,6 +56,7 @@ def compare(
     Raises QuantkitError when one of them cannot be loaded, or was not made from the original.
     """
     limits = Gate.of(max_kl, min_top1, max_ppl_ratio, gate)
+    models = [models] if isinstance(models, str) else models
     if not models:
         raise UsageError("there is nothing to compare", "name one or more models")
     sources = [resolve(model) for model in models]

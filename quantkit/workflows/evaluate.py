@@ -66,6 +66,8 @@ def evaluate(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value} leaves nothing to do", "give at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"{num_fewshot} examples cannot be given", "give 0 or more")
     if find_spec("lm_eval") is None:
         raise QuantkitError("lm-eval is not installed", "pip install 'quantkit[eval]'")
     import lm_eval

@@ -50,7 +50,7 @@ class Gate:
     def of(cls, max_kl: Given, min_top1: Given, max_ppl_ratio: Given, usual: bool) -> "Gate":
         """Each is a number, ``SET=NUMBER``, or several of them. Raises UsageError."""
         given = {"kl": max_kl, "top1": min_top1, "perplexity_ratio": max_ppl_ratio}
-        limits = [_limit(what, text) for what, some in given.items() for text in _several(some)]
+        limits = [limit(what, text) for what, some in given.items() for text in _several(some)]
         return cls(limits, usual)
 
     def __bool__(self) -> bool:
@@ -130,23 +130,24 @@ def _several(given: Given) -> list[float | str]:
     return [given] if isinstance(given, (str, float, int)) else list(given)
 
 
-def _limit(what: str, text: float | str) -> Limit:
+def limit(what: str, text: float | str) -> Limit:
+    """What an option says: a number or ``SET=NUMBER``. Raises UsageError."""
     label, _, number = str(text).rpartition("=")
     try:
-        limit = float(number)
+        most = float(number)
     except ValueError:
-        limit = float("nan")
-    if not isfinite(limit) or limit < 0:
+        most = float("nan")
+    if not isfinite(most) or most < 0:
         raise UsageError(
             f"{OPTIONS[what]} takes a number or SET=NUMBER, not '{text}'",
             f"write {OPTIONS[what]} 0.9 or {OPTIONS[what]} ja=0.9",
         )
-    if what == "top1" and limit > 1:
+    if what == "top1" and most > 1:
         raise UsageError(
             f"{OPTIONS[what]} is a share of the predictions, at most 1",
-            f"write {limit / 100:g}" if limit <= 100 else "write 0.9",
+            f"write {most / 100:g}" if most <= 100 else "write 0.9",
         )
-    return Limit(what, label or MEAN, limit)
+    return Limit(what, label or MEAN, most)
 
 
 def _usual(bits: float | None) -> dict[tuple[str, str], float]:

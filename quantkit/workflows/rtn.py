@@ -64,6 +64,8 @@ def quantize_rtn(
             rtn.quantize(weight, scheme, form.zero_min, offset=form.offset, signed=True)
         )
 
+    if pre_tokenizer and not format.startswith("gguf"):
+        raise UsageError(f"--pre-tokenizer is for GGUF files, and {format} is none", "leave it out")
     settings = {"bits": scheme.bits, "group": scheme.group_size, "sym": scheme.symmetric}
     source = resolve(model, revision, low_disk=low_disk)
     opened = Rounded(open_checkpoint(source), rounder, "rtn", settings, halve=True)

@@ -222,6 +222,11 @@ class Bench:
         made = {"quantization": _made(candidate)}
         result.settings = {**made, **self._settings, "engine": candidate.engine}
         result.nonfinite = _with_layers(candidate.census.nonfinite, result.layers)
+        if broken := result.nonfinite:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            result.notes.append(
+                f"{source.name} holds NaN or infinities: {', '.join(broken[:3])}{more}"
+            )
         result.notes += [
             f"it was calibrated on {text}, too: other text tells more"
             for text in self._texts

@@ -120,7 +120,7 @@ def test_codes_that_groups_do_not_divide_are_refused():
         QWeight(Scheme(4, 48), q.codes, q.scale)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 7, 9, 16, -4])
+@pytest.mark.parametrize("bits", [0, 1, 4.0, 7, 9, 16, -4])
 def test_scheme_refuses_bits(bits):
     with pytest.raises(UsageError, match=f"{bits} bits"):
         Scheme(bits)

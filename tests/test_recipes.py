@@ -246,6 +246,15 @@ def test_steps_are_shown_as_they_would_be_typed(tmp_path, capsys):
     ]
 
 
+def test_json_is_a_key_like_others(tmp_path, capsys):
+    text = '[[step]]\ncommand = "bench"\nmodel = "demo"\njson = "b.json"\n'
+    text += '[[step]]\ncommand = "verify"\nmodel = "x"\njson = true'
+    assert command("run", write(tmp_path / "r.toml", text), "--dry-run") == 0
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.endswith("quantkit bench --json b.json demo")
+    assert two.endswith("quantkit verify --json x")
+
+
 def test_a_step_is_shown_on_one_line(tmp_path, capsys):
     text = (TWO % "x").replace('"- of the city"', '"""a\n\'b\' \\\\ c"""')
     assert command("run", write(tmp_path / "r.toml", text), "--dry-run") == 0

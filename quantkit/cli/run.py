@@ -136,8 +136,14 @@ def _keys(command: click.Command) -> dict[str, Key]:
             kind = "str"
             choices = tuple(kinds.choices) if isinstance(kinds, click.Choice) else ()
         several = parameter.multiple or parameter.nargs == -1
-        found[str(parameter.name)] = Key(kind, several, choices)  # type: ignore[arg-type]
+        found[_key(parameter)] = Key(kind, several, choices)  # type: ignore[arg-type]
     return found
+
+
+def _key(parameter: click.Parameter) -> str:
+    """What recipes call it. A function's argument cannot be called like the module json."""
+    name = str(parameter.name)
+    return "json" if name in ("as_json", "json_file") else name
 
 
 def arguments(command: click.Command, step: Step, quiet: bool = False) -> list[str]:
@@ -148,9 +154,9 @@ def arguments(command: click.Command, step: Step, quiet: bool = False) -> list[s
     line: list[str] = []
     plain: list[str] = []
     for parameter in command.params:
-        if parameter.name not in given:
+        if _key(parameter) not in given:
             continue
-        value = given[parameter.name]
+        value = given[_key(parameter)]
         if isinstance(parameter, click.Option):
             line += _typed(parameter, value)
         else:

@@ -6,6 +6,7 @@ part's tensors are synced.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from quantkit.core.checkpoint import write_json
 from quantkit.errors import UsageError
 
 FILE = "ledger.json"
+_DIGEST = re.compile(r"[0-9a-f]{40,}")
 
 
 class Ledger:
@@ -34,7 +36,7 @@ class Ledger:
         stored = self._stored()
         before, now = stored["fingerprint"], self._fingerprint
         different = [
-            f"{key} was {before.get(key)}, is now {now.get(key)}"
+            _told(key, before.get(key), now.get(key))
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]
@@ -88,3 +90,10 @@ class Ledger:
 
     def _save(self) -> None:
         write_json(self._path, {"fingerprint": self._fingerprint, "done": self._done})
+
+
+def _told(key: str, before: Any, now: Any) -> str:
+    """How a setting differs; a digest says nothing to people."""
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (before, now)):
+        return f"{key} is another"
+    return f"{key} was {before}, is now {now}"

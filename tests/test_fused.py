@@ -25,6 +25,8 @@ def kernels_for_everything(monkeypatch):
 
 # on a GPU large enough that what follows a flipped tie averages out
 OUT, WIDTH, NEAR = (4096, 768, 1e-3) if DEVICE == "cuda" else (24, 96, 5e-3)
+# codes: there errors are passed on, and scales compared, with 11 bits (0.969 on an H200)
+SAME = 0.95 if DEVICE == "cuda" else 0.97
 
 
 def problem(out=OUT, width=WIDTH, tokens=1024):
@@ -61,7 +63,7 @@ def test_solver_reaches_the_objective_of_float64(bits, group, symmetric, act_ord
     exact = solve(weight.double(), hessian.double(), scheme, options).qweight
     found, expected = (objective(weight, hessian, q) for q in (fused, exact))
     assert found == pytest.approx(expected, rel=NEAR)
-    assert (fused.codes == exact.codes).float().mean() > 0.95  # TF32 tips scales, too
+    assert (fused.codes == exact.codes).float().mean() > SAME
 
 
 @pytest.mark.parametrize(("tile", "out"), [(32, 70), (48, 5)])

@@ -106,12 +106,12 @@ def solve(
     hessian.diagonal().copy_(revived)
     permute(hessian, order)
     with factored(hessian, options.damp, team) as (factors, damp):
-        with phase("align"):
-            missing = align.correction(lost, hessian, factors, order) if lost else None
-        columns = weight.T[order].contiguous()
-        if missing is not None:
-            columns += missing
-        del missing
+        if lost:
+            with phase("align"):
+                columns = align.correction(lost, hessian, factors, order).contiguous()
+                columns += weight.T[order]
+        else:
+            columns = weight.T[order].contiguous()
         with phase("round"):
             levels, grid = _Rounding(columns, hessian, factors, scheme, options).run()
     if options.rounds:

@@ -117,33 +117,63 @@ def test_where_they_run(monkeypatch):
 
 
 def test_shapes():
-    assert [hopper.shape_of(tokens).tokens for tokens in (1, 8, 9, 32, 33, 129, 5000)] == [
-        8, 8, 16, 32, 64, 128, 128,
+    assert [hopper.shape_of(tokens).tokens for tokens in (1, 8, 9, 32, 33, 65, 97)] == [
+        8, 8, 16, 32, 64, 96, 128,
+    ]  # fmt: skip
+    # more than one program's: as few as can be, and none of them half empty
+    assert [hopper.shape_of(tokens).tokens for tokens in (129, 192, 193, 257, 5000)] == [
+        96, 96, 128, 96, 128,
     ]  # fmt: skip
 
 
+def clusters_of(programs: int, most: int = 8):
+    """How many run at once where there is room for so many programs."""
+    return lambda size: programs // size if size <= most else 0
+
+
 def test_a_cluster_has_work():
-    assert hopper.divided(2, steps=3, processors=132) == 3
-    assert hopper.divided(2, steps=30, processors=132) == hopper.CLUSTER
-    assert hopper.divided(38, steps=152, processors=132) == 8
-    assert hopper.divided(152, steps=38, processors=132) == 2
-    assert hopper.divided(1000, steps=30, processors=132) == 1
+    assert hopper.divided(2, 3, clusters_of(396)) == [(2, 3)]  # no more than steps
+    assert hopper.divided(2, 300, clusters_of(396)) == [(2, hopper.CLUSTER)]
+    assert hopper.divided(2, 300, clusters_of(396, most=4)) == [(2, 4)]
+
+
+def test_programs_come_at_once_or_in_full_turns():
+    # the linears of a 10B model's block, by programs of 128 rows
+    for room, sizes in ((THREE, [3, 8, 2, 8]), (TWO, [2, 6, 3, 6])):
+        for (clusters, steps), size in zip(WORK, sizes):
+            launches = hopper.divided(clusters, steps, lambda size, room=room: room[size - 1])
+            assert launches == [(clusters, size)]
+
+
+def test_what_is_left_of_full_turns_is_divided_more():
+    assert hopper.divided(152, 38, clusters_of(132)) == [(132, 1), (20, 6)]
+    assert hopper.divided(264, 38, clusters_of(132)) == [(264, 1)]
+    assert hopper.divided(10_001, 30, clusters_of(132)) == [(10_001, 1)]  # not worth a launch
+
+
+# clusters of 1 to 8 programs that an H200 runs at once, of which three or two fit on a processor
+THREE = [396, 198, 124, 92, 69, 62, 47, 45]
+TWO = [264, 132, 79, 62, 47, 39, 32, 30]
+WORK = [(114, 38), (38, 38), (152, 38), (38, 152)]  # clusters, steps
 
 
 @pytest.mark.parametrize("shape", hopper.SHAPES, ids=lambda shape: str(shape.tokens))
-def test_programs_fit_on_a_processor(shape):
-    """With scales and zero points as large as they may be, and 2 KB that are the compiler's."""
-    tile = 32 * 128 // 2 + 32 * 4 * (4 + 2)
-    stage = shape.tokens * 256 + shape.rows // 32 * tile
-    for cluster in range(1, hopper.CLUSTER + 1) if shape.few else [1]:
+@pytest.mark.parametrize(("step", "scale", "zeros"), [(128, 2, False), (32, 4, True)])
+def test_programs_fit_on_a_processor(shape, step, scale, zeros):
+    """With 2 KB that are the compiler's."""
+    stages, stage = shape.ring(step, scale, zeros)
+    assert 2 <= stages <= shape.stages
+    assert stage == shape.tokens * 256 + shape.rows * (
+        64 + 128 // step * (scale // 4 * 2 + 2 + 2 * zeros)
+    )
+    for cluster in range(1, hopper.CLUSTER + 1):
         beside = shape.beside(cluster)
-        assert beside <= shape.most_beside
-        assert shape.resident * (2 * stage + beside + 2048) <= 228 << 10  # two stages, at the least
-    # what is sent: the sums of 16 rows for each of a program's warps, by all others
-    if shape.few:
-        assert shape.beside(8) == 7 * 16 * shape.tokens * 4
-        assert shape.beside(3) == 3 * 2 * 16 * shape.tokens * 4
-        assert shape.beside(1) == 0
+        assert shape.resident * (stages * stage + beside + 2048) <= 228 << 10
+        # what is sent: the sums of 16 rows for each of a program's warps, by all others
+        assert shape.sent(cluster) <= (beside if shape.few else stages * stage)
+    assert shape.sent(8) == shape.rows // 16 // 8 * 7 * 16 * shape.tokens * 4
+    assert shape.sent(3) == (3 if shape.rows == 128 else 6) * 2 * 16 * shape.tokens * 4
+    assert shape.sent(1) == 0
 
 
 @with_nvrtc
@@ -176,38 +206,34 @@ def test_products(name, dtype):
     q = q.to(torch.device("cuda"))
     assert choose.blocked(q, torch.device("cuda"))
     held, meant = arrange(q, blocked=True), q.dequantize()
-    arrived = torch.zeros(choose.counters(held), dtype=torch.int32, device="cuda")
     bias = torch.randn(1000, device="cuda")
     for tokens in (1, 5, 8, 13, 16, 17, 64, 65, 300, 1000, 3000):
         x = torch.randn(tokens, 1536, device="cuda").to(dtype)
         wanted = x.float() @ meant.T + bias
-        found, again = (hopper.product(x, held, bias, arrived) for _ in range(2))
+        found, again = (hopper.product(x, held, bias) for _ in range(2))
         assert torch.equal(found, again)
         assert float((found.float() - wanted).norm() / wanted.norm()) < 3e-3
-        assert not arrived.any()  # ready for the next launch
 
 
 @on_hopper
 def test_inputs_that_do_not_lie_as_the_copy_engine_wants():
     q = weight("4", 256, 512).to(torch.device("cuda"))
     held, meant = arrange(q, blocked=True), q.dequantize()
-    arrived = torch.zeros(choose.counters(held), dtype=torch.int32, device="cuda")
     whole = torch.randn(3 * 512 + 1, device="cuda").half()
     for x in (whole[1:].reshape(3, 512), torch.randn(512, 3, device="cuda").half().T):
-        found = hopper.product(x, held, None, arrived)
+        found = hopper.product(x, held, None)
         wanted = x.float() @ meant.T
         assert float((found.float() - wanted).norm() / wanted.norm()) < 1e-3
 
 
 @on_hopper
-@pytest.mark.parametrize("shape", [s for s in hopper.SHAPES if s.few], ids=lambda s: str(s.tokens))
+@pytest.mark.parametrize("shape", hopper.SHAPES, ids=lambda shape: str(shape.tokens))
 def test_every_size_of_a_cluster(shape):
     q = weight("4 zero", 1000, 1536).to(torch.device("cuda"))
     held, meant = arrange(q, blocked=True), q.dequantize()
-    arrived = torch.zeros(choose.counters(held), dtype=torch.int32, device="cuda")
-    x = torch.randn(shape.tokens, 1536, device="cuda").half()
+    x = torch.randn(2 * shape.tokens + 3, 1536, device="cuda").half()
     for size in range(1, hopper.CLUSTER + 1):
-        found, again = (hopper.matmul(x, held, None, arrived, shape, size) for _ in range(2))
+        found, again = (hopper.matmul(x, held, None, shape, size) for _ in range(2))
         assert torch.equal(found, again)
         wanted = x.float() @ meant.T
         assert float((found.float() - wanted).norm() / wanted.norm()) < 1e-3

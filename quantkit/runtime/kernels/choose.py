@@ -21,7 +21,7 @@ from quantkit.runtime.kernels import dense, hopper, skinny, support, tune
 from quantkit.runtime.kernels.fragments import Fragments
 from quantkit.runtime.kernels.skinny import Config
 
-FEW, MANY = 192, 1024
+FEW, MANY = 192, 2048
 
 
 def blocked(q: QWeight, device: torch.device) -> bool:
@@ -32,16 +32,14 @@ def blocked(q: QWeight, device: torch.device) -> bool:
 
 def counters(weight: Fragments) -> int:
     """How many numbers ``arrived`` has for the kernels that compute with ``weight``."""
-    if weight.blocked:
-        return hopper.counters(support.of(weight.words.device).processors)
-    return weight.tiles * -(-FEW // 8)
+    return 0 if weight.blocked else weight.tiles * -(-FEW // 8)
 
 
 def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) -> Tensor:
     """x [tokens, in] -> [tokens, out] in the dtype of x. ``arrived`` int32 [counters], all 0."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     if half and weight.blocked and len(x) <= MANY:
-        return hopper.product(x, weight, bias, arrived)
+        return hopper.product(x, weight, bias)
     if half and not weight.blocked and len(x) <= FEW:
         here = support.of(x.device)
         early = support.early(x.device)

@@ -6,17 +6,17 @@
 // instruction in registers: no value moves between threads. The ring is filled with weights before
 // the kernel in front of this one has ended.
 //
-// FEW tokens: reading takes the time. A program is eight warps of 16 rows each; the inputs of 128 rows
-// are divided among the programs of a cluster, and so is adding their sums up: those of warp w are sent
-// to the cluster's program w % its size, which adds them in order. RESIDENT programs fit on a processor.
+// The inputs of ROWS rows and N tokens are divided among the programs of a cluster, and so is adding
+// their sums up: those of warp w are sent to the cluster's program w % its size, which adds them in
+// order. RESIDENT programs fit on a processor.
 //
-// More tokens: multiplying takes the time. RESIDENT programs to a processor, one or two, and four or two
-// warpgroups of 64 rows in each: while one unpacks, the others multiply (wgmma). Each program takes
-// `whole` pairs of a row block and a token block, and an equal stretch of all steps of the rest. Where
-// a pair is shared, the program with its first step waits for the others' sums and adds them, in order.
+// FEW tokens: reading takes the time. A program is eight warps of 16 rows each.
+//
+// More tokens: multiplying takes the time. A program is two or four warpgroups of 64 rows each: while
+// one unpacks, the others multiply (wgmma).
 //
 // hopper.py defines, in front of this text:
-//   N        tokens of a block: 8 or 16 with FEW, else up to 128
+//   N        tokens of a program: 8 or 16 with FEW, else up to 128
 //   FEW      see above
 //   STAGES   of the ring
 //   RESIDENT programs that shall fit on a processor at once
@@ -48,8 +48,7 @@ typedef unsigned long long u64;
 #define TURNED_ROW 48                               // bytes of a token, and padding
 #define TURNED_BYTES (16 * TURNED_ROW)              // of a warp: 16 tokens
 #define SENT_BYTES (N / 8 * 512)                    // sums of a warp
-#define CHUNKS 4                                    // warps whose sums a program of a cluster adds up
-#define BESIDE (N <= 64 ? 3 : 1)                     // shares of a sum that are read at a time
+#define CHUNKS (WARPS / 2)                          // warps whose sums a program of a cluster adds up, at most
 #define BATCH (STEP < 64 ? STEP : 64)               // inputs that a warpgroup unpacks at a time
 
 struct __align__(64) Map { char held[128]; };       // CUtensorMap
@@ -311,23 +310,12 @@ INLINE void compute(u32 x, const char* weights, int warp, int lane, float (&sums
 
 #endif
 
-// Who computes what: steps [from, to) of a pair of a row block and a token block
-
-struct Part {
-  u32 pair, from, to;
-};
-
-#if FEW
+// Sums of all programs of a cluster
 
 INLINE u32 programs_of_cluster() {
   u32 found;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(found));
   return found;
-}
-INLINE bool next(Part& part, u32 count, u32 pairs, u32 steps, u32 whole) {
-  const u32 all = programs_of_cluster(), own = blockIdx.x % all;
-  part = {blockIdx.x / all, steps * own / all, steps * (own + 1) / all};
-  return count == 0;
 }
 // Sums that were sent: a barrier for each warp whose sums this program adds up
 INLINE void expect_sums(u64* sent) {
@@ -348,7 +336,9 @@ INLINE bool together(float (&sums)[N / 2], char* arriving, u64* sent, int warp, 
   if (all == 1) return true;
   const u32 chunk = warp / all, owner = warp % all;
   char* held = arriving + chunk * (all - 1) * SENT_BYTES + lane * 16;
-  // programs of a cluster begin together, but not in the same moment
+#if !FEW                                            // sums take the place of what the others have computed with
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif                                              // with FEW: begin together, but not in the same moment
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (own != owner) {
     const u32 to = there(shared(held) + (own - (own > owner)) * SENT_BYTES, owner);
@@ -371,8 +361,10 @@ INLINE bool together(float (&sums)[N / 2], char* arriving, u64* sent, int warp, 
   return true;
 }
 
+#if FEW
+
 // A warp's rows: a few numbers for each token
-INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned short* bias, char*, int row, int token,
+INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned short* bias, int row, int token,
                   int tokens, int width, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -389,71 +381,6 @@ INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned shor
 }
 
 #else
-
-INLINE u32 first_of(u32 program, u64 all) { return (u32)(all * program / gridDim.x); }
-INLINE u32 program_of(u64 unit, u64 all) { return (u32)(((unit + 1) * gridDim.x - 1) / all); }
-
-INLINE bool next(Part& part, u32 count, u32 pairs, u32 steps, u32 whole) {
-  if (count < whole) {
-    part = {count * gridDim.x + blockIdx.x, 0, steps};
-    return true;
-  }
-  const u32 before = whole * gridDim.x;
-  const u64 all = (u64)(pairs - before) * steps;
-  const u32 end = first_of(blockIdx.x + 1, all);
-  const u32 unit = count == whole ? first_of(blockIdx.x, all) : (part.pair - before) * steps + part.to;
-  if (unit >= end) return false;
-  const u32 own = unit / steps;
-  part = {before + own, unit % steps, min(steps, end - own * steps)};
-  return true;
-}
-// All sums of a pair, in the program that has its first step; the others leave theirs, one pair each.
-// False for those.
-INLINE bool together(float (&sums)[N / 2], int thread, const Part& part, u32 pairs, u32 steps,
-                     u32 whole, float* shares, u32* arrived) {
-  if (part.from == 0 && part.to == steps) return true;
-  const int warp = thread / 32, lane = thread % 32;
-  const u32 before = whole * gridDim.x;
-  float4* left = (float4*)shares + warp * (N / 8) * 32 + lane;
-  const u64 size = ROWS * N / 4;                    // of what a program leaves
-  u32* counter = arrived + (part.pair - before) * WARPS + warp;
-  if (part.from) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-      left[blockIdx.x * size + j * 32] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
-    __syncwarp();
-    if (lane == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    return false;
-  }
-  const u64 all = (u64)(pairs - before) * steps, end = (u64)(part.pair - before + 1) * steps;
-  const u32 others = program_of(end - 1, all) - blockIdx.x;
-  if (lane == 0) {
-    u32 found;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-    while (found < others);
-    *counter = 0;                                   // for the next launch
-  }
-  __syncwarp();
-#pragma unroll
-  for (int from = 0; from < N / 8; from += 4)       // of several programs at a time: they arrive together
-    for (u32 other = 1; other <= others; other += BESIDE) {
-      float4 found[BESIDE][4];
-#pragma unroll
-      for (u32 i = 0; i < BESIDE; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          found[i][j] = __ldcg(left + (blockIdx.x + min(other + i, others)) * size + (from + j) * 32);
-#pragma unroll
-      for (u32 i = 0; i < BESIDE; ++i)
-        if (other + i <= others)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float* four = sums + 4 * (from + j);
-            four[0] += found[i][j].x, four[1] += found[i][j].y, four[2] += found[i][j].z, four[3] += found[i][j].w;
-          }
-    }
-  return true;
-}
 
 // A warp's rows of N tokens: turned round in shared memory, so that a token's rows are neighbours
 INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned short* bias, char* turned, int row,
@@ -491,39 +418,34 @@ INLINE void write(float (&sums)[N / 2], unsigned short* out, const unsigned shor
 
 #endif
 
+// first     cluster of this launch, of all that a product takes
 // tokens    rows of x, and of out [tokens, width]
-// blocks    of 128 rows that there are; what a pair has behind them is read again, and not written
-// pairs     row blocks times token blocks, the latter next to each other
+// blocks    of 128 rows that there are; what a program has behind them is read again, and not written
+// across    programs that have the same rows, and other tokens: clusters next to each other
 // steps     inputs / 128
 // repeated  steps that have the same scale: 1 but for groups wider than 128
-// whole     pairs that every program computes by itself (0 with FEW)
-// shares    float32, for every program ROWS * N, and arrived 16 for every pair that is shared, all 0:
-//           not with FEW
 extern "C" __global__ void __launch_bounds__(32 * WARPS + COPYING, RESIDENT)
 product(const __grid_constant__ Map x, const char* __restrict__ words, const char* __restrict__ scale,
         const char* __restrict__ zero, const unsigned short* __restrict__ bias, unsigned short* __restrict__ out,
-        float* shares, u32* arrived, int tokens, int width, u32 blocks, u32 pairs, u32 token_blocks, u32 steps,
-        u32 repeated, u32 whole) {
+        u32 first, int tokens, int width, u32 blocks, u32 across, u32 steps, u32 repeated) {
   extern __shared__ __align__(1024) char memory[];
   __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
-#if FEW
   __shared__ __align__(8) u64 sent[CHUNKS];
-#endif
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
     for (int i = 0; i < STAGES; ++i) prepare(shared(full + i), 1), prepare(shared(empty + i), WARPS);
-#if FEW
     expect_sums(sent);
-#endif
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  const u32 all = programs_of_cluster(), cluster = first + blockIdx.x / all, own = blockIdx.x % all;
+  const u32 from = steps * own / all, to = steps * (own + 1) / all;
+  const int row = cluster / across * ROWS, token = cluster % across * N;
 #if FEW
-  if (programs_of_cluster() > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if (all > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
-  Part part;
   if (warp >= WARPS) {                              // copies
 #if !FEW
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
@@ -532,71 +454,60 @@ product(const __grid_constant__ Map x, const char* __restrict__ words, const cha
     if (lane) return;                               // one thread tells the copy engine
     const u32 groups = steps / repeated * (128 / STEP), ring = shared(memory) + STAGES * X_BYTES;
     const char *words_at[BLOCKS], *scale_at[BLOCKS], *zero_at[BLOCKS];
-    u32 left = 0;                                   // steps until there is another scale
+    u32 left = repeated - from % repeated;          // steps until there is another scale
+#pragma unroll
+    for (u32 i = 0; i < BLOCKS; ++i) {
+      const u64 block = min(row / 128 + i, blocks - 1), group = block * groups + from / repeated * (128 / STEP);
+      words_at[i] = words + (block * steps + from) * (4 * WORDS_BYTES);
+      scale_at[i] = scale + group * (4 * SCALE_BYTES / (128 / STEP));
+      zero_at[i] = zero + group * 256;
+    }
     auto weights = [&](u32 stage) {                 // of a step, and on to the next one
-      const u32 barrier = shared(full + stage), to = ring + stage * WEIGHT_BYTES;
+      const u32 barrier = shared(full + stage), at = ring + stage * WEIGHT_BYTES;
       expect(barrier, X_BYTES + WEIGHT_BYTES);
       const bool moves = --left == 0;
       if (moves) left = repeated;
 #pragma unroll
       for (u32 i = 0; i < BLOCKS; ++i) {
-        copy(to + i * (4 * WORDS_BYTES), words_at[i], 4 * WORDS_BYTES, barrier);
-        copy(to + SCALE_AT + i * (4 * SCALE_BYTES), scale_at[i], 4 * SCALE_BYTES, barrier);
-        if (ZEROS) copy(to + ZERO_AT + i * (4 * ZERO_BYTES), zero_at[i], 4 * ZERO_BYTES, barrier);
+        copy(at + i * (4 * WORDS_BYTES), words_at[i], 4 * WORDS_BYTES, barrier);
+        copy(at + SCALE_AT + i * (4 * SCALE_BYTES), scale_at[i], 4 * SCALE_BYTES, barrier);
+        if (ZEROS) copy(at + ZERO_AT + i * (4 * ZERO_BYTES), zero_at[i], 4 * ZERO_BYTES, barrier);
         words_at[i] += 4 * WORDS_BYTES;
         if (moves) scale_at[i] += 4 * SCALE_BYTES, zero_at[i] += 4 * ZERO_BYTES;
       }
     };
+    auto inputs = [&](u32 stage, u32 step) {
+      copy_x(shared(memory) + stage * X_BYTES, &x, token, 2 * step, shared(full + stage));
+    };
+    const u32 filled = min(STAGES, to - from);
+    for (u32 i = 0; i < filled; ++i) weights(i);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (u32 i = 0; i < filled; ++i) inputs(i, from + i);
     u32 stage = 0, round = 0;
-    for (u32 count = 0; next(part, count, pairs, steps, whole); ++count) {
-      left = repeated - part.from % repeated;
-#pragma unroll
-      for (u32 i = 0; i < BLOCKS; ++i) {
-        const u64 block = min(part.pair / token_blocks * BLOCKS + i, blocks - 1);
-        const u64 group = block * groups + part.from / repeated * (128 / STEP);
-        words_at[i] = words + (block * steps + part.from) * (4 * WORDS_BYTES);
-        scale_at[i] = scale + group * (4 * SCALE_BYTES / (128 / STEP));
-        zero_at[i] = zero + group * 256;
-      }
-      const int token = part.pair % token_blocks * N;
-      u32 step = part.from;
-      if (count == 0) {
-        const u32 filled = min(STAGES, part.to - part.from);
-        for (u32 i = 0; i < filled; ++i) weights(i);
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        for (; stage < filled; ++stage, ++step) copy_x(shared(memory) + stage * X_BYTES, &x, token, 2 * step, shared(full + stage));
-      }
-      for (; step < part.to; ++step, ++stage) {
-        if (stage == STAGES) stage = 0, ++round;
-        if (round) await(shared(empty + stage), round - 1 & 1);
-        weights(stage);
-        copy_x(shared(memory) + stage * X_BYTES, &x, token, 2 * step, shared(full + stage));
-      }
+    for (u32 step = from + filled; step < to; ++step) {
+      await(shared(empty + stage), round & 1);
+      weights(stage), inputs(stage, step);
+      if (++stage == STAGES) stage = 0, ++round;
     }
     return;
   }
 #if !FEW
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(RESIDENT == 1 ? 112 : 104));
 #endif
-  float sums[N / 2];
+  float sums[N / 2] = {};
   u32 stage = 0, round = 0;
-  for (u32 count = 0; next(part, count, pairs, steps, whole); ++count) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) sums[i] = 0.0f;
-    for (u32 step = part.from; step < part.to; ++step, ++stage) {
-      if (stage == STAGES) stage = 0, ++round;
-      await(shared(full + stage), round & 1);
-      compute(shared(memory) + stage * X_BYTES, memory + STAGES * X_BYTES + stage * WEIGHT_BYTES, warp, lane, sums);
-      __syncwarp();
-      if (lane == 0) arrive(shared(empty + stage));
-    }
-#if FEW
-    const bool whole_sums = together(sums, memory + RING_BYTES, sent, warp, lane);
-#else
-    const bool whole_sums = together(sums, thread, part, pairs, steps, whole, shares, arrived);
-#endif
-    if (whole_sums)
-      write(sums, out, bias, memory + RING_BYTES + warp * TURNED_BYTES, part.pair / token_blocks * ROWS + warp * 16,
-            part.pair % token_blocks * N, tokens, width, lane);
+  for (u32 step = from; step < to; ++step) {
+    await(shared(full + stage), round & 1);
+    compute(shared(memory) + stage * X_BYTES, memory + STAGES * X_BYTES + stage * WEIGHT_BYTES, warp, lane, sums);
+    __syncwarp();
+    if (lane == 0) arrive(shared(empty + stage));
+    if (++stage == STAGES) stage = 0, ++round;
   }
+#if FEW
+  if (together(sums, memory + RING_BYTES, sent, warp, lane))
+    write(sums, out, bias, row + warp * 16, token, tokens, width, lane);
+#else
+  if (together(sums, memory, sent, warp, lane))
+    write(sums, out, bias, memory + RING_BYTES + warp * TURNED_BYTES, row + warp * 16, token, tokens, width, lane);
+#endif
 }

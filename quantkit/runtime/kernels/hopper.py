@@ -10,9 +10,11 @@ Weights are those of ``fragments``, blocked.
 
 import ctypes
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache as once
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper
 class Shape:
     """How a product with up to so many ``tokens`` at a time is computed; see hopper.cu.
 
-    few         by clusters of small programs, or else by one or two large programs to a processor
+    few         by warps, or else by warpgroups
     stages      of the ring of codes and inputs, at most
     resident    programs that a processor has room for
     exact       sums are scaled, not weights, which would be rounded
@@ -58,26 +60,40 @@ class Shape:
     def threads(self) -> int:
         return 2 * self.rows + (32 if self.few else 128)
 
+    def sent(self, cluster: int) -> int:
+        """Bytes of the sums that a program gets from the others of a cluster of so many."""
+        return -(-self.rows // 16 // cluster) * (cluster - 1) * 64 * self.tokens
+
     def beside(self, cluster: int) -> int:
-        """Bytes beside the ring: for sums that other programs of a cluster of so many send, or for
-        warps that turn their results round."""
-        warps = self.rows // 16
-        return -(-warps // cluster) * (cluster - 1) * 64 * self.tokens if self.few else warps * 768
+        """Bytes beside the ring: for these sums, or, where they come into the ring, for warps that
+        turn their results round."""
+        return self.sent(cluster) if self.few else self.rows // 16 * 768
 
     @property
     def most_beside(self) -> int:
-        """Of any cluster."""
+        """In any cluster."""
         return max(map(self.beside, range(1, CLUSTER + 1)))
+
+    def ring(self, step: int, scale: int, zeros: bool) -> tuple[int, int]:
+        """Stages of the ring and bytes of one; the arguments are those of :func:`source`."""
+        scales = 32 * (INPUTS // step) * ((4 if scale == 4 else 2) + (2 if zeros else 0))
+        tile = _TILE_ROWS * INPUTS // 2 + scales
+        stage = self.tokens * INPUTS * 2 + self.rows // _TILE_ROWS * tile
+        room = _SHARED // self.resident - self.most_beside
+        return min(self.stages, room // stage), stage
 
 
 SHAPES = (
     Shape(8, True, 5, 3, True),
     Shape(16, True, 5, 3, True),
     Shape(32, False, 4, 2, True),
-    Shape(64, False, 4, 1, True),
+    Shape(64, False, 4, 2, True),
+    Shape(96, False, 3, 1, False),
     Shape(128, False, 3, 1, False),
 )
 CLUSTER = 8  # programs at most
+_AROUND = 8  # steps that a program could multiply while it begins and ends
+_SECOND = 0.95  # of the time that a product may take with a second launch, at most
 
 
 def why_not(gpu: GPU) -> str | None:
@@ -104,38 +120,24 @@ def fits(scheme: Scheme, out: int, width: int, minimum: bool) -> bool:
 
 
 def shape_of(tokens: int) -> Shape:
-    """The smallest that takes so many tokens at once, or else the largest."""
-    return next((shape for shape in SHAPES if tokens <= shape.tokens), SHAPES[-1])
+    """The smallest with which programs of the fewest kinds take so many tokens."""
+    return min(SHAPES, key=lambda shape: (-(-tokens // shape.tokens), shape.tokens))
 
 
-def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) -> Tensor:
-    """x [tokens, in] in float16 or bfloat16 -> [tokens, out] in the same; ``arrived`` as for
-    :func:`matmul`, for as many tokens as are then computed at once."""
+def product(x: Tensor, weight: Fragments, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] in float16 or bfloat16 -> [tokens, out] in the same."""
     if x.data_ptr() % 16 or not x.is_contiguous():  # the copy engine wants it so
         x = x.clone(memory_format=torch.contiguous_format)
     if bias is not None:
         bias = bias.to(x.dtype)
-    return matmul(x, weight, bias, arrived, shape_of(len(x)))
-
-
-def counters(processors: int) -> int:
-    """How many numbers ``arrived`` has: 16 for each of the pairs that may be shared."""
-    return 2 * processors * 16
+    return matmul(x, weight, bias, shape_of(len(x)))
 
 
 def matmul(
-    x: Tensor,
-    weight: Fragments,
-    bias: Tensor | None,
-    arrived: Tensor,
-    shape: Shape,
-    split: int = 0,
+    x: Tensor, weight: Fragments, bias: Tensor | None, shape: Shape, size: int = 0
 ) -> Tensor:
     """x [tokens, in] in float16 or bfloat16, contiguous -> [tokens, out] in the same. ``bias``
-    [out] in the same dtype; ``split``: programs of a cluster, 0 for what :func:`divided` says.
-
-    arrived  int32 [counters], all 0 before and after. Two launches that may run at the same time
-             need two of them.
+    [out] in the same dtype; ``size``: programs of a cluster, 0 for what :func:`divided` says.
 
     The kernel begins before the one in front of it has ended, and reads weights at once: they must
     have been there before that one was launched.
@@ -149,68 +151,61 @@ def matmul(
         weight.scheme.midpoint,
         x.get_device(),
     )
-    parts = _parts(x, weight, shape, split)
+    across, steps = -(-len(x) // shape.tokens), weight.width // INPUTS
+    clusters = -(-len(weight.words) * _BLOCK_ROWS // shape.rows) * across
     out = torch.empty(len(x), weight.out, dtype=x.dtype, device=x.device)
-    left = 0 if shape.few else parts.programs * shape.rows * shape.tokens
-    shares = torch.empty(left, dtype=torch.float32, device=x.device)
-    kernel.launch(
-        parts.programs,
-        parts.of_cluster,
-        torch.cuda.current_stream(x.device).cuda_stream,
-        _map(x, shape.tokens),
-        weight.words.data_ptr(),
-        weight.scale.data_ptr(),
-        0 if weight.offset is None else weight.offset.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        shares.data_ptr(),
-        arrived.data_ptr(),
-        len(x),
-        weight.out,
-        len(weight.words),
-        parts.pairs,
-        parts.token_blocks,
-        parts.steps,
-        max(1, weight.group // INPUTS),
-        parts.whole,
-    )
+    places = _map(x, shape.tokens)
+    first = 0
+    for count, programs in [(clusters, size)] if size else kernel.divided(clusters, steps):
+        kernel.launch(
+            count,
+            programs,
+            torch.cuda.current_stream(x.device).cuda_stream,
+            places,
+            weight.words.data_ptr(),
+            weight.scale.data_ptr(),
+            0 if weight.offset is None else weight.offset.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            first,
+            len(x),
+            weight.out,
+            len(weight.words),
+            across,
+            steps,
+            max(1, weight.group // INPUTS),
+        )
+        first += count
     return out
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """How a product is divided among programs; see hopper.cu."""
-
-    pairs: int
-    token_blocks: int
-    steps: int
-    programs: int
-    of_cluster: int
-    whole: int
+Launch = tuple[int, int]  # clusters, and programs of each
 
 
-def _parts(x: Tensor, weight: Fragments, shape: Shape, split: int = 0) -> _Parts:
-    token_blocks = -(-len(x) // shape.tokens)
-    pairs = -(-len(weight.words) * _BLOCK_ROWS // shape.rows) * token_blocks
-    steps, processors = weight.width // INPUTS, support.of(x.device).processors
-    if shape.few:
-        cluster = split or divided(pairs, steps, processors)
-        return _Parts(pairs, token_blocks, steps, pairs * cluster, cluster, 0)
-    programs = min(processors * shape.resident, pairs * steps)
-    whole = max(0, pairs // programs - 1)
-    return _Parts(pairs, token_blocks, steps, programs, 1, whole)
+def divided(clusters: int, steps: int, at_once: Callable[[int], int]) -> list[Launch]:
+    """The launches with which ``clusters`` are done the soonest, where ``at_once(size)`` of them
+    run at the same time (0: none can): all alike, or as many turns as are full, and smaller shares
+    of the work for the rest, if that is worth a second launch."""
+    sizes = [size for size in range(1, min(CLUSTER, steps) + 1) if at_once(size)]
 
+    def last(count: int, size: int) -> float:
+        return -(-count // at_once(size)) * (-(-steps // size) + _AROUND)
 
-def divided(pairs: int, steps: int, processors: int) -> int:
-    """Programs of a cluster: so that nearly three run on every processor, as far as there is work
-    and a cluster may be large."""
-    return max(1, min(3 * processors // pairs, CLUSTER, steps))
+    alike = min(sizes, key=lambda size: last(clusters, size))
+    best, found = last(clusters, alike) * _SECOND, [(clusters, alike)]
+    for large, small in combinations(sizes, 2):
+        full = clusters // at_once(large) * at_once(large)
+        parts = [(full, large), (clusters - full, small)]
+        took = sum(last(*part) for part in parts)
+        if full and took < best:
+            best, found = took, parts
+    return found
 
 
 class _Kernel:
     """A compiled kernel on a device."""
 
-    _KINDS = (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 8
+    _KINDS = (ctypes.c_void_p,) * 5 + (ctypes.c_int,) * 7
 
     def __init__(self, cubin: bytes, shape: Shape, ring: int, device: int) -> None:
         from cuda.bindings import driver
@@ -228,38 +223,58 @@ class _Kernel:
         early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         self._early = early
+        self._divided: dict[tuple[int, int], list[Launch]] = {}
+        self._configs: dict[tuple[int, int, int], Any] = {}
 
-    def launch(self, programs: int, cluster: int, stream: int, x: Any, *numbers: int) -> None:
+    def divided(self, clusters: int, steps: int) -> list[Launch]:
+        """What :func:`divided` says on this device."""
+        key = clusters, steps
+        if key not in self._divided:
+            room = [self._at_once(size) for size in range(1, CLUSTER + 1)]
+            self._divided[key] = divided(clusters, steps, lambda size: room[size - 1])
+        return self._divided[key]
+
+    def _at_once(self, size: int) -> int:
+        """Clusters of so many programs that the device runs at the same time."""
+        config = self._configured(CLUSTER, size, 0)
+        found: int = _checked(self._driver.cuOccupancyMaxActiveClusters(self._function, config))
+        return found
+
+    def _configured(self, clusters: int, size: int, stream: int) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = clusters * size, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._shape.threads, 1, 1
-        config.sharedMemBytes = self._ring + self._shape.beside(cluster)
+        config.sharedMemBytes = self._ring + self._shape.beside(size)
         config.hStream = driver.CUstream(stream)
-        attributes = [self._early]
-        if cluster > 1:
-            together = driver.CUlaunchAttribute()
-            together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            size = together.value.clusterDim
-            size.x, size.y, size.z = cluster, 1, 1
-            attributes.append(together)
-        config.attrs, config.numAttrs = attributes, len(attributes)
+        together = driver.CUlaunchAttribute()
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dim = together.value.clusterDim
+        dim.x, dim.y, dim.z = size, 1, 1
+        config.attrs, config.numAttrs = [together, self._early], 2
+        return config
+
+    def launch(self, clusters: int, size: int, stream: int, x: Any, *numbers: int) -> None:
+        key = clusters, size, stream
+        if key not in self._configs:
+            self._configs[key] = self._configured(*key)
         held = [kind(number) for kind, number in zip(self._KINDS, numbers, strict=True)]
         places = (ctypes.c_void_p * (1 + len(held)))(x.getPtr(), *map(ctypes.addressof, held))
-        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(places), 0))
+        _checked(
+            self._driver.cuLaunchKernelEx(
+                self._configs[key], self._function, ctypes.addressof(places), 0
+            )
+        )
 
 
 @once
 def _kernel(
     shape: Shape, bfloat: bool, step: int, scale: int, zeros: bool, middle: int, device: int
 ) -> _Kernel:
-    scales = 32 * (INPUTS // step) * ((4 if scale == 4 else 2) + (2 if zeros else 0))
-    tile = _TILE_ROWS * INPUTS // 2 + scales
-    stage = shape.tokens * INPUTS * 2 + shape.rows // _TILE_ROWS * tile
-    room = _SHARED // shape.resident - shape.most_beside
-    shape = replace(shape, stages=min(shape.stages, room // stage))
+    stages, stage = shape.ring(step, scale, zeros)
+    shape = replace(shape, stages=stages)
     text = source(shape, bfloat, step, scale, zeros, middle)
-    return _Kernel(_compiled(text), shape, shape.stages * stage, device)
+    return _Kernel(_compiled(text), shape, stages * stage, device)
 
 
 def source(shape: Shape, bfloat: bool, step: int, scale: int, zeros: bool, middle: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ def test_what_shares_an_input_is_found_on_shapes_alone(name, tmp_path):
         assert sorted(group.names for group in block.groups) == sorted(architecture.groups)
         writers = {group.names[0] for group in block.groups if group.writes}
         assert writers == set(architecture.writers)
+        leaving = {group.names[0] for group in block.groups if group.exits}
+        assert leaving == set(architecture.leaving)
     assert {n: p.device.type for n, p in skeleton.model.named_parameters()} == before
     assert shapes.numbers == sum(p.numel() for p in skeleton.model.parameters())
     assert shapes.tied == architecture.tied
@@ -67,9 +70,9 @@ NEOX = Block(
     numbers=4864 * (3 * 4864 + 4864 + 2 * 19456),
     groups=(
         Group(("query_key_value",), 4864, (14592,)),
-        Group(("dense",), 4864, (4864,), writes=True),
+        Group(("dense",), 4864, (4864,), writes=True, exits=True),
         Group(("dense_h_to_4h",), 4864, (19456,)),
-        Group(("dense_4h_to_h",), 19456, (4864,), writes=True),
+        Group(("dense_4h_to_h",), 19456, (4864,), writes=True, exits=True),
     ),
     working=48640,
 )
@@ -115,7 +118,36 @@ def test_modes_of_one_home_take_less_of_the_gpu_with_fewer_tokens():
     for home in ("ram", "disk"):
         sizes = [on_device(mode) for mode in footprint.GPU_MODES if mode.states == home]
         assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
-    assert on_device(footprint.GPU_MODES[1]) < 0.8 * on_device(footprint.GPU_MODES[0])
+    _, device, ram, *_ = [on_device(mode) for mode in footprint.GPU_MODES]
+    assert ram < 0.8 * device
+
+
+def test_kept_inputs_take_what_they_are_long():
+    keeping, device = (Mode("device", 16384, keeps) for keeps in (True, False))
+    inputs = 128 * 2048 * (4864 + 19456) * 2
+    more = 1 + footprint.FRAGMENTS
+    assert on_device(keeping) - on_device(device) == pytest.approx(inputs * more, rel=1e-6)
+    half = replace(NEOX.groups[3], exits=False)
+    block = replace(NEOX, groups=(*NEOX.groups[:3], half))
+    phases = footprint.quantizing(replace(WEBLAB, blocks=(block,)), run(), keeping)
+    kept = {phase.device.get("linears' inputs", 0) for phase in phases}
+    assert kept == {0, 128 * 2048 * 4864 * 2}
+
+
+def test_the_last_pass_is_short_where_inputs_are_kept():
+    speed = durations.of_gpu(1000, 60, 4800, kernels=True)
+
+    def takes(mode, block=NEOX):
+        shapes = replace(WEBLAB, blocks=(block,))
+        return durations.quantizing(shapes, run(), mode, None, 0, speed)
+
+    keeping, device = (Mode("device", 16384, keeps) for keeps in (True, False))
+    readers = 128 * 2048 * 2 * 4864 * (14592 + 19456)
+    attention = 128 * 2048 * 2 * 4864 * 2048
+    saved = (readers + attention) / speed.half
+    assert takes(device) - takes(keeping) == pytest.approx(saved, rel=1e-6)
+    block = replace(NEOX, groups=(*NEOX.groups[:3], replace(NEOX.groups[3], exits=False)))
+    assert takes(device, block) == takes(keeping, block)
 
 
 def test_activations_are_where_the_mode_puts_them():
@@ -138,7 +170,9 @@ def test_the_fastest_mode_that_fits_is_chosen():
         room = Room(device * gigabyte, ram * gigabyte)
         return footprint.choose(WEBLAB, run(**changes), room, tokens)
 
-    assert chosen(40, 64) == Mode("device", 16384)
+    assert chosen(40, 64) == Mode("device", 16384, keeps=True)
+    assert chosen(24, 64) == Mode("device", 16384)
+    assert chosen(40, 64, aligned=False) == Mode("device", 16384)  # there is nothing to keep
     assert chosen(10, 64) == Mode("ram", 16384)
     assert chosen(10, 4) == Mode("disk", 16384)
     assert chosen(6, 4) == Mode("disk", 4096)
@@ -152,6 +186,8 @@ def test_the_next_mode_takes_less_of_what_was_short():
     def after(mode, place):
         return footprint.smaller(WEBLAB, run(), mode, place)
 
+    assert after(Mode("device", 16384, keeps=True), "device") == Mode("device", 16384)
+    assert after(Mode("device", 16384, keeps=True), "ram") is None
     assert after(Mode("device", 16384), "device") == Mode("ram", 16384)
     assert after(Mode("ram", 16384), "device") == Mode("ram", 4096)
     assert after(Mode("ram", 16384), "ram") == Mode("disk", 16384)

@@ -160,6 +160,39 @@ def test_the_files_are_the_same_wherever_states_are(home, method, plain, tmp_pat
     assert weights(tmp_path / "out") == plain[method]
 
 
+@pytest.mark.parametrize("method", RUNS)
+def test_the_files_are_the_same_with_inputs_that_are_kept(method, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(footprint, "CPU_MODES", (Mode("device", 128, keeps=True),))
+    seen = []
+    advance = gather.advance
+
+    def watching(block, hidden, kept=None):
+        if kept is not None:
+            seen.append(sorted(group.names[0] for group in kept))
+        advance(block, hidden, kept)
+
+    monkeypatch.setattr(gather, "advance", watching)
+    report = RUNS[method](tmp_path / "out")
+    assert weights(tmp_path / "out") == plain[method]
+    assert (
+        str(report.plan.way) == "activations and linears' inputs on the device, 128 tokens at once"
+    )
+    leaving = {
+        "gptq": ["attention.dense", "mlp.dense_4h_to_h"],
+        "awq": ["self_attn.o_proj"],
+    }
+    assert seen and all(names == leaving[method] for names in seen)
+
+
+def test_places_may_be_wider(states):
+    wide = states.empty(7)
+    assert type(wide) is type(states) and wide.width == 7
+    for index, (rows, tokens, *_) in enumerate(SHAPES):
+        wide.put(index, torch.full((rows, tokens, 7), float(index)))
+    assert [float(x.mean()) for x in wide] == [0, 1, 2, 3]
+    assert states.empty().width == states.width
+
+
 def test_a_limit_of_ram_sends_states_to_disk(plain, tmp_path):
     report = gptq_run(tmp_path / "out", max_memory="500MB")
     assert report.plan.way == Mode("disk", 128)

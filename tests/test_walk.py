@@ -123,6 +123,47 @@ def test_groups_of_linears(name: str, folder: Callable[[str], Path]) -> None:
         assert tuple(g.names[0] for g in groups if g.closes) == expected.closes
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_leads_to_kept_inputs_is_not_computed_again(
+    name: str, folder: Callable[[str], Path]
+) -> None:
+    """The block's last linears change; what they are given stays, where only they do."""
+    expected = ARCHITECTURES[name]
+    walk = Walk(tiny.skeleton(folder(name)))
+    start = States(walk.embed(tiny.batches()))
+    with walk.block(0) as block:
+        groups = block.trace(start[0])
+        leaving = [group for group in groups if group.exit]
+        assert tuple(g.names[0] for g in leaving) == expected.leaving
+        writers = [group for group in groups if group.writes]
+        full, given = start.copy(), start.copy()
+        _, wanted = gather.observe(block, full, [], writers[:-1])
+        _, kept = gather.observe_drift(block, given, wanted, writers[-1], full, keep=True)
+        assert kept.keys() == set(leaving)
+        for group in leaving:
+            tiny.randomize(block.linear(group.names[0]))
+        again = given.copy()
+        gather.advance(block, again)
+        changed = not any(torch.equal(a, b) for a, b in zip(again, full))
+        assert changed == bool(leaving)
+
+        readers = {n for g in groups if not g.writes for n in g.names}
+        calls: list[str] = []
+        hooks = {n: lambda x, n=n: calls.append(n) for n in readers}
+        with block.watching(hooks):
+            gather.advance(block, given, kept)
+        assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
+        assert not kept
+        if len(leaving) == len(writers) > 1:
+            assert not calls
+        elif leaving:
+            assert len(set(calls)) < len(readers)
+        calls.clear()
+        with block.watching(hooks):
+            gather.advance(block, given)
+        assert set(calls) == readers
+
+
 def test_groups_have_the_width_of_their_input(folder: Callable[[str], Path]) -> None:
     walk = Walk(tiny.skeleton(folder("gpt2")))
     hidden = walk.embed(tiny.batches())
@@ -565,7 +606,8 @@ def test_observe_and_drift_are_plain_sums(name: str, folder: Callable[[str], Pat
         first = block.linear(groups[0].names[0])
         first.weight = torch.nn.Parameter(first.weight * 0.9)
         kept = [x.clone() for x in moved]
-        drifted = gather.observe_drift(block, moved, wanted, closing, full)
+        drifted, none = gather.observe_drift(block, moved, wanted, closing, full)
+        assert none == {}
         assert all(torch.equal(a, b) for a, b in zip(moved, kept))
         xs, ys = record(block, inner.names[0], moved)
         wants = [w.reshape(y.shape) - y for w, y in zip(wanted[inner], ys)]
@@ -619,7 +661,7 @@ def solve(
         if names is None:
             names = [n for n, module in block.module.named_modules() if is_linear(module)]
         originals = Originals(dict.fromkeys(names, scheme), weights, biases, _no_other)
-        solved = solve_block(block, originals, full, quantized, settings)
+        solved = solve_block(block, originals, full, quantized, settings).linears
         assert all(torch.equal(a, b) for a, b in zip(full, wanted, strict=True))
         after = [block.forward(x) for x in start]
         if quantized is not None:
@@ -687,7 +729,7 @@ def test_linears_that_no_token_reaches_are_rounded(
         originals = Originals(
             {"spare": SCHEME}, lambda _: original, lambda _: spare.bias, _no_other
         )
-        solved = solve_block(block, originals, first, second, settings)
+        solved = solve_block(block, originals, first, second, settings).linears
         assert set(solved) == {"spare"}
         assert solved["spare"].method == "rtn"
         assert torch.equal(spare.weight, solved["spare"].qweight.dequantize())

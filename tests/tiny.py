@@ -31,6 +31,7 @@ class Architecture:
     writers  those that add to the residual stream
     closes   those whose output comes out of the block as it went in
     tied     the head is the embedding
+    stays    writers whose module returns more than what they put out: attention scores, or a sum
     """
 
     model_type: str
@@ -40,6 +41,14 @@ class Architecture:
     closes: tuple[str, ...]
     layers: int = LAYERS
     tied: bool = False
+    stays: tuple[str, ...] = ()
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """Writers whose outputs a module of the block returns as they are, and whose inputs do not
+        come from other writers: the first, or all of those that are parallel."""
+        first = self.writers if self.closes == self.writers else self.writers[:1]
+        return tuple(name for name in first if name not in self.stays)
 
 
 _SIZES = {
@@ -66,7 +75,9 @@ _FUSED = [
 ]
 
 
-def _gated(model_type: str, closes: bool = True, **changes: Any) -> Architecture:
+def _gated(
+    model_type: str, closes: bool = True, stays: tuple[str, ...] = (), **changes: Any
+) -> Architecture:
     """An architecture with Llama's linears; ``closes`` unless its residual is more than a sum."""
     layers = changes.pop("layers", LAYERS)
     return Architecture(
@@ -77,6 +88,7 @@ def _gated(model_type: str, closes: bool = True, **changes: Any) -> Architecture
         ("mlp.down_proj",) if closes else (),
         layers,
         changes.get("tie_word_embeddings", False),
+        stays,
     )
 
 
@@ -121,7 +133,13 @@ ARCHITECTURES = {
     "qwen2": _gated("qwen2"),
     "qwen3": _gated("qwen3"),
     "gemma": _gated("gemma", tie_word_embeddings=True),
-    "gemma2": _gated("gemma2", closes=False, sliding_window=8, tie_word_embeddings=True),
+    "gemma2": _gated(
+        "gemma2",
+        closes=False,
+        stays=("self_attn.o_proj",),
+        sliding_window=8,
+        tie_word_embeddings=True,
+    ),
     "gemma3_text": _gated(
         "gemma3_text",
         closes=False,
@@ -184,6 +202,7 @@ ARCHITECTURES = {
         ],
         ("attn.out_proj", "mlp.fc_out"),
         ("attn.out_proj", "mlp.fc_out"),
+        stays=("attn.out_proj",),
     ),
     "opt": Architecture(
         "opt",
@@ -232,6 +251,7 @@ ARCHITECTURES = {
         ("self_attention.dense", "mlp.dense_4h_to_h"),
         ("mlp.dense_4h_to_h",),
         tied=True,
+        stays=("self_attention.dense",),
     ),
 }
 

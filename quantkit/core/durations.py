@@ -7,7 +7,7 @@ are estimates: within a factor of two is what they are good for.
 
 from dataclasses import dataclass
 
-from quantkit.core.footprint import Block, Run, Shapes
+from quantkit.core.footprint import Block, Mode, Run, Shapes
 
 # Shares of the nominal speed that are reached. What one step of a column loop costs on a GPU: in
 # kernel launches (eight of them at 10 us), or in a kernel that takes 128 columns (measured).
@@ -60,21 +60,28 @@ def of_cpu(half: float, single: float, memory: float, cached: float, column: flo
     return Speed(half, single, single, memory, cached, column, _STEP_ON_CPU, False)
 
 
-def quantizing(shapes: Shapes, run: Run, thinned: int | None, stored: int, speed: Speed) -> float:
+def quantizing(
+    shapes: Shapes, run: Run, mode: Mode, thinned: int | None, stored: int, speed: Speed
+) -> float:
     """Seconds of a quantization by calibration. ``thinned``: tokens per input in the statistics,
     None for all; ``stored``: bytes of the original."""
-    blocks = sum(_block(shapes, block, run, thinned, speed) for block in shapes.blocks)
+    blocks = sum(_block(shapes, block, run, mode, thinned, speed) for block in shapes.blocks)
     embedding = 4 * run.tokens * shapes.hidden * run.item / speed.memory
     head = 2 * 2 * run.aside * shapes.hidden * shapes.vocabulary / speed.half
     return _START + stored / _READING + embedding + blocks + head
 
 
-def _block(shapes: Shapes, block: Block, run: Run, thinned: int | None, speed: Speed) -> float:
+def _block(
+    shapes: Shapes, block: Block, run: Run, mode: Mode, thinned: int | None, speed: Speed
+) -> float:
     widest = max(group.width for group in block.groups)
     used = run.tokens if thinned is None else min(run.tokens, max(1, thinned * widest))
     passes = 3 if run.aligned else 1
     forward = 2 * block.active + 2 * shapes.hidden * run.row
     half: float = passes * run.tokens * forward + 2 * run.aside * forward
+    writers = [group for group in block.groups if group.writes]
+    if mode.keeps and all(group.exits for group in writers):  # the last pass is of these alone
+        half -= run.tokens * (forward - 2 * sum(group.numbers for group in writers))
     moved = passes * run.tokens * block.working * run.item
     single = products = cached = columns = 0.0
     for group in block.groups:

@@ -39,14 +39,15 @@ COMPARED = 4096  # tokens whose predictions a GPU makes at once
 @dataclass(frozen=True)
 class Group:
     """Linears of a block that share an input of ``width`` features; ``writes``: its output is
-    added to the residual stream (see runtime/walk.py); ``share``: of the tokens that go there,
-    fewer than all where it is an expert's."""
+    added to the residual stream, and ``exits``: its input may be kept (see runtime/walk.py);
+    ``share``: of the tokens that go there, fewer than all where it is an expert's."""
 
     names: tuple[str, ...]
     width: int
     outs: tuple[int, ...]
     writes: bool = False
     share: float = 1.0
+    exits: bool = False
 
     @property
     def numbers(self) -> int:
@@ -103,14 +104,17 @@ class Shapes:
 @dataclass(frozen=True)
 class Mode:
     """A way to quantize: where the activations of all calibration rows are, and how many tokens are
-    run at once (at least a row)."""
+    run at once (at least a row). ``keeps``: some linears' inputs in the quantized model are there
+    as well, so that they are computed once and not twice."""
 
     states: Home
     tokens: int
+    keeps: bool = False
 
     def __str__(self) -> str:
         where = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}[self.states]
-        return f"activations {where}, {self.tokens:,} tokens at once"
+        what = "activations and linears' inputs" if self.keeps else "activations"
+        return f"{what} {where}, {self.tokens:,} tokens at once"
 
     @property
     def ahead(self) -> bool:
@@ -120,6 +124,7 @@ class Mode:
 
 # The fastest first.
 GPU_MODES = (
+    Mode("device", 16384, keeps=True),
     Mode("device", 16384),
     Mode("ram", 16384),
     Mode("ram", 4096),
@@ -131,9 +136,10 @@ GPU_MODES = (
 CPU_MODES = (Mode("device", 2048), Mode("disk", 2048))
 
 
-def modes(cuda: bool) -> tuple[Mode, ...]:
-    """Those that there are."""
-    return GPU_MODES if cuda else CPU_MODES
+def modes(cuda: bool, aligned: bool) -> tuple[Mode, ...]:
+    """Those that there are; only where the quantized model's activations are carried along is there
+    anything to keep."""
+    return tuple(m for m in (GPU_MODES if cuda else CPU_MODES) if aligned or not m.keeps)
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ def fits(phases: Sequence[Phase], room: Room) -> bool:
 def choose(shapes: Shapes, run: Run, room: Room, tokens: int | None = None) -> Mode | None:
     """The fastest mode that fits, of those that run ``tokens`` at once if it is given; None when
     not even the smallest does."""
-    found = (m for m in modes(run.cuda) if tokens in (None, m.tokens))
+    found = (m for m in modes(run.cuda, run.aligned) if tokens in (None, m.tokens))
     return next((m for m in found if fits(quantizing(shapes, run, m), room)), None)
 
 
@@ -215,7 +221,7 @@ def smaller(shapes: Shapes, run: Run, mode: Mode, place: Place) -> Mode | None:
         most = peak(quantizing(shapes, run, some), place).bytes(place)
         return most, some.tokens if place == "device" else 0
 
-    known = modes(run.cuda)
+    known = modes(run.cuda, run.aligned)
     return next((m for m in known[known.index(mode) + 1 :] if taken(m) < taken(mode)), None)
 
 
@@ -314,13 +320,16 @@ def _of_block(block: Block, run: Run, mode: Mode, slots: int) -> list[tuple[str,
             continue
         held = [_statistics(group, drift) for group in groups]
         results = {"results": solved * result}
+        if drift and mode.keeps:
+            inputs = sum(group.width for group in groups if group.exits)
+            results["linears' inputs"] = run.tokens * inputs * run.item
         widest = max(groups, key=lambda group: group.width)
         passing = _passing(block, widest, run, mode, drift) | {"on their way": slots}
         found.append(("statistics", results | {"statistics": sum(held)} | passing))
         for index, group in reversed(list(enumerate(groups))):  # the last one is taken first
             others = sum(held) if run.copies else sum(held[:index])
             solved += group.numbers
-            results = {"results": solved * result}
+            results["results"] = solved * result
             for name, parts in _solving(group, run, drift):
                 found.append((name, results | {"statistics": others} | parts))
     return found
@@ -341,10 +350,11 @@ def _passing(block: Block, widest: Group, run: Run, mode: Mode, drift: bool) -> 
     tokens = _at_once(run, mode)
     inputs = tokens * widest.width
     exact = not run.cuda and run.item < 4 and run.tokens < _AWAY * tokens
-    product = 4 * max(widest.width**2 // _STRIPS, widest.numbers if drift else 0)
+    # a GPU adds products where it computes them
+    product = 0 if run.cuda else max(widest.width**2 // _STRIPS, widest.numbers if drift else 0)
     return {
         "micro-batch": int(tokens * block.working * run.item),
-        "sums": inputs * run.item + product + (8 * inputs if exact else 0),
+        "sums": inputs * run.item + 4 * product + (8 * inputs if exact else 0),
     }
 
 

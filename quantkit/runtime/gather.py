@@ -17,6 +17,7 @@ from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 
 Stats = dict[InputGroup, InputStats]
+Kept = dict[InputGroup, States]  # inputs of all rows
 
 
 def observe(
@@ -62,14 +63,17 @@ def observe_drift(
     closing: States,
     every: int = 1,
     ranks: Ranks = ALONE,
-) -> Stats:
+    keep: bool = False,
+) -> tuple[Stats, Kept]:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
     statistics of its inputs (one token in ``every``) and of the difference between the outputs that
     it should have had and those it has. For ``last``, a linear that closes the block, that is the
-    difference between the block's wanted outputs, ``closing``, and its actual ones."""
+    difference between the block's wanted outputs, ``closing``, and its actual ones. And, to
+    ``keep``, all inputs of those that have an exit."""
     groups = [*wanted, *([last] if last else [])]
     device, out, (number, first) = hidden.device, hidden.width, calls(hidden, ranks)
     stats = {group: InputStats(group.width, device, out, number, every, first) for group in groups}
+    kept = {g: hidden.empty(g.width) for g in groups if keep and g.exit}
     held: dict[InputGroup, Tensor] = {}
     due: dict[InputGroup, Tensor] = {}
 
@@ -78,19 +82,24 @@ def observe_drift(
             stats[group].add(x)
             if group in due:
                 stats[group].add_drift(x, due[group].reshape(y.shape) - y)
-            else:
+            if group is last or group in kept:
                 held[group] = x
 
         return see
 
     hooks = {group.names[0]: hook(group) for group in groups}
-    for x, closed, *others in zip(hidden, closing, *wanted.values(), strict=True):
+    for index, (x, closed, *others) in enumerate(
+        zip(hidden, closing, *wanted.values(), strict=True)
+    ):
         due.update(zip(wanted, others))
         with block.watching(hooks, outputs=True), phase("forward"):
             difference = closed - block.forward(x)
-        for group in list(held):
-            stats[group].add_drift(held.pop(group), difference)
-    return _checked(block, stats)
+        if last in held:
+            stats[last].add_drift(held[last], difference)
+        for group, inputs in kept.items():
+            inputs.put(index, held[group])
+        held.clear()
+    return _checked(block, stats), kept
 
 
 def mean_squares(
@@ -131,12 +140,16 @@ def spacing(hidden: States, width: int, tokens_per_input: int | None, ranks: Ran
     return max(1, min(sum(tokens) // (tokens_per_input * width), *tokens))
 
 
-def advance(block: Block, hidden: States) -> None:
-    """Overwrite hidden states with the block's outputs."""
+def advance(block: Block, hidden: States, kept: Kept | None = None) -> None:
+    """Overwrite hidden states with the block's outputs. What leads to inputs that are ``kept`` is
+    not computed again; uses them up."""
+    kept = kept or {}
     with phase("forward"):
         for index, x in enumerate(hidden):
-            hidden.put(index, block.forward(x))
+            with block.shortened({group: inputs[index] for group, inputs in kept.items()}):
+                hidden.put(index, block.forward(x))
         hidden.settle()
+    kept.clear()
 
 
 def _checked(block: Block, stats: Stats) -> Stats:

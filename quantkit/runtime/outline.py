@@ -8,6 +8,7 @@ storage that is alive at any moment is counted, so that no architecture has to b
 
 import weakref
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.core.footprint import Block, Group, Shapes
 from quantkit.errors import QuantkitError
+from quantkit.runtime.exits import exits
 from quantkit.runtime.experts import routed
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
@@ -118,7 +120,8 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
         module.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
         for name, module in linears.items()
     ]
-    block(*args, **kwargs)
+    with exits(block, linears) as ways:
+        block(*args, **kwargs)
     for handle in handles:
         handle.remove()
     experts = routed(block)
@@ -134,6 +137,9 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
         )
         for names, x in zip(members, inputs)
     ]
+    writers = {group.names[0] for group in groups if group.writes}
+    first = writers & ways.keys() - _reached(block, args, kwargs, writers)
+    groups = [replace(group, exits=group.names[0] in first) for group in groups]
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     alive = _Alive([*block.parameters(), *block.buffers(), *given])
     with alive:
@@ -150,6 +156,55 @@ def _guessed(block: nn.Module, hidden: int) -> Block:
     ]
     working = sum(out for out, _ in sizes.values()) + 4 * hidden
     return Block(sum(p.numel() for p in block.parameters()), tuple(groups), working)
+
+
+def _reached(block: nn.Module, args: Any, kwargs: Any, writers: set[str]) -> set[str]:
+    """Those of these linears into whose inputs outputs of others of them come."""
+    found: set[str] = set()
+    made = _Made()
+
+    def look(name: str, x: Tensor) -> None:
+        if made.of(x) - {name}:
+            found.add(name)
+
+    handles = []
+    for name in writers:
+        module = block.get_submodule(name)
+        handles += [
+            module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0])),
+            module.register_forward_hook(lambda _, given, out, name=name: made.mark(out, name)),
+        ]
+    with made:
+        block(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class _Made(TorchDispatchMode):
+    """Follows marks of tensors to all that is made of them while this is open."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._marks: dict[int, set[str]] = {}
+        self._held: list[Any] = []  # so that no other takes the place of a storage
+
+    def of(self, tensor: Tensor) -> set[str]:
+        return self._marks.get(tensor.untyped_storage()._cdata, set())
+
+    def mark(self, tensor: Tensor, *marks: str) -> None:
+        storage = tensor.untyped_storage()
+        self._held.append(storage)
+        self._marks.setdefault(storage._cdata, set()).update(marks)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        marks = set[str]().union(*map(self.of, given))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.mark(tensor, *marks)
+        return result
 
 
 class _Alive(TorchDispatchMode):

@@ -67,9 +67,13 @@ class States:
     def settle(self) -> None:
         """Wait until everything that was put has arrived."""
 
-    def empty(self) -> "States":
-        """Places for as many states, in the same kind of memory."""
-        return _on_device(self.shapes, self._parts[0], self.device)
+    def empty(self, width: int | None = None) -> "States":
+        """Places for as many states, in the same kind of memory, ``width`` features each or as many
+        as these."""
+        return _on_device(self.shapes, self._like(width), self.device)
+
+    def _like(self, width: int | None) -> Tensor:
+        return self._parts[0].new_empty(0, self.width if width is None else width)
 
     def copy(self) -> "States":
         """The same states once more."""
@@ -136,8 +140,8 @@ class Away(States):
                 arrived.synchronize()
         self._slot = None
 
-    def empty(self) -> "States":
-        return self._keeping.room(self.shapes, self._parts[0], self._device)
+    def empty(self, width: int | None = None) -> "States":
+        return self._keeping.room(self.shapes, self._like(width), self._device)
 
     def _new_slot(self) -> Tensor:
         largest = max(self._parts, key=Tensor.numel)

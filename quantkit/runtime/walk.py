@@ -16,7 +16,7 @@ whatever transformers can build.
 """
 
 from collections.abc import Collection, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime import exits
+from quantkit.runtime.exits import Exit
 from quantkit.runtime.experts import all_reached, routed
 from quantkit.runtime.skeleton import Skeleton
 
@@ -54,6 +56,8 @@ class InputGroup:
                output); the others read from it
     closes     its output reaches the block's output unchanged (see Block.trace)
     routed     only some tokens go there: to an expert. Those never count as writers
+    exit       how a writer's output leaves the block, if nothing that other writers put out comes
+               into its input (see Block.shortened)
     """
 
     names: tuple[str, ...]
@@ -61,6 +65,7 @@ class InputGroup:
     writes: bool = False
     closes: bool = False
     routed: bool = False
+    exit: Exit | None = None
 
     def only(self, names: Collection[str]) -> "InputGroup | None":
         """The part of the group that is in ``names``."""
@@ -107,6 +112,12 @@ class Block:
             for handle in handles:
                 handle.remove()
 
+    def shortened(self, kept: dict[InputGroup, Tensor]) -> AbstractContextManager[None]:
+        """While open, what leads to the inputs of these writers, which have an ``exit``, is not
+        computed: they are given the ones that are kept, [rows, tokens, width]."""
+        ways = {group.names[0]: (group.exit, x) for group, x in kept.items() if group.exit}
+        return exits.shortened(self.module, ways)
+
     @contextmanager
     def restoring(self) -> Iterator[None]:
         """When this ends, every parameter is the one that it was."""
@@ -130,7 +141,7 @@ class Block:
         a short piece of it is run, on which every expert is called.
 
         ``closes`` is found by numbers: noise added to the linear's output must come out of the
-        block as it went in.
+        block as it went in. So is ``exit``: such noise must not come into others' inputs.
         """
         piece = sample[:1, :_PROBE_TOKENS]
         seen: dict[int, list[str]] = {}
@@ -146,7 +157,8 @@ class Block:
             seen[len(inputs) - 1] = [name]
 
         names = [name for name, module in self.module.named_modules() if is_linear(module)]
-        with all_reached(self.module), self.watching({n: lambda x, n=n: note(n, x) for n in names}):
+        watching = self.watching({n: lambda x, n=n: note(n, x) for n in names})
+        with all_reached(self.module), watching, exits.exits(self.module, names) as ways:
             output = self.forward(piece)
         experts = routed(self.module)
         groups = [
@@ -160,28 +172,52 @@ class Block:
             )
             for key, members in seen.items()
         ]
-        writers = [group for group in groups if group.writes]
-        off = [self._distance(group, piece, output) for group in writers]
-        distances = torch.stack(off).tolist() if off else []  # a GPU is waited for once
-        closing = {group for group, distance in zip(writers, distances) if distance < 0.05}
-        return [replace(group, closes=group in closing) for group in groups]
+        given = {group: x for group, x in zip(groups, inputs) if group.writes}
+        effects = [self._effects(group, piece, output, given) for group in given]
+        numbers = torch.stack(effects).tolist() if effects else []  # a GPU is waited for once
+        closing = {group for group, (distance, *_) in zip(given, numbers) if distance < 0.05}
+        reached = {
+            other
+            for group, (_, *changed) in zip(given, numbers)
+            for other, share in zip(given, changed)
+            if share and other is not group
+        }
+        like = piece.dtype, piece.shape[:-1]
+        fit = {group for group, x in given.items() if (x.dtype, x.shape[:-1]) == like} - reached
+        return [
+            replace(
+                group,
+                closes=group in closing,
+                exit=ways.get(group.names[0]) if group in fit else None,
+            )
+            for group in groups
+        ]
 
-    def _distance(self, group: InputGroup, piece: Tensor, output: Tensor) -> Tensor:
-        """How far noise that is added to a writer's output comes out of the block changed."""
+    def _effects(
+        self, group: InputGroup, piece: Tensor, output: Tensor, given: dict[InputGroup, Tensor]
+    ) -> Tensor:
+        """How far noise that is added to a writer's output comes out of the block changed; and the
+        share that it changes of each writer's input, which was what is ``given``."""
         # a power of two near the output's size, so that bf16 sums stay comparable
         size = output.float().pow(2).mean().sqrt()
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(output.shape, generator=generator).to(output.device) * size
         noise = noise.to(output.dtype)
+        changed = {}
+
+        def compare(other: InputGroup, x: Tensor) -> None:
+            changed[other] = (x != given[other]).float().mean()
+
         handle = self.linear(group.names[0]).register_forward_hook(
             lambda module, args, result: result + noise.reshape(result.shape)
         )
         try:
-            change = self.forward(piece).float() - output.float()
+            with self.watching({g.names[0]: lambda x, g=g: compare(g, x) for g in given}):
+                change = self.forward(piece).float() - output.float()
         finally:
             handle.remove()
         distance: Tensor = (change - noise.float()).norm() / noise.float().norm()
-        return distance
+        return torch.stack([distance, *[changed[other] for other in given]])
 
 
 class Walk:

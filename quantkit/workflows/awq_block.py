@@ -73,6 +73,7 @@ class Awq:
         full: States,
         quantized: States | None,
         ranks: Ranks = ALONE,
+        keep: bool = False,
     ) -> Outcome:
         groups, folds = ranks.share(_found(block, full[0]) if ranks.first else None)
         folds = scaling.usable(folds, block, originals.schemes)
@@ -82,7 +83,7 @@ class Awq:
 
         writers = [group for group in groups if group.writes]
         closing = writers[-1] if writers and writers[-1].closes else None
-        kept = [group for group in writers if group is not closing] if self.aligned else []
+        inner = [group for group in writers if group is not closing] if self.aligned else []
         widest = max((group.width for group in groups), default=1)
         every = gather.spacing(full, widest, self.gptq.tokens_per_input, ranks)
         # writers are solved under other statistics where there is alignment: these are for scales
@@ -90,7 +91,7 @@ class Awq:
         observed = [
             g for g in groups if quantized is None or not g.writes or g.names[0] in scalable
         ]
-        stats, outputs = gather.observe(block, full, observed, kept, every, ranks)
+        stats, outputs = gather.observe(block, full, observed, inner, every, ranks)
         groups = [group for group in groups if group in stats or group not in observed]
         linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
         # everywhere: scales are chosen before it is known who solves what
@@ -110,9 +111,13 @@ class Awq:
             found = chosen.moments(group, moments.pop(group))
             rounded |= self._round(portions.of(group, scaled), found)
         linears |= fill(block, portions.together(rounded))
+        kept: gather.Kept = {}
         if quantized is not None:
             moments.clear()
-            drifted = gather.observe_drift(block, quantized, outputs, closing, full, every, ranks)
+            drifted, kept = gather.observe_drift(
+                block, quantized, outputs, closing, full, every, ranks, keep
+            )
+            outputs.clear()
             portions, rounded = Portions(block, drifted, ranks), {}
             ranks.merge((late, portions.owners[group]) for group, late in drifted.items())
             while drifted:
@@ -122,7 +127,7 @@ class Awq:
                     rounded |= self._round(portion, found)
             linears |= fill(block, portions.together(rounded))
         linears = {n: replace(s, notes=notes.get(n, {})) for n, s in linears.items()}
-        return Outcome(linears, chosen.norms)
+        return Outcome(linears, chosen.norms, kept)
 
     def _round(self, portion: Portion | None, moments: Moments) -> dict[str, Solved]:
         method = "gptq" if self.refine == "gptq" else "awq"

@@ -150,13 +150,14 @@ class Blocks:
             with report.timing("check"):
                 self._ride.before(block)
             done = self._finished.get(part)
+            kept: gather.Kept = {}
             if done is not None:
                 self._replay(index, block, done)
             else:
-                done = self._solve(index, block, part)
+                done, kept = self._solve(index, block, part)
             if self._quantized is not None and not last:
                 with report.timing("propagate"):
-                    gather.advance(block, self._quantized)
+                    gather.advance(block, self._quantized, kept)
             with report.timing("check"):
                 self._ride.after(block)
         self._plan.checkpoint.release()
@@ -169,19 +170,22 @@ class Blocks:
             others = done["others"]
             stored.put_finished(self._plan, index, block, self._writer, others, self._ranks)
 
-    def _solve(self, index: int, block: Block, part: str) -> dict[str, Any]:
-        """A block by the method, and what the ledger is to say of it."""
+    def _solve(self, index: int, block: Block, part: str) -> tuple[dict[str, Any], gather.Kept]:
+        """A block by the method: what the ledger is to say of it, and inputs that are kept."""
         plan = self._plan
         with self._report.timing("solve"):
             found = originals(plan, index, block)
-            outcome = plan.method.solve(block, found, self._full, self._quantized, self._ranks)
+            keep = plan.way.keeps and index + 1 < len(self._walk)
+            outcome = plan.method.solve(
+                block, found, self._full, self._quantized, self._ranks, keep
+            )
         if measured := profile.running():
             tokens = sum(batch.numel() for batch in self._rows)
             measured.add(durations.least(plan.shapes.blocks[index], tokens))
         done = _described(plan.layout.jobs[index], outcome) | {"tokens": plan.way.tokens}
         with self._report.timing("write"):
             self._behind(self._keep, index, outcome, part, done)
-        return done
+        return done, outcome.kept
 
     def _keep(self, index: int, outcome: Outcome, part: str, done: dict[str, Any]) -> None:
         """A block into the output's files and then into the ledger, while the next one computes."""

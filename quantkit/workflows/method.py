@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
+from quantkit.runtime.gather import Kept
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block
@@ -62,10 +63,12 @@ class Outcome:
 
     linears  every linear of ``Originals.schemes``
     others   parameters that changed beside them (norms, say), in the dtype that is stored
+    kept     inputs in the quantized model that need not be computed again (gather.advance)
     """
 
     linears: dict[str, Solved]
     others: dict[str, Tensor] = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -99,11 +102,13 @@ class Method(Protocol):
         full: States,
         quantized: States | None,
         ranks: Ranks = ALONE,
+        keep: bool = False,
     ) -> Outcome:
         """Quantize the block. ``full``, the hidden states of the original model, advance to the
         original block's outputs; ``quantized``, those of the quantized model, None when not
         ``aligned``, stay. The block is left as its file will have it (:func:`put`). All ``ranks``
-        do this together, each with hidden states of its own, and have the same outcome."""
+        do this together, each with hidden states of its own, and have the same outcome. ``keep``:
+        there is room for inputs of the quantized model's linears."""
 
 
 def put(block: Block, name: str, qweight: QWeight, bias: Tensor | None) -> None:

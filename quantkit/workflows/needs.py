@@ -231,12 +231,14 @@ class Needs:
         tokens = calibration_tokens(wish.calib, wish.calib_rows, row)
         run = self._plan.run(tokens, row, self.machine.cuda)
         room = Room(self.machine.device, self.machine.ram)
-        mode = footprint.choose(self.shapes, run, room) or footprint.modes(run.cuda)[-1]
+        mode = (
+            footprint.choose(self.shapes, run, room) or footprint.modes(run.cuda, run.aligned)[-1]
+        )
         phases = footprint.quantizing(self.shapes, run, mode)
         thinned = planning.FAST_TOKENS if wish.fast else None
         seconds = None
         if speed:
-            seconds = durations.quantizing(self.shapes, run, thinned, stored, speed)
+            seconds = durations.quantizing(self.shapes, run, mode, thinned, stored, speed)
         return phases, seconds, None, disk + max(phase.disk for phase in phases)
 
     def _verify(self) -> tuple[list[Phase], float | None, float | None, int]:

@@ -77,7 +77,11 @@ class Plan:
 
     @property
     def way(self) -> Mode:
-        return self.mode or footprint.modes(self.cuda)[0]
+        return self.mode or self._modes[0]
+
+    @property
+    def _modes(self) -> tuple[Mode, ...]:
+        return footprint.modes(self.cuda, self.method.aligned)
 
     @property
     def tokens_compared(self) -> int:
@@ -164,7 +168,7 @@ class Plan:
         run = self._run(rows)
         found = tokens and footprint.choose(self.shapes, run, room, tokens)
         mode = found or footprint.choose(self.shapes, run, room)
-        return replace(self, mode=mode or footprint.modes(self.cuda)[-1])
+        return replace(self, mode=mode or self._modes[-1])
 
     def smaller(self, rows: Calibration, place: Place) -> "Plan | None":
         """The same in the next mode that takes less there, if there is one."""

@@ -86,8 +86,9 @@ def placed(plan: Plan, room: Room, rows: Calibration, tokens: int | None, ranks:
     """The plan in the fastest mode in which all ranks have room: one that runs as many ``tokens``
     at once as the first rank says, if there is one."""
     tokens = ranks.share(tokens)
-    modes = ranks.everyone(plan.within(room, rows, tokens).way)
-    return replace(plan, mode=max(modes, key=footprint.modes(plan.cuda).index))
+    found = ranks.everyone(plan.within(room, rows, tokens).way)
+    known = footprint.modes(plan.cuda, plan.method.aligned)
+    return replace(plan, mode=max(found, key=known.index))
 
 
 def too_little(plan: Plan, room: Room, rows: Calibration) -> str | None:

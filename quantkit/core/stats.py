@@ -17,9 +17,8 @@ from torch import Tensor
 
 from quantkit.core.profile import phase
 
-# Only blocks of columns on or above the diagonal are multiplied; 8 strips do 36/64 of the work. A GPU
-# takes strips that its tiles divide, and that are large enough to keep it busy: of 1,024 columns it
-# was the fastest for 4,864 and for 19,456.
+# Only blocks of columns on or above the diagonal are multiplied; 8 strips do 36/64 of the work. On a
+# GPU strips of 1,024 were the fastest, for 4,864 columns and for 19,456.
 _STRIPS = 8
 _MIN_STRIP = 128
 _GPU_STRIP = 1024

@@ -123,3 +123,23 @@ def test_equations_are_those_of_torch(monkeypatch):
     grouped = levels.reshape(5, 32, -1)
     expected = torch.einsum("gir,gihj,hjr->ghr", grouped, parts, grouped)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "width", "every"), [(1100, 300, 1), (64, 128, 1), (1500, 40, 3), (1, 5, 1)]
+)
+def test_activations_about_a_shift(dtype, tokens, width, every):
+    """A token in so many, as thinned statistics take them."""
+    from quantkit.core import shifting
+
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(tokens, width, generator=generator) + 3).to(DEVICE, dtype)[::every]
+    shift = x.float().mean(0).to(dtype)
+    moved, sums = shifting._fused(x, shift)
+    assert torch.equal(moved, x - shift) and moved.is_contiguous()
+    expected = (x - shift).double().sum(0)
+    assert sums.dtype == torch.float32
+    assert float((sums - expected).abs().max()) < 1e-5 * len(x)
+    if not INTERPRETED:
+        assert shifting.usable(x)

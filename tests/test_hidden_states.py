@@ -262,7 +262,7 @@ PLACES = {
     "the first rows": (InputStats, "add", 1),
     "later rows": (InputStats, "add", 3),
     "statistics of a later block": (InputStats, "add", 11),
-    "differences of outputs": (InputStats, "add_drift", 3),
+    "differences of outputs": (gather, "observe_drift", 1),
     "solving": (gptq, "solve", 3),
     "refining": (gptq.refine, "refined", 6),
     "propagating": (gather, "advance", 2),

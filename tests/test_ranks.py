@@ -51,8 +51,7 @@ def test_sums_about_different_means_are_added(centred):
     parts = [InputStats(300, "cpu", OUT, 1000) for _ in xs]
     for x, d, part in zip(xs, ds, parts):
         for stats in (whole, part):
-            stats.add(x)
-            stats.add_drift(x, d)
+            stats.add(x, d)
     first = parts[0]
     for part in parts[1:]:
         part.move(first.shift)

@@ -33,9 +33,7 @@ def gathered(xs, ds=None, centred=False, calls=1000):
     """As if there were many batches, unless told otherwise."""
     stats = InputStats(xs[0].shape[-1], "cpu", None if ds is None else OUT, calls)
     for i, x in enumerate(xs):
-        stats.add(x)
-        if ds is not None:
-            stats.add_drift(x, ds[i])
+        stats.add(x, None if ds is None else ds[i])
     return stats.moments(centred)
 
 
@@ -99,8 +97,7 @@ def test_half_precision_sums_do_not_stop_growing():
     x = torch.ones(1, 4).bfloat16()
     stats = InputStats(4, out_features=1, calls=600)
     for _ in range(600):
-        stats.add(x)
-        stats.add_drift(x, torch.ones(1, 1).bfloat16())
+        stats.add(x, torch.ones(1, 1).bfloat16())
     assert stats.count == 600
     found = stats.moments(centred=False)
     for tensor in (found.gram, found.mean, found.cross, found.drift):
@@ -155,8 +152,7 @@ def test_thinned_statistics_are_those_of_every_third_token(centred):
     xs, ds = batches(24), deltas()
     stats = InputStats(24, "cpu", OUT, 1000, every=3)
     for x, d in zip(xs, ds):
-        stats.add(x)
-        stats.add_drift(x, d)
+        stats.add(x, d)
 
     def picked(parts):  # the first token taken moves on by one from call to call
         return [part.reshape(-1, part.shape[-1])[i::3] for i, part in enumerate(parts)]

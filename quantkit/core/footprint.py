@@ -25,7 +25,7 @@ CUDA_RAM, CUDA_CONTEXT = 1 << 30, 500 << 20
 # Share of a GPU's memory that torch's allocator holds and cannot use, in pieces between tensors (10
 # to 19 % were measured where it had more than it needed, on an H200).
 FRAGMENTS = 0.1
-_SYSTEM_BYTES, _SYSTEM_COPIES = 128 << 20, 3  # refine.py's normal equations
+_SYSTEM_BYTES, _GPU_SYSTEM_BYTES, _SYSTEM_COPIES = 128 << 20, 256 << 20, 3  # of refine.py
 _STRIPS = 8  # of stats.py
 _SLOTS = 2  # micro-batches of a stream on their way to the device (states.py)
 # Bytes a weight while a linear is packed and read back beside the computation, and what goes to and
@@ -377,7 +377,8 @@ def _solving(group: Group, run: Run, drift: bool) -> list[tuple[str, dict[str, i
         if step == "refit":
             width = group.width if run.group == -1 else run.group
             systems = 4 * sum(group.outs) * (group.width // width) ** 2
-            parts["scale systems"] = _SYSTEM_COPIES * min(_SYSTEM_BYTES, systems)
+            most = _GPU_SYSTEM_BYTES if run.cuda else _SYSTEM_BYTES
+            parts["scale systems"] = _SYSTEM_COPIES * min(most, systems)
         found.append((f"{step}, {group.width} inputs", parts))
     return found
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from quantkit.core.profile import phase
+from quantkit.core.shifting import column_sums, shifted
 
-# Only blocks of columns on or above the diagonal are multiplied; 8 strips do 36/64 of the work. On a
-# GPU strips of 1,024 were the fastest, for 4,864 columns and for 19,456.
+# Only blocks of columns on or above the diagonal are multiplied; 8 strips do 36/64 of the work. On
+# a GPU strips of 1,024 were the fastest, for 4,864 columns and for 19,456.
 _STRIPS = 8
 _MIN_STRIP = 128
 _GPU_STRIP = 1024
-_SUM_ROWS = 256
 _AVERAGED = 16  # calls from which on rounding errors average out
 
 
@@ -57,42 +57,38 @@ class InputStats:
             self._cross = torch.zeros(out_features, width, dtype=torch.float32, device=device)
             self._drift = torch.zeros(out_features, dtype=torch.float32, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs [..., width]."""
+    def add(self, x: Tensor, delta: Tensor | None = None) -> None:
+        """Add inputs [..., width] and, where ``cross`` is asked for, the output differences
+        ``delta`` [..., out] that go with them."""
         with phase("hessian"):
-            self._add(x)
+            self._add(x, delta)
 
-    def _add(self, x: Tensor) -> None:
+    def _add(self, x: Tensor, delta: Tensor | None) -> None:
         self._offset = (self._offset + 1) % self._every
-        x = self._shifted(x)
+        x, total = self._shifted(x)
         for strip in _strips(self._upper):
             into = self._upper[strip, strip.start :]
             _add_product(into, x[:, strip], x[:, strip.start :], self._exact)
-        self._total += _column_sums(x)
+        self._total += total
         self.count += x.shape[0]
-
-    def add_drift(self, x: Tensor, delta: Tensor) -> None:
-        """Add the output differences ``delta`` [..., out] that went with the inputs ``x`` of the
-        last ``add``."""
-        assert self._cross is not None and self._drift is not None
-        with phase("hessian"):
-            x = self._shifted(x)
+        if delta is not None:
+            assert self._cross is not None and self._drift is not None
             delta = self._picked(delta)
             _add_product(self._cross, delta, x, self._exact)
-            self._drift += _column_sums(delta)
+            self._drift += column_sums(delta)
 
     def _picked(self, x: Tensor) -> Tensor:
         """The tokens that are used: [tokens, features]."""
         return x.reshape(-1, x.shape[-1])[self._offset :: self._every]
 
-    def _shifted(self, x: Tensor) -> Tensor:
-        """Inputs [tokens, width] about the mean of the first batch. What a mean adds to the gram is
-        thousands of times larger than what the spread does; subtracted only at the end, it would
-        leave its own rounding errors (tensor cores': 1e-5) in their place."""
+    def _shifted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [tokens, width] about the mean of the first batch, and their sums. What a mean
+        adds to the gram is thousands of times larger than what the spread does; subtracted only at
+        the end, it would leave its own rounding errors (tensor cores': 1e-5) in their place."""
         x = self._picked(x)
         if self._shift is None:
-            self._shift = (_column_sums(x) / x.shape[0]).to(x.dtype)
-        return x - self._shift
+            self._shift = (column_sums(x) / x.shape[0]).to(x.dtype)
+        return shifted(x, self._shift)
 
     @property
     def shift(self) -> Tensor | None:
@@ -180,15 +176,6 @@ def _strips(square: Tensor) -> list[slice]:
     width = len(square)
     size = _GPU_STRIP if square.is_cuda else max(_MIN_STRIP, -(-width // _STRIPS))
     return [slice(start, min(width, start + size)) for start in range(0, width, size)]
-
-
-def _column_sums(x: Tensor) -> Tensor:
-    """Sums over tokens [width], in float32 throughout: an error here grows with the width once the
-    mean is taken out of the gram. On a CPU the float32 copies that torch makes stay in its caches.
-    """
-    if x.is_cuda:
-        return x.sum(0, dtype=torch.float32)
-    return sum(part.sum(0, dtype=torch.float32) for part in torch.split(x, _SUM_ROWS))  # type: ignore[return-value]
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor, exact: bool) -> None:

@@ -26,7 +26,7 @@ from quantkit.methods.scales import Grid
 _ROWS, _STEP, _WARPS = 32, 16, 1  # of a program of the column loops
 _TILE = 64  # columns whose changes are passed on at once
 _SEARCH_ROWS, _SEARCH_WARPS = 64, 4
-_SYSTEM_ROWS, _SYSTEM_WARPS, _SYSTEM_STAGES = 128, 4, 2
+_SYSTEM_ROWS, _SYSTEM_WARPS, _SYSTEM_STAGES = 128, 8, 2
 _SYSTEM_GROUPS = 16  # whose part of H is split at a time
 _GROUPS = (32, 64, 128)  # inputs of a group that programs can hold
 
@@ -153,18 +153,20 @@ def equations(hessian: Tensor, levels: Tensor, groups: int) -> Tensor:
     width, out = levels.shape
     size = width // groups
     system = levels.new_empty(groups, groups, out)
-    exact = levels.bfloat16()
+    exact = levels.bfloat16().T.contiguous()
     for first in range(0, groups, _SYSTEM_GROUPS):
         stop = min(first + _SYSTEM_GROUPS, groups)
-        high, low = products.split(hessian[: stop * size, first * size : stop * size])
+        high, low = products.split(hessian[first * size : stop * size, : stop * size])
         kernels.equations[(-(-out // _SYSTEM_ROWS), stop - first)](
             high,
             low,
             exact,
             system,
             out,
+            width,
             high.stride(0),
             first,
+            stop - first,
             GROUPS=groups,
             GROUP=size,
             ROWS=_SYSTEM_ROWS,

@@ -243,26 +243,26 @@ def search(
 @triton.jit
 def equations(
     high, low, levels, system,
-    out, stride, first,
+    out, width, stride, first, count,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """L_g^T H L_h [groups, groups, out] for one g and all h up to it. ``levels`` [width, out];
-    ``high`` + ``low`` are the columns of H from group ``first`` on, rows ``stride`` apart; all
-    bfloat16."""
+    """L_g^T H L_h [groups, groups, out] for one g and all h up to it. ``levels`` [out, width];
+    ``high`` + ``low`` are the rows of H of ``count`` groups from ``first`` on, ``stride`` apart;
+    all bfloat16. Rows of the weight are rows here, too: then what is added up at the end lies
+    within a warp."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < out
-    g = first + tl.program_id(1)
+    turn = count - 1 - tl.program_id(1)  # those with the most to do begin
+    g = first + turn
     index = tl.arange(0, GROUP)
-    columns = tl.program_id(1) * GROUP + index
-    at = (g * GROUP + index)[:, None] * out + rows[None, :]
-    own = tl.load(levels + at, inside[None, :], other=0.0)
+    line = levels + rows[:, None] * width
+    own = tl.load(line + (g * GROUP + index)[None, :], inside[:, None], other=0.0)
     for h in tl.range(0, g + 1, num_stages=STAGES):
         others = h * GROUP + index
-        place = others[:, None] * stride + columns[None, :]
-        pull = tl.dot(tl.load(high + place), own)
-        pull = tl.dot(tl.load(low + place), own, pull)
-        at = others[:, None] * out + rows[None, :]
-        other = tl.load(levels + at, inside[None, :], other=0.0)
-        total = tl.sum(pull * other.to(tl.float32), 0)
+        place = (turn * GROUP + index)[:, None] * stride + others[None, :]
+        pull = tl.dot(own, tl.load(high + place))
+        pull = tl.dot(own, tl.load(low + place), pull)
+        other = tl.load(line + others[None, :], inside[:, None], other=0.0)
+        total = tl.sum(pull * other.to(tl.float32), 1)
         tl.store(system + (g * GROUPS + h) * out + rows, total, inside)
         tl.store(system + (h * GROUPS + g) * out + rows, total, inside)

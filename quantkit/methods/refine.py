@@ -14,7 +14,7 @@ from quantkit.methods.products import Factor, splits, times, times_whole
 from quantkit.methods.scales import Grid, stored
 
 TILE, BLOCK = 128, 512  # columns whose changes are passed on one by one, and in small products
-_SYSTEM_BYTES = 128 << 20  # how large the batch of normal equations may grow
+_SYSTEM_BYTES, _GPU_SYSTEM_BYTES = 128 << 20, 256 << 20  # of normal equations at a time, at most
 _RIDGE = 1e-6
 
 
@@ -35,10 +35,12 @@ def refit(wanted: Tensor, hessian: Tensor, levels: Tensor, grid: Grid) -> Grid:
     ones to their stored form would make it worse. ``wanted`` [in, out] is the Hessian times the
     columns."""
     groups = grid.scale.shape[0]
-    rows = max(1, _SYSTEM_BYTES // (4 * groups * groups))
+    most = _GPU_SYSTEM_BYTES if levels.is_cuda else _SYSTEM_BYTES
+    out = levels.shape[1]
+    rows = -(-out // -(-out // max(1, most // (4 * groups * groups))))  # of parts of one size
     parts = [
         _refit_rows(wanted[:, part], hessian, levels[:, part], grid.scale[:, part])
-        for start in range(0, levels.shape[1], rows)
+        for start in range(0, out, rows)
         for part in [slice(start, start + rows)]
     ]
     return grid._replace(scale=torch.cat(parts, 1))

@@ -79,9 +79,8 @@ def observe_drift(
 
     def hook(group: InputGroup) -> Callable[[Tensor, Tensor], None]:
         def see(x: Tensor, y: Tensor) -> None:
-            stats[group].add(x)
             if group in due:
-                stats[group].add_drift(x, due[group].reshape(y.shape) - y)
+                stats[group].add(x, due[group].reshape(y.shape) - y)
             if group is last or group in kept:
                 held[group] = x
 
@@ -95,7 +94,7 @@ def observe_drift(
         with block.watching(hooks, outputs=True), phase("forward"):
             difference = closed - block.forward(x)
         if last in held:
-            stats[last].add_drift(held[last], difference)
+            stats[last].add(held[last], difference)
         for group, inputs in kept.items():
             inputs.put(index, held[group])
         held.clear()

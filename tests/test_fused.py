@@ -114,6 +114,9 @@ def test_equations_are_those_of_torch(monkeypatch):
 
     if INTERPRETED:  # which has no bfloat16 products
         monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
+        monkeypatch.setattr(
+            products, "split", lambda x: (x.round(decimals=1), x - x.round(decimals=1))
+        )
     monkeypatch.setattr(fused, "_SYSTEM_GROUPS", 2)  # at a time
     weight, hessian = problem(out=40, width=160)
     levels = (weight.T * 20).round().clamp(-8, 7).contiguous()
@@ -143,3 +146,31 @@ def test_activations_about_a_shift(dtype, tokens, width, every):
     assert float((sums - expected).abs().max()) < 1e-5 * len(x)
     if not INTERPRETED:
         assert shifting.usable(x)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 40), (11, 1030), (1, 1)])
+def test_a_matrix_in_two_parts(rows, columns):
+    from quantkit.methods import products
+
+    # the interpreter's bfloat16 is a guess
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    whole = torch.randn(rows + 2, columns + 3, generator=torch.Generator().manual_seed(0))
+    x = whole.to(DEVICE)[1:-1, 2:-1]
+    parts = torch.zeros(2, rows + 1, columns + 4, dtype=dtype, device=DEVICE)
+    high, low = parts[:, :-1, :-4].unbind()
+    products._split_at_once(x, high, low)
+    assert torch.equal(high, x.to(dtype))
+    assert torch.equal(low, (x - x.to(dtype).float()).to(dtype))
+    assert not parts[:, -1:].any() and not parts[:, :, -4:].any()  # nothing else was written
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_parts_lie_as_the_matrix_does(turned):
+    from quantkit.methods import products
+
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x = x.T if turned else x
+    high, low = products.split(x)
+    assert high.stride() == low.stride() == x.stride()
+    assert torch.equal(high, x.bfloat16())
+    assert torch.equal(low, (x - x.bfloat16()).bfloat16())

@@ -266,3 +266,23 @@ def equations(
         total = tl.sum(pull * other.to(tl.float32), 1)
         tl.store(system + (g * GROUPS + h) * out + rows, total, inside)
         tl.store(system + (h * GROUPS + g) * out + rows, total, inside)
+
+
+@triton.jit
+def split(
+    x, high, low,
+    rows, columns, stride, stride_of_parts,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x [rows, columns] as a sum of two parts of fewer digits; rows of x, and of both parts, are so
+    far apart."""
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < rows) & (column < columns)
+    row = row.to(tl.int64)
+    given = tl.load(x + row * stride + column, inside, other=0.0)
+    first = given.to(high.dtype.element_ty)
+    rest = (given - first.to(tl.float32)).to(low.dtype.element_ty)
+    place = row * stride_of_parts + column
+    tl.store(high + place, first, inside)
+    tl.store(low + place, rest, inside)

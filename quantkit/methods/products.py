@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 _STRIP = 2048  # rows that are split at a time
+_SPLIT_ROWS, _SPLIT_COLUMNS = 8, 512  # of a program
 
 
 def add(sums: Tensor, a: Tensor, b: Tensor) -> None:
@@ -82,8 +84,8 @@ class Factor:
 
     def _split(self, rows: slice) -> None:
         if self.parts:
-            for whole, part in zip(self.parts, split(self.matrix[rows])):
-                whole[rows] = part
+            high, low = self.parts
+            split(self.matrix[rows], (high[rows], low[rows]))
 
     def of_rows(self, rows: slice) -> "Factor":
         """Some of its rows, in the same memory."""
@@ -99,17 +101,13 @@ def times(a: Tensor, b: Factor) -> Tensor:
     """``a @ b.matrix``. ``a`` is split in strips, so that it is never in memory twice."""
     if not b.parts:
         return a @ b.matrix
+    b_high, b_low = b.parts
     result = b.matrix.new_empty(len(a), b.matrix.shape[1])
     for into, strip in zip(torch.split(result, _STRIP), torch.split(a, _STRIP)):
-        into.copy_(_times(strip, *b.parts))
-    return result
-
-
-def _times(a: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:
-    high, low = split(a)
-    result = _mm(high, b_high)
-    result += _mm(low, b_high)
-    result += _mm(high, b_low)
+        high, low = split(strip)
+        _mm(high, b_high, into)
+        _add(into, low, b_high)
+        _add(into, high, b_low)
     return result
 
 
@@ -119,9 +117,7 @@ def times_whole(a: Tensor, whole: Tensor) -> Tensor:
         return a @ whole
     high, low = split(a)
     exact = whole.bfloat16()
-    result = _mm(high, exact)
-    result += _mm(low, exact)
-    return result
+    return _add(_mm(high, exact), low, exact)
 
 
 def energy(hessian: Tensor, rows: Tensor) -> Tensor:
@@ -144,13 +140,50 @@ def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == b.dtype:
         return a @ b.T
     high, low = split(b)
-    return _mm(a, high.T).add_(_mm(a, low.T))
+    return _add(_mm(a, high.T), a, low.T)
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` as a sum of two bfloat16 parts, but for its last bits."""
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()
+Parts = tuple[Tensor, Tensor]
+
+
+def split(x: Tensor, into: Parts | None = None) -> Parts:
+    """A float32 matrix as a sum of two bfloat16 parts, but for its last bits; ``into`` these, if
+    they are given."""
+    if x.stride(1) != 1 and x.stride(0) == 1 and into is None:
+        high, low = split(x.T)
+        return high.T, low.T
+    x = x if x.stride(1) == 1 else x.contiguous()
+    high, low = into or [torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2)]
+    if tensor_cores(x) and _triton():
+        _split_at_once(x, high, low)
+    else:
+        high.copy_(x)
+        low.copy_(x - high)
+    return high, low
+
+
+def _split_at_once(x: Tensor, high: Tensor, low: Tensor) -> None:
+    """In one kernel, which reads x once."""
+    from quantkit.methods import fused_kernels as kernels
+
+    rows, columns = x.shape
+    grid = (-(-columns // _SPLIT_COLUMNS), -(-rows // _SPLIT_ROWS))
+    kernels.split[grid](
+        x,
+        high,
+        low,
+        rows,
+        columns,
+        x.stride(0),
+        high.stride(0),
+        ROWS=_SPLIT_ROWS,
+        COLUMNS=_SPLIT_COLUMNS,
+    )
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def splits(matrix: Tensor) -> bool:
@@ -169,5 +202,10 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32)
+def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _add(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``sums`` += a b"""
+    return torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)

@@ -73,7 +73,7 @@ def _by_elimination(system: Tensor, right: Tensor) -> Tensor:
 def _by_cholesky(system: Tensor, right: Tensor) -> Tensor:
     """The same of symmetric, positive definite systems: half of the work, and on a GPU none of the
     waiting for it and for its memory that batches of other systems come with (torch asks MAGMA)."""
-    lower, _ = torch.linalg.cholesky_ex(system)
+    lower, _ = torch.linalg.cholesky_ex(system.mT)  # the same, and columns lie as is asked for
     half = torch.linalg.solve_triangular(lower, right[:, :, None], upper=False)
     solution: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return solution.squeeze(2)
@@ -88,7 +88,8 @@ def _normal_equations(
     width = levels.shape[0] // groups
     right = (wanted * levels).reshape(groups, width, out).sum(1).T
     if splits(hessian) and fused.groupable(levels, width):
-        return fused.equations(hessian, levels, groups).permute(2, 0, 1), right
+        # turned once here, and not by everything that works on it
+        return fused.equations(hessian, levels, groups).permute(2, 0, 1).contiguous(), right
     system = levels.new_empty(groups, groups, out)
     for g in range(groups):
         own = slice(g * width, (g + 1) * width)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tools import multiply_in
 
 from quantkit.core.qweight import Scheme
 from quantkit.core.stats import Moments
@@ -70,15 +71,7 @@ def test_a_gpu_solves_in_blocks(monkeypatch, block):
     stats = moments(x, missing)
     expected = aligned_target(weight, stats, 0.5, 0.01)
     before = stats.cross.clone()
-
-    def add(sums, a, b):
-        return sums.copy_(sums.double() + a.double() @ b.double())
-
-    def product(a, b, out=None):
-        return add(torch.zeros(len(a), b.shape[1]) if out is None else out.zero_(), a, b)
-
-    monkeypatch.setattr(products, "_mm", product)
-    monkeypatch.setattr(products, "_add", add)
+    multiply_in(torch.float64, monkeypatch)
     monkeypatch.setattr(products, "splits", lambda matrix: True)
     monkeypatch.setattr(factor, "_GPU_BLOCK", block)
     found = aligned_target(weight, stats, 0.5, 0.01)

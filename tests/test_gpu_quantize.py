@@ -234,7 +234,8 @@ def test_memory_that_ends_behind_is_less_from_then_on(
 ):
     failing(monkeypatch, owner, name, call, torch.OutOfMemoryError("CUDA out of memory"))
     report = quantize(source, tmp_path / "out", **ROWS)
-    assert len(report.backoffs) == 1 and "in RAM, 16,384" in report.backoffs[0]
+    (told,) = report.backoffs
+    assert told.endswith("going on with activations on the device, 16,384 tokens at once")
     assert content(tmp_path / "out")[:2] == plain["default"][:2]
 
 

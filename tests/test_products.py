@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tools import multiply_in
 
 from quantkit.methods import fused, products
 from quantkit.methods.products import Factor
@@ -25,7 +26,7 @@ def hessian_and_errors(width=160, out=24):
 @pytest.fixture
 def split(monkeypatch):
     """A GPU's way of multiplying, with the CPU's products, in several strips."""
-    monkeypatch.setattr(products, "_mm", lambda a, b: a.float() @ b.float())
+    multiply_in(torch.float32, monkeypatch)
     monkeypatch.setattr(products, "splits", lambda matrix: True)
     monkeypatch.setattr(products, "_STRIP", 48)
 

@@ -1,4 +1,5 @@
-"""For the tests of whole commands: quantized models that are made once, and the command line."""
+"""For the tests of whole commands: quantized models that are made once, and the command line. And
+a GPU's way of multiplying."""
 
 import json
 import sys
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from quantkit.cli.main import main
+from quantkit.methods import products
 from quantkit.workflows.quantize import quantize
 
 transformers_logging.disable_progress_bar()
@@ -68,3 +72,16 @@ def sentence(err: str) -> tuple[str, str]:
     behind = lines[at + 1 :]
     assert len(behind) <= 1 and all(line.startswith(" hint: ") for line in behind), err
     return lines[at].removeprefix("error: "), behind[0].removeprefix(" hint: ") if behind else ""
+
+
+def multiply_in(dtype: torch.dtype, patch: pytest.MonkeyPatch) -> None:
+    """Let the CPU do the solvers' products of bfloat16 parts, which are a GPU's, in that dtype."""
+
+    def add(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return sums.copy_(sums.to(dtype) + a.to(dtype) @ b.to(dtype))
+
+    def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        return add(torch.zeros(len(a), b.shape[1]) if out is None else out.zero_(), a, b)
+
+    patch.setattr(products, "_mm", product)
+    patch.setattr(products, "_add", add)

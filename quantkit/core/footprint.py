@@ -22,6 +22,7 @@ Home = Literal["device", "ram", "disk"]  # of hidden states
 # takes on the GPU (usual values).
 PROCESS = 540_000_000
 CUDA_RAM, CUDA_CONTEXT = 1 << 30, 500 << 20
+_CUBLAS = 128 << 20  # its workspaces, about
 # Share of a GPU's memory that torch's allocator holds and cannot use, in pieces between tensors (10
 # to 19 % were measured where it had more than it needed, on an H200).
 FRAGMENTS = 0.1
@@ -350,11 +351,12 @@ def _passing(block: Block, widest: Group, run: Run, mode: Mode, drift: bool) -> 
     tokens = _at_once(run, mode)
     inputs = tokens * widest.width
     exact = not run.cuda and run.item < 4 and run.tokens < _AWAY * tokens
-    # a GPU adds products where it computes them
+    # a GPU adds products up where it computes them
     product = 0 if run.cuda else max(widest.width**2 // _STRIPS, widest.numbers if drift else 0)
     return {
         "micro-batch": int(tokens * block.working * run.item),
         "sums": inputs * run.item + 4 * product + (8 * inputs if exact else 0),
+        "workspaces": _CUBLAS if run.cuda else 0,
     }
 
 

@@ -152,7 +152,8 @@ def _guessed(block: nn.Module, hidden: int) -> Block:
     """At most what it takes, about: no input is shared, and every output stays."""
     sizes = {name: features(m) for name, m in block.named_modules() if is_linear(m)}
     groups = [
-        Group((name,), width, (out,), writes=out == hidden) for name, (out, width) in sizes.items()
+        Group((name,), width, (out,), writes=out == hidden, exits=out == hidden)
+        for name, (out, width) in sizes.items()
     ]
     working = sum(out for out, _ in sizes.values()) + 4 * hidden
     return Block(sum(p.numel() for p in block.parameters()), tuple(groups), working)

@@ -137,8 +137,8 @@ def test_kept_inputs_take_what_they_are_long():
 def test_the_last_pass_is_short_where_inputs_are_kept():
     speed = durations.of_gpu(1000, 60, 4800, kernels=True)
 
-    def takes(mode, block=NEOX):
-        shapes = replace(WEBLAB, blocks=(block,))
+    def takes(mode, block=NEOX, **changes):
+        shapes = replace(WEBLAB, blocks=(block,), **changes)
         return durations.quantizing(shapes, run(), mode, None, 0, speed)
 
     keeping, device = (Mode("device", 16384, keeps) for keeps in (True, False))
@@ -146,8 +146,13 @@ def test_the_last_pass_is_short_where_inputs_are_kept():
     attention = 128 * 2048 * 2 * 4864 * 2048
     saved = (readers + attention) / speed.half
     assert takes(device) - takes(keeping) == pytest.approx(saved, rel=1e-6)
-    block = replace(NEOX, groups=(*NEOX.groups[:3], replace(NEOX.groups[3], exits=False)))
-    assert takes(device, block) == takes(keeping, block)
+    one = replace(NEOX, groups=(*NEOX.groups[:3], replace(NEOX.groups[3], exits=False)))
+    # experts are behind the only linear that adds to the residual stream, and run again
+    experts = Group(("gate",), 4864, (19456,), share=0.5)
+    mixture = replace(NEOX, groups=(*NEOX.groups[:2], experts))
+    for block in (one, mixture):
+        assert takes(device, block) == takes(keeping, block)
+    assert takes(device, exact=False) == takes(keeping, exact=False)
 
 
 def test_activations_are_where_the_mode_puts_them():

@@ -164,6 +164,17 @@ def test_a_matrix_in_two_parts(rows, columns):
     assert not parts[:, -1:].any() and not parts[:, :, -4:].any()  # nothing else was written
 
 
+def test_parts_of_another_layout_are_filled_in_place():
+    from quantkit.methods import products
+
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    parts = torch.zeros(2, 9, 8, dtype=torch.bfloat16, device=DEVICE)
+    high, low = parts[:, :, 1:7].mT
+    products.split(x, (high, low))
+    assert torch.equal(high, x.bfloat16()) and torch.equal(low, (x - high).bfloat16())
+    assert not parts[:, :, [0, 7]].any()
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_parts_lie_as_the_matrix_does(turned):
     from quantkit.methods import products

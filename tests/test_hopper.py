@@ -133,7 +133,7 @@ def clusters_of(programs: int, most: int = 8):
 
 def test_a_cluster_has_work():
     assert hopper.divided(2, 3, clusters_of(396)) == [(2, 3)]  # no more than steps
-    assert hopper.divided(2, 300, clusters_of(396)) == [(2, hopper.CLUSTER)]
+    assert hopper.divided(2, 300, clusters_of(396)) == [(2, max(hopper.SIZES))]
     assert hopper.divided(2, 300, clusters_of(396, most=4)) == [(2, 4)]
 
 
@@ -158,7 +158,9 @@ WORK = [(114, 38), (38, 38), (152, 38), (38, 152)]  # clusters, steps
 
 
 @pytest.mark.parametrize("shape", hopper.SHAPES, ids=lambda shape: str(shape.tokens))
-@pytest.mark.parametrize(("step", "scale", "zeros"), [(128, 2, False), (32, 4, True)])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("step", [32, 64, 128])
 def test_programs_fit_on_a_processor(shape, step, scale, zeros):
     """With 2 KB that are the compiler's."""
     stages, stage = shape.ring(step, scale, zeros)
@@ -166,7 +168,7 @@ def test_programs_fit_on_a_processor(shape, step, scale, zeros):
     assert stage == shape.tokens * 256 + shape.rows * (
         64 + 128 // step * (scale // 4 * 2 + 2 + 2 * zeros)
     )
-    for cluster in range(1, hopper.CLUSTER + 1):
+    for cluster in hopper.SIZES:
         beside = shape.beside(cluster)
         assert shape.resident * (stages * stage + beside + 2048) <= 228 << 10
         # what is sent: the sums of 16 rows for each of a program's warps, by all others
@@ -232,7 +234,7 @@ def test_every_size_of_a_cluster(shape):
     q = weight("4 zero", 1000, 1536).to(torch.device("cuda"))
     held, meant = arrange(q, blocked=True), q.dequantize()
     x = torch.randn(2 * shape.tokens + 3, 1536, device="cuda").half()
-    for size in range(1, hopper.CLUSTER + 1):
+    for size in hopper.SIZES:
         found, again = (hopper.matmul(x, held, None, shape, size) for _ in range(2))
         assert torch.equal(found, again)
         wanted = x.float() @ meant.T

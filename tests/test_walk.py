@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -162,6 +163,43 @@ def test_what_leads_to_kept_inputs_is_not_computed_again(
         with block.watching(hooks):
             gather.advance(block, given)
         assert set(calls) == readers
+
+
+class Scaled(torch.nn.Module):
+    """Attention whose output is changed in the same memory."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found, *others = self.inner(*args, **kwargs)
+        return found.mul_(0.5), *others
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    scores: None
+
+
+class Telling(Scaled):
+    """Attention that returns its values by name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return Named(*self.inner(*args, **kwargs))
+
+
+@pytest.mark.parametrize(("kind", "module"), [(Scaled, None), (Telling, "self_attn.inner")])
+def test_modules_that_do_more_are_no_exits(
+    kind: type[Scaled], module: str | None, folder: Callable[[str], Path]
+) -> None:
+    walk = Walk(tiny.skeleton(folder("llama")))
+    hidden = walk.embed(tiny.batches())
+    with walk.block(0) as block:
+        block.module.self_attn = kind(block.module.self_attn)
+        first, second = (group for group in block.trace(hidden[0]) if group.writes)
+    assert (first.exit.module if first.exit else None) == module
+    assert second.exit is None
 
 
 def test_groups_have_the_width_of_their_input(folder: Callable[[str], Path]) -> None:

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from quantkit.core.launch import on_its_device
+
 _SUM_ROWS = 256
 _TOKENS, _COLUMNS, _TURNS, _WARPS = 64, 128, 8, 4
 
@@ -39,6 +41,7 @@ def _compiles(index: int) -> bool:
     return ampere and find_spec("triton") is not None
 
 
+@on_its_device
 def _fused(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     from quantkit.core import shifting_kernel
 

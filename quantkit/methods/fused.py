@@ -19,6 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from quantkit.core.launch import on_its_device
 from quantkit.core.qweight import Scheme
 from quantkit.methods import products, scales
 from quantkit.methods.scales import Grid
@@ -46,6 +47,7 @@ def groupable(columns: Tensor, group: int) -> bool:
     return usable(columns) and group in _GROUPS
 
 
+@on_its_device
 def round_tile(
     passed: Tensor,
     at: int,
@@ -83,6 +85,7 @@ def round_tile(
     )
 
 
+@on_its_device
 def polish_block(
     pulls: Tensor, hessian: Tensor, levels: Tensor, grid: Grid, block: slice
 ) -> Tensor:
@@ -116,6 +119,7 @@ def polish_block(
     return changes
 
 
+@on_its_device
 def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int) -> Grid:
     """What search._search does."""
     from quantkit.methods import fused_kernels as kernels
@@ -145,6 +149,7 @@ def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int) -> Grid:
     return Grid(scale, low, low + scheme.max_code)
 
 
+@on_its_device
 def equations(hessian: Tensor, levels: Tensor, groups: int) -> Tensor:
     """L_g^T H L_h for all pairs of groups and all rows: [groups, groups, out]. H is split into two
     bfloat16 parts (products.py), some groups at a time."""

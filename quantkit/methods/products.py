@@ -23,6 +23,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from quantkit.core.launch import on_its_device
+
 _STRIP = 2048  # rows that are split at a time
 _SPLIT_ROWS, _SPLIT_COLUMNS = 8, 512  # of a program
 
@@ -154,7 +156,8 @@ def split(x: Tensor, into: Parts | None = None) -> Parts:
         return high.T, low.T
     x = x if x.stride(1) == 1 else x.contiguous()
     high, low = into or [torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2)]
-    if tensor_cores(x) and _triton():
+    plain = high.stride() == low.stride() and high.stride(1) == 1
+    if plain and tensor_cores(x) and _triton():
         _split_at_once(x, high, low)
     else:
         high.copy_(x)
@@ -162,6 +165,7 @@ def split(x: Tensor, into: Parts | None = None) -> Parts:
     return high, low
 
 
+@on_its_device
 def _split_at_once(x: Tensor, high: Tensor, low: Tensor) -> None:
     """In one kernel, which reads x once."""
     from quantkit.methods import fused_kernels as kernels

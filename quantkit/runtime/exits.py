@@ -39,7 +39,7 @@ def exits(block: nn.Module, linears: Iterable[str]) -> Iterator[dict[str, Exit]]
         outputs[name] = output
 
     def see(name: str, module: str, result: Any) -> None:
-        count = len(result) if isinstance(result, tuple) else 0
+        count = len(result) if type(result) is tuple else 0
         first, *others = result if count else (result,)
         if first is outputs.get(name) and all(other is None for other in others):
             found[name] = Exit(module, count)  # inner modules return before outer ones

@@ -17,7 +17,7 @@ from quantkit.runtime.states import States
 from quantkit.runtime.walk import Block, InputGroup
 
 Stats = dict[InputGroup, InputStats]
-Kept = dict[InputGroup, States]  # inputs of all rows
+Kept = dict[InputGroup, States]  # inputs of writers with an exit, in the quantized model
 
 
 def observe(
@@ -68,12 +68,13 @@ def observe_drift(
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
     statistics of its inputs (one token in ``every``) and of the difference between the outputs that
     it should have had and those it has. For ``last``, a linear that closes the block, that is the
-    difference between the block's wanted outputs, ``closing``, and its actual ones. And, to
-    ``keep``, all inputs of those that have an exit."""
+    difference between the block's wanted outputs, ``closing``, and its actual ones. With ``keep``
+    also all inputs of those that have an exit."""
     groups = [*wanted, *([last] if last else [])]
     device, out, (number, first) = hidden.device, hidden.width, calls(hidden, ranks)
     stats = {group: InputStats(group.width, device, out, number, every, first) for group in groups}
     kept = {g: hidden.empty(g.width) for g in groups if keep and g.exit}
+    place = {group: count() for group in kept}
     held: dict[InputGroup, Tensor] = {}
     due: dict[InputGroup, Tensor] = {}
 
@@ -81,23 +82,20 @@ def observe_drift(
         def see(x: Tensor, y: Tensor) -> None:
             if group in due:
                 stats[group].add(x, due[group].reshape(y.shape) - y)
-            if group is last or group in kept:
+            else:
                 held[group] = x
+            if group in kept:
+                kept[group].put(next(place[group]), x)
 
         return see
 
     hooks = {group.names[0]: hook(group) for group in groups}
-    for index, (x, closed, *others) in enumerate(
-        zip(hidden, closing, *wanted.values(), strict=True)
-    ):
+    for x, closed, *others in zip(hidden, closing, *wanted.values(), strict=True):
         due.update(zip(wanted, others))
         with block.watching(hooks, outputs=True), phase("forward"):
             difference = closed - block.forward(x)
-        if last in held:
-            stats[last].add(held[last], difference)
-        for group, inputs in kept.items():
-            inputs.put(index, held[group])
-        held.clear()
+        for group in list(held):
+            stats[group].add(held.pop(group), difference)
     return _checked(block, stats), kept
 
 

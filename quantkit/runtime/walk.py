@@ -141,7 +141,8 @@ class Block:
         a short piece of it is run, on which every expert is called.
 
         ``closes`` is found by numbers: noise added to the linear's output must come out of the
-        block as it went in. So is ``exit``: such noise must not come into others' inputs.
+        block as it went in. So is ``exit``: such noise must not come into others' inputs, and with
+        all such ways taken the block gives what it gives without.
         """
         piece = sample[:1, :_PROBE_TOKENS]
         seen: dict[int, list[str]] = {}
@@ -173,17 +174,25 @@ class Block:
             for key, members in seen.items()
         ]
         given = {group: x for group, x in zip(groups, inputs) if group.writes}
+        if not given:
+            return groups
+        leaving = {replace(g, exit=ways.get(g.names[0])): x for g, x in given.items()}
+        with self.shortened(leaving):
+            off = (self.forward(piece) != output).float().mean()
         effects = [self._effects(group, piece, output, given) for group in given]
-        numbers = torch.stack(effects).tolist() if effects else []  # a GPU is waited for once
-        closing = {group for group, (distance, *_) in zip(given, numbers) if distance < 0.05}
+        # a GPU is waited for once
+        numbers = torch.stack([torch.cat([off[None], each]) for each in effects]).tolist()
+        closing = {group for group, (_, distance, *_) in zip(given, numbers) if distance < 0.05}
         reached = {
             other
-            for group, (_, *changed) in zip(given, numbers)
+            for group, (_, _, *changed) in zip(given, numbers)
             for other, share in zip(given, changed)
             if share and other is not group
         }
         like = piece.dtype, piece.shape[:-1]
         fit = {group for group, x in given.items() if (x.dtype, x.shape[:-1]) == like} - reached
+        if numbers[0][0]:
+            fit.clear()
         return [
             replace(
                 group,

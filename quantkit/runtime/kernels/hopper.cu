@@ -336,9 +336,11 @@ INLINE bool together(float (&sums)[N / 2], char* arriving, u64* sent, int warp, 
   if (all == 1) return true;
   const u32 chunk = warp / all, owner = warp % all;
   char* held = arriving + chunk * (all - 1) * SENT_BYTES + lane * 16;
-#if !FEW                                            // sums take the place of what the others have computed with
+  // FEW: when all have begun, which they told in the beginning; others: when all have computed, since sums
+  // take the place of what that was done with
+#if !FEW
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif                                              // with FEW: begin together, but not in the same moment
+#endif
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (own != owner) {
     const u32 to = there(shared(held) + (own - (own > owner)) * SENT_BYTES, owner);

@@ -32,7 +32,7 @@ CAPABILITY = (9, 0)
 INPUTS = fragments.STEP  # of a stage
 _TILE_ROWS = 32
 _BLOCK_ROWS = _TILE_ROWS * fragments.BLOCK
-_SHARED = 226 << 10  # bytes that a program may have: 227 KB, and barriers take some
+_SHARED, _OWN = 228 << 10, 2 << 10  # bytes of a processor; of a program for itself and its barriers
 _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper.cu calls them
 
 
@@ -72,14 +72,14 @@ class Shape:
     @property
     def most_beside(self) -> int:
         """In any cluster."""
-        return max(map(self.beside, range(1, CLUSTER + 1)))
+        return max(map(self.beside, SIZES))
 
     def ring(self, step: int, scale: int, zeros: bool) -> tuple[int, int]:
         """Stages of the ring and bytes of one; the arguments are those of :func:`source`."""
         scales = 32 * (INPUTS // step) * ((4 if scale == 4 else 2) + (2 if zeros else 0))
         tile = _TILE_ROWS * INPUTS // 2 + scales
         stage = self.tokens * INPUTS * 2 + self.rows // _TILE_ROWS * tile
-        room = _SHARED // self.resident - self.most_beside
+        room = _SHARED // self.resident - _OWN - self.most_beside
         return min(self.stages, room // stage), stage
 
 
@@ -91,7 +91,7 @@ SHAPES = (
     Shape(96, False, 3, 1, False),
     Shape(128, False, 3, 1, False),
 )
-CLUSTER = 8  # programs at most
+SIZES = (1, 2, 3, 4, 5, 6, 8)  # programs of a cluster; of seven, some would add up twice as much
 _AROUND = 8  # steps that a program could multiply while it begins and ends
 _SECOND = 0.95  # of the time that a product may take with a second launch, at most
 
@@ -120,7 +120,7 @@ def fits(scheme: Scheme, out: int, width: int, minimum: bool) -> bool:
 
 
 def shape_of(tokens: int) -> Shape:
-    """The smallest with which programs of the fewest kinds take so many tokens."""
+    """That of which the fewest programs, side by side, take so many tokens; and the smallest."""
     return min(SHAPES, key=lambda shape: (-(-tokens // shape.tokens), shape.tokens))
 
 
@@ -186,16 +186,16 @@ def divided(clusters: int, steps: int, at_once: Callable[[int], int]) -> list[La
     """The launches with which ``clusters`` are done the soonest, where ``at_once(size)`` of them
     run at the same time (0: none can): all alike, or as many turns as are full, and smaller shares
     of the work for the rest, if that is worth a second launch."""
-    sizes = [size for size in range(1, min(CLUSTER, steps) + 1) if at_once(size)]
+    sizes = [size for size in SIZES if size <= steps and at_once(size)]
 
     def last(count: int, size: int) -> float:
         return -(-count // at_once(size)) * (-(-steps // size) + _AROUND)
 
     alike = min(sizes, key=lambda size: last(clusters, size))
     best, found = last(clusters, alike) * _SECOND, [(clusters, alike)]
-    for large, small in combinations(sizes, 2):
-        full = clusters // at_once(large) * at_once(large)
-        parts = [(full, large), (clusters - full, small)]
+    for few, many in combinations(sizes, 2):
+        full = clusters // at_once(few) * at_once(few)
+        parts = [(full, few), (clusters - full, many)]
         took = sum(last(*part) for part in parts)
         if full and took < best:
             best, found = took, parts
@@ -230,13 +230,13 @@ class _Kernel:
         """What :func:`divided` says on this device."""
         key = clusters, steps
         if key not in self._divided:
-            room = [self._at_once(size) for size in range(1, CLUSTER + 1)]
-            self._divided[key] = divided(clusters, steps, lambda size: room[size - 1])
+            room = {size: self._at_once(size) for size in SIZES}
+            self._divided[key] = divided(clusters, steps, room.__getitem__)
         return self._divided[key]
 
     def _at_once(self, size: int) -> int:
         """Clusters of so many programs that the device runs at the same time."""
-        config = self._configured(CLUSTER, size, 0)
+        config = self._configured(max(SIZES), size, 0)
         found: int = _checked(self._driver.cuOccupancyMaxActiveClusters(self._function, config))
         return found
 

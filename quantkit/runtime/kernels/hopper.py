@@ -91,7 +91,7 @@ SHAPES = (
     Shape(96, False, 3, 1, False),
     Shape(128, False, 3, 1, False),
 )
-SIZES = (1, 2, 3, 4, 5, 6, 8)  # programs of a cluster; of seven, some would add up twice as much
+SIZES = (1, 2, 3, 4, 5, 6, 8)  # programs of a cluster; the sums of seven do not fit three times
 _AROUND = 8  # steps that a program could multiply while it begins and ends
 _SECOND = 0.95  # of the time that a product may take with a second launch, at most
 

@@ -31,7 +31,7 @@ def test_what_shares_an_input_is_found_on_shapes_alone(name, tmp_path):
         assert sorted(group.names for group in block.groups) == sorted(architecture.groups)
         writers = {group.names[0] for group in block.groups if group.writes}
         assert writers == set(architecture.writers)
-        leaving = {group.names[0] for group in block.groups if group.exits}
+        leaving = {group.names[0] for group in block.groups if group.keepable}
         assert leaving == set(architecture.leaving)
     assert {n: p.device.type for n, p in skeleton.model.named_parameters()} == before
     assert shapes.numbers == sum(p.numel() for p in skeleton.model.parameters())
@@ -70,9 +70,9 @@ NEOX = Block(
     numbers=4864 * (3 * 4864 + 4864 + 2 * 19456),
     groups=(
         Group(("query_key_value",), 4864, (14592,)),
-        Group(("dense",), 4864, (4864,), writes=True, exits=True),
+        Group(("dense",), 4864, (4864,), writes=True, keepable=True),
         Group(("dense_h_to_4h",), 4864, (19456,)),
-        Group(("dense_4h_to_h",), 19456, (4864,), writes=True, exits=True),
+        Group(("dense_4h_to_h",), 19456, (4864,), writes=True, keepable=True),
     ),
     working=48640,
 )
@@ -127,7 +127,7 @@ def test_kept_inputs_take_what_they_are_long():
     inputs = 128 * 2048 * (4864 + 19456) * 2
     more = 1 + footprint.FRAGMENTS
     assert on_device(keeping) - on_device(device) == pytest.approx(inputs * more, rel=1e-6)
-    half = replace(NEOX.groups[3], exits=False)
+    half = replace(NEOX.groups[3], keepable=False)
     block = replace(NEOX, groups=(*NEOX.groups[:3], half))
     phases = footprint.quantizing(replace(WEBLAB, blocks=(block,)), run(), keeping)
     kept = {phase.device.get("linears' inputs", 0) for phase in phases}
@@ -146,7 +146,7 @@ def test_the_last_pass_is_short_where_inputs_are_kept():
     attention = 128 * 2048 * 2 * 4864 * 2048
     saved = (readers + attention) / speed.half
     assert takes(device) - takes(keeping) == pytest.approx(saved, rel=1e-6)
-    one = replace(NEOX, groups=(*NEOX.groups[:3], replace(NEOX.groups[3], exits=False)))
+    one = replace(NEOX, groups=(*NEOX.groups[:3], replace(NEOX.groups[3], keepable=False)))
     # experts are behind the only linear that adds to the residual stream, and run again
     experts = Group(("gate",), 4864, (19456,), share=0.5)
     mixture = replace(NEOX, groups=(*NEOX.groups[:2], experts))

@@ -134,7 +134,7 @@ def test_equations_are_those_of_torch(monkeypatch):
 )
 def test_activations_about_a_shift(dtype, tokens, width, every):
     """A token in so many, as thinned statistics take them."""
-    from quantkit.core import shifting
+    from quantkit.core import launch, shifting
 
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(tokens, width, generator=generator) + 3).to(DEVICE, dtype)[::every]
@@ -145,7 +145,7 @@ def test_activations_about_a_shift(dtype, tokens, width, every):
     assert sums.dtype == torch.float32
     assert float((sums - expected).abs().max()) < 1e-5 * len(x)
     if not INTERPRETED:
-        assert shifting.usable(x)
+        assert launch.compiles(x)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 40), (11, 1030), (1, 1)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tools import multiply_in
 
+from quantkit.core import launch
 from quantkit.methods import fused, products
 from quantkit.methods.products import Factor
 
@@ -120,8 +121,11 @@ def test_an_older_gpu_computes_in_float32(monkeypatch):
     """A T4 has no products of bfloat16, and Triton compiles nothing for it."""
     weight = SimpleNamespace(is_cuda=True, dtype=torch.float32, get_device=lambda: 0)
     for capability, newer in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
-        monkeypatch.setattr(products, "_capability", lambda index, found=capability: found)
-        monkeypatch.setattr(fused, "_installed", lambda: True)
+        monkeypatch.setattr(launch, "_capability", lambda index, found=capability: found)
+        monkeypatch.setattr(launch, "_installed", lambda: True)
         assert products.splits(weight) is newer
         assert fused.usable(weight) is newer
+        assert launch.compiles(weight) is newer
+        monkeypatch.setattr(launch, "_installed", lambda: False)
+        assert not launch.compiles(weight) and products.splits(weight) is newer
         assert not products.splits(SimpleNamespace(is_cuda=True, dtype=torch.float64))

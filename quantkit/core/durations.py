@@ -80,7 +80,7 @@ def _block(
     forward = 2 * block.active + 2 * shapes.hidden * run.row
     half: float = passes * run.tokens * forward + 2 * run.aside * forward
     writers = [group for group in block.groups if group.writes]
-    alone = bool(writers) and all(group.exits for group in writers)
+    alone = bool(writers) and all(group.keepable for group in writers)
     if run.aligned and mode.keeps and alone and shapes.exact and block.active == block.linears:
         # the last pass is of these alone (experts are behind them, and run again)
         half -= run.tokens * (forward - 2 * sum(group.numbers for group in writers))

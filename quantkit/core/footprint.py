@@ -40,7 +40,7 @@ COMPARED = 4096  # tokens whose predictions a GPU makes at once
 @dataclass(frozen=True)
 class Group:
     """Linears of a block that share an input of ``width`` features; ``writes``: its output is
-    added to the residual stream, and ``exits``: its input may be kept (see runtime/walk.py);
+    added to the residual stream, and ``keepable``: its input can be kept (InputGroup.exit);
     ``share``: of the tokens that go there, fewer than all where it is an expert's."""
 
     names: tuple[str, ...]
@@ -48,7 +48,7 @@ class Group:
     outs: tuple[int, ...]
     writes: bool = False
     share: float = 1.0
-    exits: bool = False
+    keepable: bool = False
 
     @property
     def numbers(self) -> int:
@@ -322,7 +322,7 @@ def _of_block(block: Block, run: Run, mode: Mode, slots: int) -> list[tuple[str,
         held = [_statistics(group, drift) for group in groups]
         results = {"results": solved * result}
         if drift and mode.keeps:
-            inputs = sum(group.width for group in groups if group.exits)
+            inputs = sum(group.width for group in groups if group.keepable)
             results["linears' inputs"] = run.tokens * inputs * run.item
         widest = max(groups, key=lambda group: group.width)
         passing = _passing(block, widest, run, mode, drift) | {"on their way": slots}

@@ -1,7 +1,9 @@
-"""Triton launches kernels on the current device, wherever their tensors are."""
+"""Kernels in Triton: where they run. They are launched on the current device, wherever their
+tensors are."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from importlib.util import find_spec
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -9,6 +11,27 @@ from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def tensor_cores(tensor: Tensor) -> bool:
+    """Whether it is on a GPU that multiplies bfloat16 and TF32, as those from Ampere on do. Older
+    ones (a T4) compute in float32, by torch's own kernels."""
+    return tensor.is_cuda and _capability(tensor.get_device()) >= (8, 0)
+
+
+def compiles(tensor: Tensor) -> bool:
+    """Whether kernels run where it is: on a GPU from Ampere on, if Triton is installed."""
+    return tensor_cores(tensor) and _installed()
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def on_its_device(

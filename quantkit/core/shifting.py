@@ -1,13 +1,10 @@
 """Activations about a shift, and their sums over tokens. On a GPU one kernel (shifting_kernel.py)
 does both, and reads them once: torch reads them twice, at less than half of the memory's speed."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from quantkit.core.launch import on_its_device
+from quantkit.core.launch import compiles, on_its_device
 
 _SUM_ROWS = 256
 _TOKENS, _COLUMNS, _TURNS, _WARPS = 64, 128, 8, 4
@@ -16,7 +13,7 @@ _TOKENS, _COLUMNS, _TURNS, _WARPS = 64, 128, 8, 4
 def shifted(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """x [tokens, width] - ``shift`` [width], in the dtype of both; and its sums over tokens,
     float32 [width]."""
-    if usable(x):
+    if compiles(x):
         return _fused(x, shift)
     moved = x - shift
     return moved, column_sums(moved)
@@ -28,17 +25,6 @@ def column_sums(x: Tensor) -> Tensor:
     if x.is_cuda:
         return x.sum(0, dtype=torch.float32)
     return sum(part.sum(0, dtype=torch.float32) for part in torch.split(x, _SUM_ROWS))  # type: ignore[return-value]
-
-
-def usable(x: Tensor) -> bool:
-    """Whether the kernel takes it."""
-    return x.is_cuda and _compiles(x.get_device())
-
-
-@cache
-def _compiles(index: int) -> bool:
-    ampere = torch.cuda.get_device_capability(index) >= (8, 0)
-    return ampere and find_spec("triton") is not None
 
 
 @on_its_device

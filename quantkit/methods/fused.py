@@ -14,12 +14,11 @@ for other dtypes, the torch functions do the same.
 """
 
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from quantkit.core.launch import on_its_device
+from quantkit.core.launch import compiles, on_its_device
 from quantkit.core.qweight import Scheme
 from quantkit.methods import products, scales
 from quantkit.methods.scales import Grid
@@ -32,14 +31,9 @@ _SYSTEM_GROUPS = 16  # whose part of H is split at a time
 _GROUPS = (32, 64, 128)  # inputs of a group that programs can hold
 
 
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def usable(tensor: Tensor) -> bool:
     """Whether the kernels take this tensor."""
-    return tensor.dtype == torch.float32 and products.tensor_cores(tensor) and _installed()
+    return tensor.dtype == torch.float32 and compiles(tensor)
 
 
 def groupable(columns: Tensor, group: int) -> bool:

@@ -17,13 +17,11 @@ their sum: 2e-4 of the energy at most, over all linears of the demo model (witho
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from quantkit.core.launch import on_its_device
+from quantkit.core.launch import compiles, on_its_device, tensor_cores
 
 _STRIP = 2048  # rows that are split at a time
 _SPLIT_ROWS, _SPLIT_COLUMNS = 8, 512  # of a program
@@ -157,7 +155,7 @@ def split(x: Tensor, into: Parts | None = None) -> Parts:
     x = x if x.stride(1) == 1 else x.contiguous()
     high, low = into or [torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2)]
     plain = high.stride() == low.stride() and high.stride(1) == 1
-    if plain and tensor_cores(x) and _triton():
+    if plain and compiles(x):
         _split_at_once(x, high, low)
     else:
         high.copy_(x)
@@ -185,25 +183,9 @@ def _split_at_once(x: Tensor, high: Tensor, low: Tensor) -> None:
     )
 
 
-@cache
-def _triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def splits(matrix: Tensor) -> bool:
     """Whether products with it are made of two parts."""
     return matrix.dtype == torch.float32 and tensor_cores(matrix)
-
-
-def tensor_cores(tensor: Tensor) -> bool:
-    """Whether it is on a GPU that multiplies bfloat16 and TF32, as those from Ampere on do. Older
-    ones (a T4) compute in float32, by torch's own kernels."""
-    return tensor.is_cuda and _capability(tensor.get_device()) >= (8, 0)
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

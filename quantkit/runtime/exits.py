@@ -29,7 +29,7 @@ class Exit:
 
 
 @contextmanager
-def exits(block: nn.Module, linears: Iterable[str]) -> Iterator[dict[str, Exit]]:
+def watched(block: nn.Module, linears: Iterable[str]) -> Iterator[dict[str, Exit]]:
     """While open, note for each of these linears the outermost module that returns what it puts
     out; it is there when the block has run."""
     found: dict[str, Exit] = {}

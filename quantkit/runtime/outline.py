@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.core.footprint import Block, Group, Shapes
 from quantkit.errors import QuantkitError
-from quantkit.runtime.exits import exits
+from quantkit.runtime import exits
 from quantkit.runtime.experts import routed
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
@@ -120,7 +120,7 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
         module.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))
         for name, module in linears.items()
     ]
-    with exits(block, linears) as ways:
+    with exits.watched(block, linears) as ways:
         block(*args, **kwargs)
     for handle in handles:
         handle.remove()
@@ -139,7 +139,7 @@ def _outlined(block: nn.Module, args: Any, kwargs: Any, hidden: int) -> Block:
     ]
     writers = {group.names[0] for group in groups if group.writes}
     first = writers & ways.keys() - _reached(block, args, kwargs, writers)
-    groups = [replace(group, exits=group.names[0] in first) for group in groups]
+    groups = [replace(group, keepable=group.names[0] in first) for group in groups]
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     alive = _Alive([*block.parameters(), *block.buffers(), *given])
     with alive:
@@ -152,7 +152,7 @@ def _guessed(block: nn.Module, hidden: int) -> Block:
     """At most what it takes, about: no input is shared, and every output stays."""
     sizes = {name: features(m) for name, m in block.named_modules() if is_linear(m)}
     groups = [
-        Group((name,), width, (out,), writes=out == hidden, exits=out == hidden)
+        Group((name,), width, (out,), writes=out == hidden, keepable=out == hidden)
         for name, (out, width) in sizes.items()
     ]
     working = sum(out for out, _ in sizes.values()) + 4 * hidden

@@ -159,7 +159,7 @@ class Block:
 
         names = [name for name, module in self.module.named_modules() if is_linear(module)]
         watching = self.watching({n: lambda x, n=n: note(n, x) for n in names})
-        with all_reached(self.module), watching, exits.exits(self.module, names) as ways:
+        with all_reached(self.module), watching, exits.watched(self.module, names) as ways:
             output = self.forward(piece)
         experts = routed(self.module)
         groups = [

@@ -31,7 +31,8 @@ def blocked(q: QWeight, device: torch.device) -> bool:
 
 
 def counters(weight: Fragments) -> int:
-    """How many numbers ``arrived`` has for the kernels that compute with ``weight``."""
+    """How many numbers ``arrived`` has for the kernels that compute with ``weight``: ``skinny``
+    counts there who has come."""
     return 0 if weight.blocked else weight.tiles * -(-FEW // 8)
 
 

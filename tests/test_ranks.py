@@ -26,9 +26,9 @@ from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import factor
 from quantkit.runtime import gather, states
+from quantkit.runtime.block import InputGroup
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.ranks import ALONE, Ranks, join
-from quantkit.runtime.walk import InputGroup
 from quantkit.workflows import check, portions, several
 from quantkit.workflows import quantize as whole
 from quantkit.workflows.awq import quantize_awq

@@ -27,9 +27,10 @@ from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq
 from quantkit.runtime import gather
+from quantkit.runtime.block import Block, is_linear
 from quantkit.runtime.skeleton import Skeleton, read_config
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block, Walk, is_linear
+from quantkit.runtime.walk import Walk
 from quantkit.workflows.gptq_block import Gptq, solve_block
 from quantkit.workflows.layout import Layout, lay_out
 from quantkit.workflows.method import Originals, Solved

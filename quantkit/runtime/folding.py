@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.runtime.walk import Block, InputGroup, features, is_linear
+from quantkit.runtime.block import Block, InputGroup, features, is_linear
 
 Layout = Literal["heads", "interleaved", "stacked", "second"]
 TOLERANCE = 1e-5

@@ -12,9 +12,9 @@ from torch import Tensor
 from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
+from quantkit.runtime.block import Block, InputGroup
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block, InputGroup
 
 Stats = dict[InputGroup, InputStats]
 Kept = dict[InputGroup, States]  # inputs of writers with an exit, in the quantized model

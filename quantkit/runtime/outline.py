@@ -22,9 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantkit.core.footprint import Block, Group, Shapes
 from quantkit.errors import QuantkitError
 from quantkit.runtime import exits
+from quantkit.runtime.block import features, is_linear
 from quantkit.runtime.experts import routed
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
+from quantkit.runtime.walk import find_blocks, find_head
 
 _TOKENS = 64  # in the row that is run; working memory is proportional to them
 _ATTENTION = "quantkit_outline"

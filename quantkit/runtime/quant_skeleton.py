@@ -17,9 +17,9 @@ from torch import nn
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.runtime.activation import scale_activations
+from quantkit.runtime.block import features, is_linear
 from quantkit.runtime.linear import quantized_linear
 from quantkit.runtime.skeleton import Skeleton, under
-from quantkit.runtime.walk import features, is_linear
 
 if TYPE_CHECKING:
     from quantkit.runtime.opened import Opened

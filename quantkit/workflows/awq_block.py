@@ -21,9 +21,9 @@ from quantkit.methods.align import Lost
 from quantkit.methods.factor import BY_ITSELF, Team
 from quantkit.methods.gptq import Solution
 from quantkit.runtime import folding, gather
+from quantkit.runtime.block import Block, InputGroup
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows import scaling
 from quantkit.workflows.gptq_block import Gptq, corrects, fill, round_unreached, solve_group
 from quantkit.workflows.method import Originals, Outcome, Solved

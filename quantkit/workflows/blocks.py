@@ -21,11 +21,12 @@ from quantkit.core.ledger import Ledger
 from quantkit.core.progress import Progress, Step
 from quantkit.errors import QuantkitError
 from quantkit.runtime import gather
+from quantkit.runtime.block import Block
 from quantkit.runtime.kernels import cpu_attention
 from quantkit.runtime.ranks import Ranks
 from quantkit.runtime.staging import Staging, staging
 from quantkit.runtime.states import Keeping
-from quantkit.runtime.walk import Block, Walk
+from quantkit.runtime.walk import Walk
 from quantkit.workflows import head as heading
 from quantkit.workflows import stored
 from quantkit.workflows.ahead import one_behind

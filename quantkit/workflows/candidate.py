@@ -12,12 +12,13 @@ from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
 from quantkit.methods import digest
 from quantkit.runtime import gather
+from quantkit.runtime.block import Block
 from quantkit.runtime.linear import multiplied_out
 from quantkit.runtime.opened import open_checkpoint, recorded
 from quantkit.runtime.quant_skeleton import QuantSkeleton
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block, Walk
+from quantkit.runtime.walk import Walk
 from quantkit.workflows import divergence, whole
 from quantkit.workflows.engine import LLAMA_CPP, TORCH, llama_cpp_for
 from quantkit.workflows.layer_errors import LayerErrors

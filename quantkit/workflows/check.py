@@ -17,9 +17,10 @@ from quantkit.core import calibration
 from quantkit.core.metrics import Comparison
 from quantkit.errors import QuantkitError
 from quantkit.runtime import gather
+from quantkit.runtime.block import Block
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block, Walk
+from quantkit.runtime.walk import Walk
 
 ROWS, TOKENS = 4, 512
 

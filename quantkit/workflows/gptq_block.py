@@ -1,7 +1,7 @@
 """One decoder block through GPTQ: gather, solve, put the result into the running model.
 
 Two streams of hidden states run through the model. ``full`` is the original model's. ``quantized``
-is that of the model as it will be. Linears are of two kinds (see walk.InputGroup):
+is that of the model as it will be. Linears are of two kinds (see block.InputGroup):
 
     readers   (query-key-value, gate and up) are solved under the original model's inputs. Their own
               inputs are off too, but correcting for that gains nothing (measured).
@@ -30,9 +30,9 @@ from quantkit.methods import align, gptq, rtn
 from quantkit.methods.align import Lost
 from quantkit.methods.factor import BY_ITSELF, Team
 from quantkit.runtime import gather
+from quantkit.runtime.block import Block, InputGroup
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block, InputGroup
 from quantkit.workflows.method import Originals, Outcome, Solved, put
 from quantkit.workflows.portions import Portion, Portions
 

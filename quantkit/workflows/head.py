@@ -11,9 +11,10 @@ from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.runtime import gather
+from quantkit.runtime.block import InputGroup
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import InputGroup, Walk
+from quantkit.runtime.walk import Walk
 from quantkit.workflows import stored
 from quantkit.workflows.gptq_block import Gptq, corrects, solve_group
 from quantkit.workflows.layout import Job

@@ -16,9 +16,10 @@ from quantkit import formats
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors, gptq
+from quantkit.runtime.block import is_linear
 from quantkit.runtime.opened import Folder
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.walk import find_blocks, is_linear
+from quantkit.runtime.walk import find_blocks
 
 if TYPE_CHECKING:
     from quantkit.runtime.gguf_opened import GgufOpened

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight
-from quantkit.runtime.walk import Block, is_linear
+from quantkit.runtime.block import Block, is_linear
 from quantkit.workflows.units import Units
 
 _EXACT = 200.0  # dB; what is closer counts as this close

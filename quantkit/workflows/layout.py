@@ -15,8 +15,9 @@ from quantkit.core.rules import Rule
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq
 from quantkit.methods.scales import SCALE_DTYPE
+from quantkit.runtime.block import features, is_linear
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.walk import features, find_blocks, find_head, is_linear
+from quantkit.runtime.walk import find_blocks, find_head
 
 _BARE = re.compile(r"\bdt_proj\.weight$")  # transformers: jamba, mamba, falcon_mamba
 _QUANTIZED = re.compile(r"\.(qweight|weight_packed|absmax|SCB)$")

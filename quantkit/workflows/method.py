@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.core.qweight import QWeight, Scheme
+from quantkit.runtime.block import Block
 from quantkit.runtime.gather import Kept
 from quantkit.runtime.ranks import ALONE, Ranks
 from quantkit.runtime.states import States
-from quantkit.runtime.walk import Block
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import QuantkitError
+from quantkit.runtime.block import features, is_linear
 from quantkit.runtime.opened import Opened
 from quantkit.runtime.skeleton import Skeleton
-from quantkit.runtime.walk import features, find_blocks, is_linear
+from quantkit.runtime.walk import find_blocks
 from quantkit.workflows.layout import refuse_unpackable
 
 

@@ -17,8 +17,8 @@ from quantkit.core.stats import Moments
 from quantkit.errors import QuantkitError
 from quantkit.methods import gptq
 from quantkit.methods.factor import BY_ITSELF, Team
+from quantkit.runtime.block import Block, InputGroup, features
 from quantkit.runtime.ranks import Ranks
-from quantkit.runtime.walk import Block, InputGroup, features
 from quantkit.workflows.method import Originals, Solved
 
 _SMALL = 1 / 32  # of what a rank has to do: then a group is not divided

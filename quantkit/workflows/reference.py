@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from quantkit.core.source import Source
+from quantkit.runtime.block import Block
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.unpacked import unpacked_skeleton
-from quantkit.runtime.walk import Block, Walk
+from quantkit.runtime.walk import Walk
 from quantkit.workflows import whole
 from quantkit.workflows.candidate import Candidate
 from quantkit.workflows.sizes import bytes_of

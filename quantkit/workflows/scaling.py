@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quantkit.core.stats import Moments
 from quantkit.methods import awq
+from quantkit.runtime.block import Block, InputGroup, is_linear
 from quantkit.runtime.folding import Fold
-from quantkit.runtime.walk import Block, InputGroup, is_linear
 from quantkit.workflows.method import Originals, put_other, put_weight
 
 

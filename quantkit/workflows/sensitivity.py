@@ -31,8 +31,9 @@ from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
 from quantkit.methods import align, gptq
 from quantkit.runtime import gather
+from quantkit.runtime.block import Block, InputGroup
 from quantkit.runtime.states import Keeping, States
-from quantkit.runtime.walk import Block, InputGroup, Walk
+from quantkit.runtime.walk import Walk
 from quantkit.workflows.calibrate import batches
 from quantkit.workflows.method import Originals, put_other, put_weight
 

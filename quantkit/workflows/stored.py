@@ -11,8 +11,8 @@ from quantkit.core.checkpoint import ShardWriter, TensorSpec
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.methods import digest, fit
+from quantkit.runtime.block import Block
 from quantkit.runtime.ranks import ALONE, Ranks
-from quantkit.runtime.walk import Block
 from quantkit.workflows.layout import Job
 from quantkit.workflows.method import Outcome, Solved, put, put_other
 from quantkit.workflows.plan import Plan

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.runtime import folding
+from quantkit.runtime.block import Block, is_linear
 from quantkit.runtime.linear import QuantLinear
-from quantkit.runtime.walk import Block, is_linear
 
 
 @dataclass

@@ -6,8 +6,9 @@ Correctness comes first: every kernel against the float32 product with the dequa
 times: the four linears of one block of a 10B GPT-NeoX (hidden 4864, feed-forward 19456), 4 bits in
 groups of 128, each launch of a CUDA graph on another copy of the weights, so no cache flatters; one
 after the other, and all four in turn as in a model. cuBLAS with 16-bit weights and torch's own int4
-kernel (tinygemm) run under the same conditions. --search looks for the best division of the work of
-the Triton kernel.
+kernel (tinygemm) run under the same conditions: by turns, each after a pause, since a GPU that has
+been busy for a while is slower, and after a replay that is not timed, since an idle one is, too.
+--search looks for the best division of the work of the Triton kernel.
 """
 
 import argparse
@@ -43,26 +44,47 @@ def random_weight(out: int, width: int, scheme: Scheme, kind: str = "") -> QWeig
     return QWeight(scheme, codes, scale, zero, minimum=minimum)
 
 
-def seconds(launches: list[Callable[[], object]], repeats: int = 9) -> float:
-    """Median time of all launches in one CUDA graph, divided by their number."""
+Launches = list[Callable[[], object]]
+
+
+def captured(launches: Launches) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for launch in launches[:2]:
+        for launch in launches:
             launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for launch in launches:
             launch()
-    found = []
+    return graph
+
+
+def compared(contenders: list[Launches], repeats: int, pause: float) -> list[float]:
+    """Median seconds of all launches of each, divided by their number; all by turns, after a pause
+    of so many seconds each time."""
+    graphs = [captured(launches) for launches in contenders]
+    found: list[list[float]] = [[] for _ in graphs]
     for _ in range(repeats + 1):
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(found[1:]) / len(launches)
+        for graph, times in zip(graphs, found, strict=True):
+            torch.cuda.synchronize()
+            time.sleep(pause)
+            graph.replay()
+            start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+    return [
+        statistics.median(times[1:]) / len(launches)
+        for times, launches in zip(found, contenders, strict=True)
+    ]
+
+
+def seconds(launches: Launches, repeats: int = 9) -> float:
+    """Median time of all launches in one CUDA graph, divided by their number."""
+    return compared([launches], repeats, 0)[0]
 
 
 def check() -> None:
@@ -129,36 +151,60 @@ def copies(out: int, width: int, dtype_bytes: float) -> int:
     return max(2, round(TURN / (out * width * dtype_bytes)))
 
 
-def cublas(tokens: int, dtype: torch.dtype) -> tuple[list[float], float]:
-    """Weights of 16 bits: each linear, and all in turn."""
-    inputs = {w: torch.randn(tokens, w, device=GPU, dtype=dtype) for w in (4864, 19456)}
-    held = {
+# for every shape, what launches it on one copy of the weight after the other
+Contender = dict[tuple[int, int], Launches]
+
+
+def dense_weights(dtype: torch.dtype) -> dict[tuple[int, int], list[Tensor]]:
+    return {
         (out, width): [
             torch.randn(out, width, device=GPU, dtype=dtype) for _ in range(copies(out, width, 2))
         ]
         for out, width in SHAPES
     }
 
+
+def random_inputs(tokens: int, dtype: torch.dtype) -> dict[int, Tensor]:
+    widths = {width for _, width in SHAPES}
+    return {width: torch.randn(tokens, width, device=GPU, dtype=dtype) for width in widths}
+
+
+def cublas(weights: dict[tuple[int, int], list[Tensor]], inputs: dict[int, Tensor]) -> Contender:
     def launch(weight: Tensor) -> Callable[[], object]:
         return lambda: inputs[weight.shape[1]] @ weight.T
 
-    each = [seconds([launch(weight) for weight in held[shape]]) for shape in SHAPES]
-    turns = [launch(held[s][turn % len(held[s])]) for turn in range(6) for s in SHAPES]
-    return each, seconds(turns) * len(SHAPES)
+    return {shape: [launch(weight) for weight in held] for shape, held in weights.items()}
 
 
-def tinygemm(tokens: int) -> list[float]:
-    found = []
+def tinygemm(tokens: int) -> Contender:
+    found: Contender = {}
     for out, width in SHAPES:
         x = torch.randn(tokens, width, device=GPU, dtype=torch.bfloat16)
-        launches = []
+        found[out, width] = []
         for _ in range(copies(out, width, 0.5)):
             packed = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, device=GPU)
             packed = torch._convert_weight_to_int4pack(packed, 8)
             scales = torch.rand(width // 128, out, 2, device=GPU, dtype=torch.bfloat16)
-            launches.append(lambda x=x, p=packed, s=scales: torch._weight_int4pack_mm(x, p, 128, s))
-        found.append(seconds(launches))
+            found[out, width].append(
+                lambda x=x, p=packed, s=scales: torch._weight_int4pack_mm(x, p, 128, s)
+            )
     return found
+
+
+def quantkit(held: "Held", inputs: dict[int, Tensor]) -> Contender:
+    """What a model gets, the kernels as ``choose`` picks them."""
+
+    def launch(weight, scratch):
+        return lambda: choose.product(inputs[weight.width], weight, None, scratch)
+
+    return {shape: [launch(*one) for one in weights] for shape, weights in held.items()}
+
+
+def in_turn(contender: Contender, rounds: int) -> Launches:
+    """All linears one after the other, as in a model."""
+    return [
+        contender[shape][turn % len(contender[shape])] for turn in range(rounds) for shape in SHAPES
+    ]
 
 
 Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
@@ -248,21 +294,10 @@ def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
         print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
 
 
-def chosen(tokens: int, dtype: torch.dtype, held: Held) -> tuple[list[float], float]:
-    """What a model gets, the kernels as ``choose`` picks them: each linear, and all in turn."""
-    inputs = {w: torch.randn(tokens, w, device=GPU, dtype=dtype) for w in (4864, 19456)}
-
-    def launch(weight, scratch):
-        return lambda: choose.product(inputs[weight.width], weight, None, scratch)
-
-    each = [seconds([launch(*one) for one in held[shape]], 5) for shape in SHAPES]
-    turns = [launch(*held[s][turn % len(held[s])]) for turn in range(6) for s in SHAPES]
-    return each, seconds(turns) * len(SHAPES)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256,512,1024,4096")
+    parser.add_argument("--pause", type=float, default=0.02, help="seconds before each")
     parser.add_argument("--search", action="store_true", help="try many ways to divide the work")
     parser.add_argument("--seconds", type=float, default=240)
     arguments = parser.parse_args()
@@ -280,21 +315,30 @@ def main() -> None:
         ]
     torch.cuda.synchronize()
     print(f"arranged in {time.time() - started:.2f} s")
+    dtypes = (torch.float16, torch.bfloat16)
+    weights = {dtype: dense_weights(dtype) for dtype in dtypes}
     for tokens in sizes:
-        rows = [
-            ("cuBLAS float16", *cublas(tokens, torch.float16)),
-            ("cuBLAS bfloat16", *cublas(tokens, torch.bfloat16)),
-        ]
+        contenders: dict[str, Contender] = {}
+        for dtype in dtypes:
+            name, inputs = str(dtype).removeprefix("torch."), random_inputs(tokens, dtype)
+            contenders[f"cuBLAS {name}"] = cublas(weights[dtype], inputs)
+            contenders[f"quantkit {name}"] = quantkit(held, inputs)
         if tokens <= 16:
-            rows.append(("tinygemm bfloat16", tinygemm(tokens), None))
-        for dtype in (torch.float16, torch.bfloat16):
-            name = f"quantkit {str(dtype).removeprefix('torch.')}"
-            rows.append((name, *chosen(tokens, dtype, held)))
-        for name, found, turn in rows:
-            each = " ".join(f"{one * 1e6:7.1f}" for one in found)
-            block = "" if turn is None else f"  in turn {turn * 1e6:7.1f}"
+            contenders["tinygemm bfloat16"] = tinygemm(tokens)
+        each = [
+            compared([found[shape] for found in contenders.values()], 5, arguments.pause)
+            for shape in SHAPES
+        ]
+        rounds = 6 if tokens < 256 else 3
+        turns = [in_turn(found, rounds) for found in contenders.values()]
+        blocks = compared(turns, 7, arguments.pause)
+        for i, (name, block) in enumerate(zip(contenders, blocks, strict=True)):
+            own = [times[i] for times in each]
             print(
-                f"  {tokens:4d} tokens  {name:18s} {each}  sum {sum(found) * 1e6:7.1f}{block}",
+                f"  {tokens:4d} tokens  {name:18s} "
+                + " ".join(f"{one * 1e6:7.1f}" for one in own)
+                + f"  sum {sum(own) * 1e6:7.1f}  in turn {block * len(SHAPES) * 1e6:7.1f}"
+                + f"  of cuBLAS float16 {block / blocks[0]:.3f}",
                 flush=True,
             )
     for tokens in sizes if arguments.search else ():

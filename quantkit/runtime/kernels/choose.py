@@ -1,14 +1,13 @@
 """Which kernel computes a product, by scheme, device and number of tokens: the one place.
 
     up to 4 bits, on Hopper, unless groups have minimums or the shape is odd (hopper.fits)
-        up to MANY tokens    hopper      CUDA, compiled at the first use
-        more                 dense       the weight is multiplied out, then cuBLAS
+                             hopper      CUDA, compiled at the first use
     4 or 8 bits in memory, evenly spaced, groups of a multiple of 32
         up to FEW tokens     skinny      codes go to the tensor cores as they are read (Triton)
-        more                 dense
+        more                 dense       the weight is multiplied out, then cuBLAS
     anything else            none        ``QuantLinear`` dequantizes with torch
 
-The numbers are measured on an H200 (benchmarks/kernels_gpu.py); into how many shares ``skinny``
+FEW is measured on an H200 (benchmarks/kernels_gpu.py); into how many shares ``skinny``
 divides the inputs, ``tune`` measures on each GPU.
 """
 
@@ -21,7 +20,7 @@ from quantkit.runtime.kernels import dense, hopper, skinny, support, tune
 from quantkit.runtime.kernels.fragments import Fragments
 from quantkit.runtime.kernels.skinny import Config
 
-FEW, MANY = 192, 2048
+FEW = 192
 
 
 def blocked(q: QWeight, device: torch.device) -> bool:
@@ -39,7 +38,7 @@ def counters(weight: Fragments) -> int:
 def product(x: Tensor, weight: Fragments, bias: Tensor | None, arrived: Tensor) -> Tensor:
     """x [tokens, in] -> [tokens, out] in the dtype of x. ``arrived`` int32 [counters], all 0."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and weight.blocked and len(x) <= MANY:
+    if half and weight.blocked:
         return hopper.product(x, weight, bias)
     if half and not weight.blocked and len(x) <= FEW:
         here = support.of(x.device)

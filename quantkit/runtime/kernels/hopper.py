@@ -10,11 +10,9 @@ Weights are those of ``fragments``, blocked.
 
 import ctypes
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache as once
 from importlib.util import find_spec
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,77 +21,23 @@ from torch import Tensor
 
 from quantkit.core import cache
 from quantkit.core.qweight import Scheme
-from quantkit.runtime.kernels import fragments, support
+from quantkit.runtime.kernels import support
 from quantkit.runtime.kernels.fragments import Fragments, container
+from quantkit.runtime.kernels.hopper_ways import (
+    INPUTS,
+    MANY,
+    SIZES,
+    Kind,
+    Shape,
+    Way,
+    chosen,
+    shapes_for,
+)
 from quantkit.runtime.kernels.support import GPU
 
 KIND = "cubin"
 CAPABILITY = (9, 0)
-INPUTS = fragments.STEP  # of a stage
-_TILE_ROWS = 32
-_BLOCK_ROWS = _TILE_ROWS * fragments.BLOCK
-_SHARED, _OWN = 228 << 10, 2 << 10  # bytes of a processor; of a program for itself and its barriers
 _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper.cu calls them
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a product with up to so many ``tokens`` at a time is computed; see hopper.cu.
-
-    few         by warps, or else by warpgroups
-    stages      of the ring of codes and inputs, at most
-    resident    programs that a processor has room for
-    exact       sums are scaled, not weights, which would be rounded
-    """
-
-    tokens: int
-    few: bool
-    stages: int
-    resident: int
-    exact: bool
-
-    @property
-    def rows(self) -> int:
-        return 128 if self.few else 256 // self.resident
-
-    @property
-    def threads(self) -> int:
-        return 2 * self.rows + (32 if self.few else 128)
-
-    def sent(self, cluster: int) -> int:
-        """Bytes of the sums that a program gets from the others of a cluster of so many."""
-        return -(-self.rows // 16 // cluster) * (cluster - 1) * 64 * self.tokens
-
-    def beside(self, cluster: int) -> int:
-        """Bytes beside the ring: for these sums, or, where they come into the ring, for warps that
-        turn their results round."""
-        return self.sent(cluster) if self.few else self.rows // 16 * 768
-
-    @property
-    def most_beside(self) -> int:
-        """In any cluster."""
-        return max(map(self.beside, SIZES))
-
-    def ring(self, step: int, scale: int, zeros: bool) -> tuple[int, int]:
-        """Stages of the ring and bytes of one; the arguments are those of :func:`source`."""
-        scales = 32 * (INPUTS // step) * ((4 if scale == 4 else 2) + (2 if zeros else 0))
-        tile = _TILE_ROWS * INPUTS // 2 + scales
-        stage = self.tokens * INPUTS * 2 + self.rows // _TILE_ROWS * tile
-        room = _SHARED // self.resident - _OWN - self.most_beside
-        return min(self.stages, room // stage), stage
-
-
-SHAPES = (
-    Shape(8, True, 5, 3, True),
-    Shape(16, True, 5, 3, True),
-    Shape(32, False, 4, 2, True),
-    Shape(64, False, 4, 2, True),
-    Shape(96, False, 3, 1, False),
-    Shape(128, False, 3, 1, False),
-)
-SIZES = (1, 2, 3, 4, 5, 6, 8)  # programs of a cluster; the sums of seven do not fit three times
-_AROUND = 8  # steps that a program could multiply while it begins and ends
-_SECOND = 0.95  # of the time that a product may take with a second launch, at most
 
 
 def why_not(gpu: GPU) -> str | None:
@@ -119,47 +63,32 @@ def fits(scheme: Scheme, out: int, width: int, minimum: bool) -> bool:
     )
 
 
-def shape_of(tokens: int) -> Shape:
-    """That of which the fewest programs, side by side, take so many tokens; and the smallest."""
-    return min(SHAPES, key=lambda shape: (-(-tokens // shape.tokens), shape.tokens))
-
-
 def product(x: Tensor, weight: Fragments, bias: Tensor | None) -> Tensor:
     """x [tokens, in] in float16 or bfloat16 -> [tokens, out] in the same."""
     if x.data_ptr() % 16 or not x.is_contiguous():  # the copy engine wants it so
         x = x.clone(memory_format=torch.contiguous_format)
     if bias is not None:
         bias = bias.to(x.dtype)
-    return matmul(x, weight, bias, shape_of(len(x)))
+    steps = weight.width // INPUTS
+    way = _way(_kind(x, weight), x.get_device(), len(x), len(weight.words), steps)
+    return matmul(x, weight, bias, way)
 
 
-def matmul(
-    x: Tensor, weight: Fragments, bias: Tensor | None, shape: Shape, size: int = 0
-) -> Tensor:
+def matmul(x: Tensor, weight: Fragments, bias: Tensor | None, way: Way) -> Tensor:
     """x [tokens, in] in float16 or bfloat16, contiguous -> [tokens, out] in the same. ``bias``
-    [out] in the same dtype; ``size``: programs of a cluster, 0 for what :func:`divided` says.
+    [out] in the same dtype.
 
     The kernel begins before the one in front of it has ended, and reads weights at once: they must
     have been there before that one was launched.
     """
-    kernel = _kernel(
-        shape,
-        x.dtype == torch.bfloat16,
-        min(weight.group, INPUTS),
-        _SCALES[weight.scale.dtype],
-        weight.offset is not None,
-        weight.scheme.midpoint,
-        x.get_device(),
-    )
-    across, steps = -(-len(x) // shape.tokens), weight.width // INPUTS
-    clusters = -(-len(weight.words) * _BLOCK_ROWS // shape.rows) * across
+    kernel = _kernel(way.shape, _kind(x, weight), x.get_device())
     out = torch.empty(len(x), weight.out, dtype=x.dtype, device=x.device)
-    places = _map(x, shape.tokens)
+    places = _map(x, way.shape.tokens)
     first = 0
-    for count, programs in [(clusters, size)] if size else kernel.divided(clusters, steps):
+    for clusters, size in way.launches:
         kernel.launch(
-            count,
-            programs,
+            clusters,
+            size,
             torch.cuda.current_stream(x.device).cuda_stream,
             places,
             weight.words.data_ptr(),
@@ -168,38 +97,35 @@ def matmul(
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             first,
+            first + clusters,
             len(x),
             weight.out,
-            len(weight.words),
-            across,
-            steps,
+            -(-len(x) // way.shape.tokens),
+            weight.width // INPUTS,
             max(1, weight.group // INPUTS),
         )
-        first += count
+        first += clusters
     return out
 
 
-Launch = tuple[int, int]  # clusters, and programs of each
+def _kind(x: Tensor, weight: Fragments) -> Kind:
+    return Kind(
+        x.dtype == torch.bfloat16,
+        min(weight.group, INPUTS),
+        _SCALES[weight.scale.dtype],
+        weight.offset is not None,
+        weight.scheme.midpoint,
+    )
 
 
-def divided(clusters: int, steps: int, at_once: Callable[[int], int]) -> list[Launch]:
-    """The launches with which ``clusters`` are done the soonest, where ``at_once(size)`` of them
-    run at the same time (0: none can): all alike, or as many turns as are full, and smaller shares
-    of the work for the rest, if that is worth a second launch."""
-    sizes = [size for size in SIZES if size <= steps and at_once(size)]
+@once
+def _way(kind: Kind, device: int, tokens: int, blocks: int, steps: int) -> Way:
+    def at_once(shape: Shape, size: int) -> int:
+        # those that fill a processor are alike in this
+        shape = MANY[-1] if shape in MANY else shape
+        return _kernel(shape, kind, device).at_once(size)
 
-    def last(count: int, size: int) -> float:
-        return -(-count // at_once(size)) * (-(-steps // size) + _AROUND)
-
-    alike = min(sizes, key=lambda size: last(clusters, size))
-    best, found = last(clusters, alike) * _SECOND, [(clusters, alike)]
-    for few, many in combinations(sizes, 2):
-        full = clusters // at_once(few) * at_once(few)
-        parts = [(full, few), (clusters - full, many)]
-        took = sum(last(*part) for part in parts)
-        if full and took < best:
-            best, found = took, parts
-    return found
+    return chosen(shapes_for(tokens, kind), tokens, blocks, steps, at_once)
 
 
 class _Kernel:
@@ -223,22 +149,16 @@ class _Kernel:
         early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         self._early = early
-        self._divided: dict[tuple[int, int], list[Launch]] = {}
         self._configs: dict[tuple[int, int, int], Any] = {}
+        self._room: dict[int, int] = {}
 
-    def divided(self, clusters: int, steps: int) -> list[Launch]:
-        """What :func:`divided` says on this device."""
-        key = clusters, steps
-        if key not in self._divided:
-            room = {size: self._at_once(size) for size in SIZES}
-            self._divided[key] = divided(clusters, steps, room.__getitem__)
-        return self._divided[key]
-
-    def _at_once(self, size: int) -> int:
+    def at_once(self, size: int) -> int:
         """Clusters of so many programs that the device runs at the same time."""
-        config = self._configured(max(SIZES), size, 0)
-        found: int = _checked(self._driver.cuOccupancyMaxActiveClusters(self._function, config))
-        return found
+        if size not in self._room:
+            config = self._configured(max(SIZES), size, 0)
+            found = self._driver.cuOccupancyMaxActiveClusters(self._function, config)
+            self._room[size] = _checked(found)
+        return self._room[size]
 
     def _configured(self, clusters: int, size: int, stream: int) -> Any:
         driver = self._driver
@@ -255,6 +175,8 @@ class _Kernel:
         return config
 
     def launch(self, clusters: int, size: int, stream: int, x: Any, *numbers: int) -> None:
+        if size == 1 and self._shape.resident == 1:  # they go on to others by themselves
+            clusters = min(clusters, self.at_once(1))
         key = clusters, size, stream
         if key not in self._configs:
             self._configs[key] = self._configured(*key)
@@ -268,31 +190,27 @@ class _Kernel:
 
 
 @once
-def _kernel(
-    shape: Shape, bfloat: bool, step: int, scale: int, zeros: bool, middle: int, device: int
-) -> _Kernel:
-    stages, stage = shape.ring(step, scale, zeros)
+def _kernel(shape: Shape, kind: Kind, device: int) -> _Kernel:
+    stages, stage = shape.ring(kind)
     shape = replace(shape, stages=stages)
-    text = source(shape, bfloat, step, scale, zeros, middle)
-    return _Kernel(_compiled(text), shape, stages * stage, device)
+    return _Kernel(_compiled(source(shape, kind)), shape, stages * stage, device)
 
 
-def source(shape: Shape, bfloat: bool, step: int, scale: int, zeros: bool, middle: int) -> str:
-    """The text of a kernel; what the names mean, hopper.cu says."""
+def source(shape: Shape, kind: Kind) -> str:
+    """The text of a kernel."""
     defined = {
         "N": shape.tokens,
         "FEW": int(shape.few),
         "STAGES": shape.stages,
         "RESIDENT": shape.resident,
-        "STEP": step,
-        "EXACT": int(shape.exact),
-        "BFLOAT": int(bfloat),
-        "SCALE": scale,
-        "ZEROS": int(zeros),
-        "MIDDLE": f"{middle}.0f",
+        "STEP": kind.step,
+        "BFLOAT": int(kind.bfloat),
+        "SCALE": kind.scale,
+        "ZEROS": int(kind.zeros),
+        "MIDDLE": f"{kind.middle}.0f",
     }
     if not shape.few:
-        defined["WGMMA(d, a, b, keep)"] = _wgmma(shape.tokens, "bf16" if bfloat else "f16")
+        defined["WGMMA(d, a, b)"] = _wgmma(shape.tokens, "bf16" if kind.bfloat else "f16")
     lines = [f"#define {name} {value}\n" for name, value in defined.items()]
     return "".join(lines) + Path(__file__).with_suffix(".cu").read_text("utf-8")
 
@@ -305,15 +223,15 @@ def _wgmma(tokens: int, kind: str) -> str:
     instruction = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}"
     lines = [
         "{",
-        ".reg .pred kept;",
-        f"setp.ne.b32 kept, %{count + 5}, 0;",
-        f"{instruction} {{{sums}}}, {{{left}}}, %{count + 4}, kept, 1, 1, 0;",
+        ".reg .pred added;",
+        "setp.ne.b32 added, 1, 0;",
+        f"{instruction} {{{sums}}}, {{{left}}}, %{count + 4}, added, 1, 1, 0;",
         "}",
     ]
     changed = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     read = ", ".join(f'"r"(a[{i}])' for i in range(4))
     text = "\\n".join(lines)
-    return f'asm volatile("{text}" : {changed} : {read}, "l"(b), "r"((int)(keep)))'
+    return f'asm volatile("{text}" : {changed} : {read}, "l"(b))'
 
 
 def _compiled(text: str) -> bytes:

@@ -176,6 +176,31 @@ def test_all_is_done_once(tokens):
         assert sum(count for count, _ in launches) == blocks * -(-tokens // size)
 
 
+def test_more_tokens_come_in_equal_pieces():
+    for tokens, meant in ((0, []), (7, [7]), (2048, [2048]), (4097, [1365, 1366, 1366])):
+        found = hopper.pieces(tokens)
+        assert [piece.stop - piece.start for piece in found] == meant
+        assert [i for piece in found for i in range(tokens)[piece]] == list(range(tokens))
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 3001])
+def test_every_piece_has_its_place(tokens, monkeypatch):
+    q = weight("4", 64, 128)
+    held, bias = arrange(q, blocked=True), torch.randn(64).half()
+    given = []
+
+    def matmul(x, weight, bias, way, out):
+        given.append(way)
+        out.copy_(x.float() @ q.dequantize().T + bias)
+
+    monkeypatch.setattr(hopper, "matmul", matmul)
+    monkeypatch.setattr(hopper, "_way", lambda kind, device, *numbers: numbers)
+    x = torch.randn(tokens, 128).half()
+    found = hopper.product(x, held, bias)
+    torch.testing.assert_close(found, (x.float() @ q.dequantize().T + bias).half())
+    assert given == {0: [], 5: [(5, 1, 1)], 3001: [(1500, 1, 1), (1501, 1, 1)]}[tokens]
+
+
 # clusters of 1 to 8 programs that an H200 runs at once, of which so many fit on a processor
 THREE = [396, 198, 124, 92, 69, 62, 47, 45]
 TWO = [264, 132, 79, 62, 47, 39, 32, 30]
@@ -237,7 +262,7 @@ def test_products(name, dtype):
     assert choose.blocked(q, torch.device("cuda"))
     held, meant = arrange(q, blocked=True), q.dequantize()
     bias = torch.randn(1000, device="cuda").to(dtype).float()
-    for tokens in (1, 5, 8, 13, 16, 17, 64, 65, 150, 300, 1000, 3000):
+    for tokens in (1, 5, 8, 13, 16, 17, 64, 65, 150, 300, 1000, 4097):
         x = torch.randn(tokens, 1536, device="cuda").to(dtype)
         wanted = x.float() @ meant.T + bias
         found, again = (hopper.product(x, held, bias) for _ in range(2))
@@ -265,7 +290,9 @@ def test_every_size_of_a_cluster(shape):
     clusters = len(held.words) * -(-len(x) // shape.tokens)
     for size in ways.SIZES:
         way = ways.Way(shape, ((clusters, size),))
-        found, again = (hopper.matmul(x, held, None, way) for _ in range(2))
+        found, again = (torch.empty(len(x), 1000, device="cuda").half() for _ in range(2))
+        hopper.matmul(x, held, None, way, found)
+        hopper.matmul(x, held, None, way, again)
         assert torch.equal(found, again)
         wanted = x.float() @ meant.T
         assert float((found.float() - wanted).norm() / wanted.norm()) < 1e-3

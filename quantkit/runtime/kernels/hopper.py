@@ -37,6 +37,7 @@ from quantkit.runtime.kernels.support import GPU
 
 KIND = "cubin"
 CAPABILITY = (9, 0)
+MOST = 2048  # tokens at a time: x of more would not stay in the L2 cache for all rows of the weight
 _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper.cu calls them
 
 
@@ -69,20 +70,29 @@ def product(x: Tensor, weight: Fragments, bias: Tensor | None) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
     if bias is not None:
         bias = bias.to(x.dtype)
-    steps = weight.width // INPUTS
-    way = _way(_kind(x, weight), x.get_device(), len(x), len(weight.words), steps)
-    return matmul(x, weight, bias, way)
+    out = torch.empty(len(x), weight.out, dtype=x.dtype, device=x.device)
+    kind, steps = _kind(x, weight), weight.width // INPUTS
+    for piece in pieces(len(x)):
+        own = x[piece]
+        way = _way(kind, x.get_device(), len(own), len(weight.words), steps)
+        matmul(own, weight, bias, way, out[piece])
+    return out
 
 
-def matmul(x: Tensor, weight: Fragments, bias: Tensor | None, way: Way) -> Tensor:
-    """x [tokens, in] in float16 or bfloat16, contiguous -> [tokens, out] in the same. ``bias``
-    [out] in the same dtype.
+def pieces(tokens: int) -> list[slice]:
+    """As few of up to MOST tokens as can be, and nearly equal."""
+    count = -(-tokens // MOST)
+    return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
+
+
+def matmul(x: Tensor, weight: Fragments, bias: Tensor | None, way: Way, out: Tensor) -> None:
+    """Fill ``out`` [tokens, out] with what x [tokens, in] gives; both in float16 or bfloat16 and
+    contiguous. ``bias`` [out] in the same dtype.
 
     The kernel begins before the one in front of it has ended, and reads weights at once: they must
     have been there before that one was launched.
     """
     kernel = _kernel(way.shape, _kind(x, weight), x.get_device())
-    out = torch.empty(len(x), weight.out, dtype=x.dtype, device=x.device)
     places = _map(x, way.shape.tokens)
     first = 0
     for clusters, size in way.launches:
@@ -105,7 +115,6 @@ def matmul(x: Tensor, weight: Fragments, bias: Tensor | None, way: Way) -> Tenso
             max(1, weight.group // INPUTS),
         )
         first += clusters
-    return out
 
 
 def _kind(x: Tensor, weight: Fragments) -> Kind:

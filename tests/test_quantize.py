@@ -637,6 +637,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("settings", [{"calib_rows": 0}, {"calib_seqlen": 1}])
+def test_nothing_to_calibrate_on(tmp_path, settings):
+    with pytest.raises(UsageError, match="at least one row of two tokens"):
+        quantize(str(model("gpt_neox")), tmp_path / "out", **{**QUICK, "group": 32, **settings})
+    assert files_in(tmp_path) == set()
+
+
 def test_an_existing_output_is_refused_unless_overwriting_is_asked_for(tmp_path):
     out = tmp_path / "out"
     shutil.copytree(quantized(model("gpt_neox"), group=32), out)

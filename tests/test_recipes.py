@@ -277,6 +277,11 @@ def test_all_steps_are_checked_before_the_first_one_runs(tmp_path, capsys):
         captured = capsys.readouterr()
         assert "step 3 (verify): --max-kl takes a number" in sentence(captured.err)[0]
         assert not captured.out
+    text = '[[step]]\ncommand = "verify"\nmodel = "demo"\nrows = 0'
+    assert command("run", write(tmp_path / "r.toml", (TWO % "x") + text)) == 2
+    captured = capsys.readouterr()
+    assert "'--rows': 0 is not in the range" in sentence(captured.err)[0]
+    assert not captured.out
     assert command("run", write(tmp_path / "r.toml", 'command = "cache"')) == 2
     assert "no command 'cache'" in sentence(capsys.readouterr().err)[0]
 

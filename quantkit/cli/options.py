@@ -121,10 +121,18 @@ def calibration_text(command: Command) -> Command:
     """The text that a method looks at."""
     for option in (
         click.option(
-            "--calib-seqlen", type=int, default=2048, show_default=True, help="Tokens in a row."
+            "--calib-seqlen",
+            type=click.IntRange(min=2),
+            default=2048,
+            show_default=True,
+            help="Tokens in a row.",
         ),
         click.option(
-            "--calib-rows", type=int, default=128, show_default=True, help="Rows at most."
+            "--calib-rows",
+            type=click.IntRange(min=1),
+            default=128,
+            show_default=True,
+            help="Rows at most.",
         ),
         click.option(
             "--calib",
@@ -293,9 +301,19 @@ def measuring(command: Command) -> Command:
             show_default=True,
             help="Continue a few prompts too.",
         ),
-        click.option("--seqlen", type=int, default=512, show_default=True, help="Tokens in a row."),
         click.option(
-            "--rows", type=int, default=16, show_default=True, help="Rows of each text at most."
+            "--seqlen",
+            type=click.IntRange(min=2),
+            default=512,
+            show_default=True,
+            help="Tokens in a row.",
+        ),
+        click.option(
+            "--rows",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="Rows of each text at most.",
         ),
         click.option(
             "--text",

@@ -46,10 +46,18 @@ _DOES_NOT_FIT = 3
 @click.option("--fast", is_flag=True, help="Quantize in one pass, as gptq --fast does.")
 @options.calibration_text
 @click.option(
-    "--seqlen", type=int, default=512, show_default=True, help="Tokens in a row of verify."
+    "--seqlen",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="Tokens in a row of verify.",
 )
 @click.option(
-    "--rows", type=int, default=16, show_default=True, help="Rows of each text of verify."
+    "--rows",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Rows of each text of verify.",
 )
 @click.option(
     "--context",

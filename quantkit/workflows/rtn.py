@@ -106,7 +106,7 @@ def _scheme(
     group = 128 if group is None else group
     if bits not in form.bits:
         raise UsageError(
-            f"{format} has no codes of {bits} bits", f"use {', '.join(map(str, form.bits))}"
+            f"{format} has no codes of {bits!r} bits", f"use {', '.join(map(str, form.bits))}"
         )
     if form.groups and group not in form.groups:
         sizes = ", ".join(map(str, form.groups))

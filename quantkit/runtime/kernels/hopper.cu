@@ -32,8 +32,9 @@ typedef unsigned long long u64;
 #define INLINE __device__ __forceinline__
 // Codes less their zero point are small whole numbers, of which no product is rounded: sums are scaled, once
 // a group. Multiplying takes the time with many tokens, and has to wait for that. Weights are scaled there,
-// and rounded to float16; rounded to bfloat16 they would lose as much as the result does.
-#define EXACT (BFLOAT || N <= 64)
+// and rounded to float16, unless that could lose more than the result does: bfloat16 has fewer digits, and
+// other scales may be too small for float16.
+#define EXACT (BFLOAT || N <= 64 || SCALE != 2)
 #define ROWS 128                                    // of a program: a block of fragments
 #define WARPS (ROWS / 16)                           // that compute, 16 rows each
 #define COPYING (FEW ? 32 : 128)                    // threads, of which a warp has something to do

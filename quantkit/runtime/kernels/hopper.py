@@ -25,7 +25,7 @@ from quantkit.runtime.kernels import support
 from quantkit.runtime.kernels.fragments import Fragments, container
 from quantkit.runtime.kernels.hopper_ways import (
     INPUTS,
-    MANY,
+    LARGE,
     SIZES,
     Kind,
     Shape,
@@ -131,7 +131,7 @@ def _kind(x: Tensor, weight: Fragments) -> Kind:
 def _way(kind: Kind, device: int, tokens: int, blocks: int, steps: int) -> Way:
     def at_once(shape: Shape, size: int) -> int:
         # those that fill a processor are alike in this
-        shape = MANY[-1] if shape in MANY else shape
+        shape = LARGE[-1] if shape in LARGE else shape
         return _kernel(shape, kind, device).at_once(size)
 
     return chosen(shapes_for(tokens, kind), tokens, blocks, steps, at_once)

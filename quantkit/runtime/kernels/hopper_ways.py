@@ -80,9 +80,10 @@ class Shape:
         return turns * (4 + self.tokens / 256 * _EXCHANGE[cluster] + multiplying)
 
 
-FEW = Shape(8, True, 5, 3), Shape(16, True, 5, 3), Shape(32, False, 4, 2), Shape(64, False, 4, 2)
-MANY = tuple(Shape(tokens, False, 5, 1) for tokens in range(96, 257, 16))
-SHAPES = FEW + MANY
+# several programs to a processor; one, which fills it
+SMALL = Shape(8, True, 5, 3), Shape(16, True, 5, 3), Shape(32, False, 4, 2), Shape(64, False, 4, 2)
+LARGE = tuple(Shape(tokens, False, 5, 1) for tokens in range(96, 257, 16))
+SHAPES = SMALL + LARGE
 SIZES = (1, 2, 3, 4, 5, 6, 8)  # programs of a cluster; the sums of seven do not fit three times
 _EXCHANGE = {2: 3, 3: 5, 4: 5, 5: 6, 6: 6, 8: 6}  # microseconds for the sums of 256 tokens
 _SECOND = 0.95  # of the time that a product may take with a second launch, at most
@@ -102,9 +103,8 @@ class Way:
 def shapes_for(tokens: int, kind: Kind) -> list[Shape]:
     """Few tokens take the smallest shape that has room for them; others any whose ring does not
     make the copying warp wait."""
-    few = [shape for shape in FEW if tokens <= shape.tokens]
-    many = [shape for shape in MANY if shape.ring(kind)[0] >= 3]
-    return few[:1] or many
+    small = [shape for shape in SMALL if tokens <= shape.tokens]
+    return small[:1] or [shape for shape in LARGE if shape.ring(kind)[0] >= 3]
 
 
 def chosen(
@@ -127,8 +127,7 @@ def _divided(
     """The cost of a shape, and its launches: all clusters alike, or as many turns as are full, and
     smaller shares of the work for the rest, if that is worth a second launch."""
     clusters = blocks * -(-tokens // shape.tokens)
-    room = {size: at_once(shape, size) for size in SIZES if size <= steps}
-    room = {size: count for size, count in room.items() if count}
+    room = {size: count for size in SIZES if size <= steps and (count := at_once(shape, size))}
 
     def last(count: int, size: int) -> float:
         return shape.cost(size, -(-steps // size), -(-count // room[size]))

@@ -27,16 +27,7 @@ from quantkit.cli.published import publishing
     help="Calibration text, repeatable, as in 'quantkit gptq'; 'none' to go without. "
     "[default: bundled for q4_0, q4_1 and K types, none for others]",
 )
-@click.option(
-    "--calib-rows", type=click.IntRange(min=1), default=128, show_default=True, help="Rows at most."
-)
-@click.option(
-    "--calib-seqlen",
-    type=click.IntRange(min=2),
-    default=2048,
-    show_default=True,
-    help="Tokens in a row.",
-)
+@options.calibration_size
 @click.option("--seed", type=int, default=0, show_default=True, help="For shuffling the text.")
 @click.option("--fast", is_flag=True, help="GPTQ in one pass, without refinement.")
 @click.option(

@@ -10,6 +10,7 @@ import click
 from quantkit.errors import UsageError
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
 class Limit(click.ParamType[str]):
@@ -27,6 +28,24 @@ class Limit(click.ParamType[str]):
         return value
 
 
+def sized(prefix: str, rows: int, seqlen: int, of: str = "") -> Decorator:
+    """How much text: ``--rows`` and ``--seqlen`` behind a prefix, their defaults; ``of`` what."""
+
+    def decorate(command: Command) -> Command:
+        for name, least, default, help in (
+            ("seqlen", 2, seqlen, f"Tokens in a row{of}."),
+            ("rows", 1, rows, f"Rows{of} at most."),
+        ):
+            number = click.IntRange(min=least)
+            command = click.option(
+                f"--{prefix}{name}", type=number, default=default, show_default=True, help=help
+            )(command)
+        return command
+
+    return decorate
+
+
+calibration_size = sized("calib-", rows=128, seqlen=2048)
 shard = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 pre_tokenizer = click.option(
     "--pre-tokenizer", metavar="NAME", help="GGUF's name for how the tokenizer cuts text."
@@ -119,34 +138,17 @@ def calibrating(command: Command) -> Command:
 
 def calibration_text(command: Command) -> Command:
     """The text that a method looks at."""
-    for option in (
-        click.option(
-            "--calib-seqlen",
-            type=click.IntRange(min=2),
-            default=2048,
-            show_default=True,
-            help="Tokens in a row.",
-        ),
-        click.option(
-            "--calib-rows",
-            type=click.IntRange(min=1),
-            default=128,
-            show_default=True,
-            help="Rows at most.",
-        ),
-        click.option(
-            "--calib",
-            "-c",
-            multiple=True,
-            default=("bundled",),
-            show_default=True,
-            help="Calibration text, repeatable: bundled, bundled:ja=64,en=64, FILE "
-            "(.txt .jsonl .csv .parquet), FILE:column, hf:DATASET:CONFIG:SPLIT:COLUMN, wikitext2, "
-            "c4, c4-ja, wikipedia-ja, self; =N for N rows of it.",
-        ),
-    ):
-        command = option(command)
-    return command
+    text = click.option(
+        "--calib",
+        "-c",
+        multiple=True,
+        default=("bundled",),
+        show_default=True,
+        help="Calibration text, repeatable: bundled, bundled:ja=64,en=64, FILE "
+        "(.txt .jsonl .csv .parquet), FILE:column, hf:DATASET:CONFIG:SPLIT:COLUMN, wikitext2, "
+        "c4, c4-ja, wikipedia-ja, self; =N for N rows of it.",
+    )
+    return text(calibration_size(command))
 
 
 def memory(command: Command) -> Command:
@@ -301,20 +303,7 @@ def measuring(command: Command) -> Command:
             show_default=True,
             help="Continue a few prompts too.",
         ),
-        click.option(
-            "--seqlen",
-            type=click.IntRange(min=2),
-            default=512,
-            show_default=True,
-            help="Tokens in a row.",
-        ),
-        click.option(
-            "--rows",
-            type=click.IntRange(min=1),
-            default=16,
-            show_default=True,
-            help="Rows of each text at most.",
-        ),
+        sized("", rows=16, seqlen=512, of=" of each text"),
         click.option(
             "--text",
             multiple=True,

@@ -45,20 +45,7 @@ _DOES_NOT_FIT = 3
 @click.option("--sym/--asym", default=True, show_default=True, help="Symmetric codes or not.")
 @click.option("--fast", is_flag=True, help="Quantize in one pass, as gptq --fast does.")
 @options.calibration_text
-@click.option(
-    "--seqlen",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    help="Tokens in a row of verify.",
-)
-@click.option(
-    "--rows",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Rows of each text of verify.",
-)
+@options.sized("", rows=16, seqlen=512, of=" of each text of verify")
 @click.option(
     "--context",
     type=int,

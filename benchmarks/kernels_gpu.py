@@ -1,6 +1,6 @@
 """How fast the kernels for quantized linears are on this GPU.
 
-    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--search [--seconds 240]]
+    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--search [--seconds 240]] [--turns]
 
 Correctness comes first: every kernel against the float32 product with the dequantized weight. Then
 times: the four linears of one block of a 10B GPT-NeoX (hidden 4864, feed-forward 19456), 4 bits in
@@ -8,7 +8,8 @@ groups of 128, each launch of a CUDA graph on another copy of the weights, so no
 after the other, and all four in turn as in a model. cuBLAS with 16-bit weights and torch's own int4
 kernel (tinygemm) run under the same conditions: by turns, each after a pause, since a GPU that has
 been busy for a while is slower, and after a replay that is not timed, since an idle one is, too.
---search looks for the best division of the work of the Triton kernel.
+--search looks for the best division of the work of the Triton kernel. --turns measures what the
+costs in hopper_ways.py are made of: full turns of all processors, by shape and cluster.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import triton
 from torch import Tensor
 
 from quantkit.core.qweight import QWeight, Scheme
-from quantkit.runtime.kernels import choose, fragments, skinny
+from quantkit.runtime.kernels import choose, fragments, hopper, skinny
+from quantkit.runtime.kernels.hopper_ways import INPUTS, LARGE, ROWS, SIZES, Kind, Shape, Way
 
 SHAPES = [(14592, 4864), (4864, 4864), (19456, 4864), (4864, 19456)]  # (out, in)
 TURN = 300e6  # bytes in a round of copies: several times the L2 cache
@@ -207,6 +209,29 @@ def in_turn(contender: Contender, rounds: int) -> Launches:
     ]
 
 
+def full_turns() -> None:
+    """Microseconds of turns of all processors, as many clusters as run at once in each."""
+    torch.zeros(1, device=GPU)  # who asks how many run at once needs a context
+    kind = Kind(bfloat=False, step=128, scale=2, zeros=False, middle=Scheme(4).midpoint)
+    for shape in (shape for shape in LARGE if shape.tokens in (96, 128, 192, 256)):
+        kernel = hopper._kernel(shape, kind, GPU.index or 0)
+        for size in SIZES:
+            room = kernel.at_once(size)
+            for count in (1, 2, 4) if size == 1 else (1,):
+                took = [seconds_of(shape, size, room * count, steps) for steps in (8, 16, 38)]
+                what = f"{shape.tokens} tokens, clusters of {size}, {room} at once, {count} turns"
+                times = " ".join(f"{one * 1e6:.1f}" for one in took)
+                print(f"  {what} of 8, 16, 38 steps: {times}", flush=True)
+
+
+def seconds_of(shape: Shape, size: int, clusters: int, steps: int) -> float:
+    weight, _ = arranged(random_weight(clusters * ROWS, steps * INPUTS, Scheme(4)))
+    x = torch.randn(shape.tokens, steps * INPUTS, device=GPU, dtype=torch.float16)
+    out = torch.empty(shape.tokens, clusters * ROWS, device=GPU, dtype=torch.float16)
+    way = Way(shape, ((clusters, size),))
+    return compared([[lambda: hopper.matmul(x, weight, None, way, out)] * 8], 5, 0.02)[0]
+
+
 Measured = dict[tuple[int, int], tuple[float, skinny.Config]]
 Held = dict[tuple[int, int], list[tuple[fragments.Fragments, Tensor]]]
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -300,10 +325,14 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.02, help="seconds before each")
     parser.add_argument("--search", action="store_true", help="try many ways to divide the work")
     parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--turns", action="store_true", help="measure full turns, and nothing else")
     arguments = parser.parse_args()
     until = time.time() + arguments.seconds
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+    if arguments.turns:
+        full_turns()
+        return
     check()
     sizes = [int(text) for text in arguments.tokens.split(",")]
     print("microseconds of the four linears", SHAPES)

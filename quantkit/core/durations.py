@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from quantkit.core.footprint import Block, Mode, Run, Shapes
 
 # Shares of the nominal speed that are reached. What one step of a column loop costs on a GPU: in
-# kernel launches (eight of them at 10 us), or in a kernel that takes 128 columns (measured).
+# kernel launches (eight of them at 10 us), or in a kernel that takes 512 columns (measured).
 _HALF_SHARE, _SINGLE_SHARE, _MEMORY_SHARE = 0.5, 0.6, 0.6
-_COLUMN_ON_GPU, _COLUMN_FUSED = 8e-5, 6e-7
+_COLUMN_ON_GPU, _COLUMN_FUSED = 8e-5, 4e-7
 _PARTS = 3  # products of half precision in one of the solver's, where it works so (products.py)
 _START = 6.0  # imports, tokenizer, calibration texts
 _READING = 1e9  # bytes a second from a disk

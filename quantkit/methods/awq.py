@@ -111,11 +111,8 @@ def rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, zero_min: int = 0) 
     """``weight`` [out, in] rounded to nearest, in the range of every group that loses least under
     its part of the Hessian (clipping as in AWQ, section 3.2, but under all of the part)."""
     columns = weight.T.contiguous()
-    width = scheme.width(len(columns))
-    grids = []
-    levels = torch.empty_like(columns)
-    for index, root in enumerate(factor.roots(hessian, width)):
-        part = slice(index * width, (index + 1) * width)
-        grids.append(search.search(columns[part], root, scheme, zero_min))
-        levels[part] = scales.nearest(columns[part], grids[-1])
-    return scales.quantized(levels, scales.together(grids, torch.stack), scheme)
+    roots = factor.roots(hessian, scheme.width(len(columns)))
+    grid = search.search_all(columns, roots, scheme, zero_min)
+    grouped = columns.reshape(len(roots), -1, columns.shape[1])
+    levels = scales.nearest(grouped, grid.spread())
+    return scales.quantized(levels.reshape(columns.shape), grid, scheme)

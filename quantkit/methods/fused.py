@@ -2,7 +2,7 @@
 
 A loop over 128 columns is 128 steps that each depend on the one before, and a handful of launches a
 step when written in torch. Here a program takes some rows of the weight and keeps a few columns of
-a tile in registers; a step picks its column out of them and passes its error on to those behind it:
+a tile in registers; a step rounds its column and passes its error on to those behind it:
 
     wanted [columns, rows]    .  .  .  .        step j:  level_j = round(wanted_j / scale)
                               j  j  j  j                 error_j = column_j - level_j * scale
@@ -14,6 +14,7 @@ for other dtypes, the torch functions do the same.
 """
 
 from functools import cache
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ from quantkit.methods import products, scales
 from quantkit.methods.scales import Grid
 
 _ROWS, _STEP, _WARPS = 32, 16, 1  # of a program of the column loops
-_TILE = 64  # columns whose changes are passed on at once
-_SEARCH_ROWS, _SEARCH_WARPS = 64, 4
+# columns whose changes are passed on at once, and how many times that is read ahead
+_ROUND_TILE, _ROUND_STAGES = 64, 1
+_POLISH_TILE, _POLISH_STAGES = 32, 3
+_SEARCH_ROWS, _SEARCH_WARPS = 32, 4
 _SYSTEM_ROWS, _SYSTEM_WARPS, _SYSTEM_STAGES = 128, 8, 2
 _SYSTEM_GROUPS = 16  # whose part of H is split at a time
 _GROUPS = (32, 64, 128)  # inputs of a group that programs can hold
@@ -39,6 +42,54 @@ def usable(tensor: Tensor) -> bool:
 def groupable(columns: Tensor, group: int) -> bool:
     """Whether :func:`search` and :func:`equations` take groups so wide."""
     return usable(columns) and group in _GROUPS
+
+
+@on_its_device
+def round_block(
+    passed: Tensor,
+    columns: Tensor,
+    unit: Tensor,
+    inverses: Tensor,
+    roots: Tensor,
+    scheme: Scheme,
+    zero_min: int,
+    block: slice,
+    levels: Tensor,
+    errors: Tensor,
+) -> list[Grid]:
+    """What gptq._Rounding._round_block does."""
+    from quantkit.methods import fused_kernels as kernels
+
+    group, out = roots.shape[1], columns.shape[1]
+    first, groups = block.start // group, (block.stop - block.start) // group
+    grid = _new_grid(groups, columns, scheme)
+    low, high, _ = _range(grid, columns)
+    kernels.round_block[(-(-out // _SEARCH_ROWS),)](
+        passed,
+        columns,
+        unit,
+        inverses[first:],
+        roots[first:],
+        grid.scale,
+        low,
+        high,
+        levels,
+        errors,
+        out,
+        unit.stride(0),
+        block.start,
+        groups,
+        *_candidates(scheme, zero_min),
+        COARSE=scales.COARSE,
+        SYMMETRIC=scheme.symmetric,
+        GROUP=group,
+        ROWS=_SEARCH_ROWS,
+        TILE=_ROUND_TILE,
+        STAGES=_ROUND_STAGES,
+        STEP=_STEP,
+        num_warps=_SEARCH_WARPS,
+    )
+    return [grid.of_group(index) for index in range(groups)]
 
 
 @on_its_device
@@ -72,7 +123,8 @@ def round_tile(
         at,
         tile=size,
         RANGED=ranged,
-        TILE=max(_STEP, _power(size)),
+        TILE=_ROUND_TILE,
+        STAGES=_ROUND_STAGES,
         STEP=_STEP,
         ROWS=_ROWS,
         num_warps=_WARPS,
@@ -102,10 +154,11 @@ def polish_block(
         hessian.stride(0),
         block.start,
         width,
-        ONE=width % _STEP == 0,
+        SHARED=gcd(width, _STEP),
         block=size,
         RANGED=ranged,
-        TILE=_TILE,
+        TILE=_POLISH_TILE,
+        STAGES=_POLISH_STAGES,
         STEP=_STEP,
         ROWS=_ROWS,
         num_warps=_WARPS,
@@ -114,33 +167,42 @@ def polish_block(
 
 
 @on_its_device
-def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int) -> Grid:
-    """What search._search does."""
+def search(columns: Tensor, roots: Tensor, scheme: Scheme, zero_min: int) -> Grid:
+    """What search.search_all does."""
     from quantkit.methods import fused_kernels as kernels
 
-    group, out = target.shape
-    scale, low = torch.empty_like(target[0]), torch.empty_like(target[0])
-    kernels.search[(-(-out // _SEARCH_ROWS),)](
-        target.contiguous(),
-        root.contiguous(),
-        scale,
+    out = columns.shape[1]
+    grid = _new_grid(len(roots), columns, scheme)
+    low, high, _ = _range(grid, columns)
+    kernels.search[(-(-out // _SEARCH_ROWS), len(roots))](
+        columns,
+        roots,
+        grid.scale,
         low,
+        high,
         out,
-        float(scheme.midpoint),
-        float(scheme.max_code),
-        float(zero_min),
-        scales.SHRINK[0],
-        scales.STEP,
-        *scales.FINE,
+        *_candidates(scheme, zero_min),
         COARSE=scales.COARSE,
         SYMMETRIC=scheme.symmetric,
-        GROUP=group,
+        GROUP=roots.shape[1],
         ROWS=_SEARCH_ROWS,
         num_warps=_SEARCH_WARPS,
     )
+    return grid
+
+
+def _candidates(scheme: Scheme, zero_min: int) -> tuple[float, ...]:
+    """What the kernels' candidates are made of."""
+    middle, top = float(scheme.midpoint), float(scheme.max_code)
+    return middle, top, float(zero_min), scales.SHRINK[0], scales.STEP, *scales.FINE
+
+
+def _new_grid(groups: int, columns: Tensor, scheme: Scheme) -> Grid:
+    """Room for the grids of so many groups: [groups, out]."""
+    scale = columns.new_empty(groups, columns.shape[1])
     if scheme.symmetric:
         return Grid(scale, -float(scheme.midpoint), float(scheme.midpoint - 1))
-    return Grid(scale, low, low + scheme.max_code)
+    return Grid(scale, torch.empty_like(scale), torch.empty_like(scale))
 
 
 @on_its_device

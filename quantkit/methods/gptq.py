@@ -179,20 +179,31 @@ class _Rounding:
 
     def run(self) -> tuple[Tensor, Grid]:
         """Levels [in, out] and the grid of every group, [groups, out]."""
-        width, group = self.columns.shape[0], self.group
+        width, step = self.columns.shape[0], self._step(self.group)
         grids: list[Grid] = []
-        for start in range(0, width, self._step(group)):
-            stop = min(start + self._step(group), width)
-            passed = self._passed(start, stop)
-            for first in range(start, stop, group):
-                rest = passed[first - start :]
-                grids.append(self._choose_grid(first, rest))
-                self._round_group(first, rest, grids[-1])
+        for start in range(0, width, step):
+            grids += self._round_block(slice(start, min(start + step, width)))
         return self.levels, scales.together(grids, torch.stack)
 
     def _step(self, group: int) -> int:
         """Columns in a block: whole groups."""
         return max(group, BLOCK // group * group)
+
+    def _round_block(self, block: slice) -> list[Grid]:
+        """Round the groups of a block, in order. The kernels pass errors on within it as far as the
+        next group needs them, where these steps do as soon as they are there."""
+        passed = self._passed(block.start, block.stop)
+        if self.options.search and fused.groupable(self.columns, self.group):
+            return fused.round_block(
+                passed, self.columns, self.unit, self._inverses, self._roots, self.scheme,
+                self.options.zero_min, block, self.levels, self.errors,
+            )  # fmt: skip
+        grids: list[Grid] = []
+        for first in range(block.start, block.stop, self.group):
+            rest = passed[first - block.start :]
+            grids.append(self._choose_grid(first, rest))
+            self._round_group(first, rest, grids[-1])
+        return grids
 
     def _passed(self, first: int, last: int) -> Tensor:
         """What the columns first..last are to take up of all errors before them."""
@@ -236,12 +247,10 @@ class _Rounding:
         root of the curvature (I + M) D (I + M)^T that its errors have."""
         own = diagonal_blocks(self.unit, self.group).triu(1)
         own.diagonal(dim1=1, dim2=2).fill_(1.0)
-        inverses = own[:0]
-        if len(own) > 1:  # the first one has nothing to take up
-            one = torch.eye(self.group, dtype=own.dtype, device=own.device)
-            inverses = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True)
+        one = torch.eye(self.group, dtype=own.dtype, device=own.device)
+        inverses = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True)
         own.mul_(self.weight.sqrt().reshape(-1, 1, self.group))
-        return inverses, own.mT.contiguous()
+        return inverses.contiguous(), own.mT.contiguous()
 
 
 def _round_tile(

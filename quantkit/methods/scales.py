@@ -43,6 +43,12 @@ class Grid(NamedTuple):
             return Grid(self.scale[index], self.low, self.high)
         return Grid(self.scale[index], self.low[index], self.high[index])
 
+    def spread(self) -> "Grid":
+        """A grid of [groups, out] for levels [groups, group, out]."""
+        if isinstance(self.low, float) or isinstance(self.high, float):
+            return Grid(self.scale[:, None], self.low, self.high)
+        return Grid(self.scale[:, None], self.low[:, None], self.high[:, None])
+
 
 def stored(scale: Tensor) -> Tensor:
     """The scale as the file will hold it, in its own dtype; never zero and never infinite."""

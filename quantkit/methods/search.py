@@ -22,10 +22,8 @@ def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int = 0) -> G
     around each row's best.
 
     A sum of squares needs few digits of its terms, where the same number as e^T (R^T R e) is a
-    difference of large ones: GPUs multiply with 11 bits here.
+    difference of large ones: the kernel (fused.py) multiplies with 11 bits.
     """
-    if fused.groupable(target, target.shape[0]):
-        return fused.search(target, root, scheme, zero_min)
     if target.is_cuda or target.shape[1] <= _AT_ONCE:
         return _search(target, root, scheme, zero_min)
     parts = [
@@ -33,6 +31,16 @@ def search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int = 0) -> G
         for part in torch.split(target, _AT_ONCE, 1)
     ]
     return together(parts, torch.cat)
+
+
+def search_all(columns: Tensor, roots: Tensor, scheme: Scheme, zero_min: int = 0) -> Grid:
+    """The same for every group of ``columns`` [in, out] by itself: a grid of [groups, out], from
+    ``roots`` [groups, group, group]."""
+    if fused.groupable(columns, roots.shape[1]):
+        return fused.search(columns, roots, scheme, zero_min)
+    parts = torch.split(columns, roots.shape[1])
+    grids = [search(part, root, scheme, zero_min) for part, root in zip(parts, roots)]
+    return together(grids, torch.stack)
 
 
 def _search(target: Tensor, root: Tensor, scheme: Scheme, zero_min: int) -> Grid:

@@ -1,6 +1,8 @@
 """How fast the kernels for quantized linears are on this GPU.
 
-    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--search [--seconds 240]] [--turns]
+    python benchmarks/kernels_gpu.py [--tokens 1,8,16,32,64] [--gptqmodel FOLDER]
+    python benchmarks/kernels_gpu.py --search [--seconds 240]
+    python benchmarks/kernels_gpu.py --turns
 
 Correctness comes first: every kernel against the float32 product with the dequantized weight. Then
 times: the four linears of one block of a 10B GPT-NeoX (hidden 4864, feed-forward 19456), 4 bits in
@@ -8,6 +10,10 @@ groups of 128, each launch of a CUDA graph on another copy of the weights, so no
 after the other, and all four in turn as in a model. cuBLAS with 16-bit weights and torch's own int4
 kernel (tinygemm) run under the same conditions: by turns, each after a pause, since a GPU that has
 been busy for a while is slower, and after a replay that is not timed, since an idle one is, too.
+--gptqmodel takes GPTQModel's Marlin and ExLlamaV2 in, where it is installed, on a GPTQ folder with
+one block of such a model: one copy, so of its linears one by one some may come from a cache; of all
+four in turn, which are larger than it, little. ExLlamaV2 launches outside of the captured stream:
+it is measured without a graph.
 --search looks for the best division of the work of the Triton kernel. --turns measures what the
 costs in hopper_ways.py are made of: full turns of all processors, by shape and cluster.
 """
@@ -22,7 +28,7 @@ from itertools import product
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.runtime.kernels import choose, fragments, hopper, skinny
@@ -202,6 +208,49 @@ def quantkit(held: "Held", inputs: dict[int, Tensor]) -> Contender:
     return {shape: [launch(*one) for one in weights] for shape, weights in held.items()}
 
 
+def gptqmodel(folder: str, backend: str) -> dict[tuple[int, int], nn.Module]:
+    """GPTQModel's linears of the folder's block, by shape."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    loaded = GPTQModel.load(folder, device="cuda:0", backend=BACKEND(backend))
+    found = {
+        (module.out_features, module.in_features): module
+        for name, module in loaded.model.named_modules()
+        if type(module).__module__.startswith("gptqmodel") and ".layers.0." in name
+        if hasattr(module, "in_features")
+    }
+    kinds = {type(module).__name__ for module in found.values()}
+    assert set(found) == set(SHAPES), found
+    print(f"GPTQModel's {backend}: {', '.join(kinds)}", flush=True)
+    return found
+
+
+def theirs(linears: dict[tuple[int, int], nn.Module], inputs: dict[int, Tensor]) -> Contender:
+    def launch(shape: tuple[int, int], linear: nn.Module) -> Callable[[], object]:
+        return lambda: linear(inputs[shape[1]])
+
+    return {shape: [launch(shape, linear)] * 4 for shape, linear in linears.items()}
+
+
+def launched(launches: Launches, repeats: int, pause: float) -> float:
+    """Median seconds of all launches, one after the other without a graph, divided by their
+    number: no less than what launching takes."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        time.sleep(pause)
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        for launch in launches:
+            launch()
+        start.record()
+        for launch in launches:
+            launch()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times[1:]) / len(launches)
+
+
 def in_turn(contender: Contender, rounds: int) -> Launches:
     """All linears one after the other, as in a model."""
     return [
@@ -319,10 +368,12 @@ def chain(tokens: int, dtype: torch.dtype, held: Held, best: Measured) -> None:
         print(f"    a block, early start {early}: {took * 1e6:.1f} us", flush=True)
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", default="1,4,8,16,32,64,128,256,512,1024,4096")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds before each")
+    parser.add_argument("--gptqmodel", metavar="FOLDER", help="one block in GPTQ's format")
     parser.add_argument("--search", action="store_true", help="try many ways to divide the work")
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--turns", action="store_true", help="measure full turns, and nothing else")
@@ -344,6 +395,8 @@ def main() -> None:
         ]
     torch.cuda.synchronize()
     print(f"arranged in {time.time() - started:.2f} s")
+    backends = ("gptq_marlin", "gptq_exllama_v2") if arguments.gptqmodel else ()
+    others = {backend: gptqmodel(arguments.gptqmodel, backend) for backend in backends}
     dtypes = (torch.float16, torch.bfloat16)
     weights = {dtype: dense_weights(dtype) for dtype in dtypes}
     for tokens in sizes:
@@ -354,6 +407,9 @@ def main() -> None:
             contenders[f"quantkit {name}"] = quantkit(held, inputs)
         if tokens <= 16:
             contenders["tinygemm bfloat16"] = tinygemm(tokens)
+        half = random_inputs(tokens, torch.float16)
+        if others:
+            contenders["Marlin float16"] = theirs(others["gptq_marlin"], half)
         each = [
             compared([found[shape] for found in contenders.values()], 5, arguments.pause)
             for shape in SHAPES
@@ -368,6 +424,14 @@ def main() -> None:
                 + " ".join(f"{one * 1e6:7.1f}" for one in own)
                 + f"  sum {sum(own) * 1e6:7.1f}  in turn {block * len(SHAPES) * 1e6:7.1f}"
                 + f"  of cuBLAS float16 {block / blocks[0]:.3f}",
+                flush=True,
+            )
+        if others:
+            launches = in_turn(theirs(others["gptq_exllama_v2"], half), rounds)
+            block = launched(launches, 7, arguments.pause)
+            print(
+                f"  {tokens:4d} tokens  ExLlamaV2 float16, not in a graph: "
+                f"in turn {block * len(SHAPES) * 1e6:7.1f}",
                 flush=True,
             )
     for tokens in sizes if arguments.search else ():

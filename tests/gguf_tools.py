@@ -16,7 +16,7 @@ from quantkit.core.checkpoint import Checkpoint
 from quantkit.core.gguf_file import GgufWriter, Value
 from quantkit.core.qweight import QWeight
 from quantkit.core.source import Source
-from quantkit.formats import gguf, gguf_model, gguf_tokenizer
+from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer
 
 SCRIPTS = Path(__file__).parent / "referees"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,7 +62,7 @@ def write(
     checkpoint = Checkpoint(folder)
     shapes = {name: checkpoint.spec(name).shape for name in checkpoint}
     places = gguf_model.plan(config, shapes)
-    extra = gguf_model.extra_tensors(config)
+    extra = gguf_rotary.extra_tensors(config)
     metadata = gguf_model.metadata(config, "test", kind)
     metadata |= gguf_tokenizer.metadata(tokenizer_files(folder)) | (more or {})
     planned = {name: ("F32", tuple(tensor.shape)) for name, tensor in extra.items()}

@@ -18,7 +18,7 @@ from quantkit.core.gguf_file import GgufFile, GgufWriter, Value
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
-from quantkit.formats import gguf, gguf_model
+from quantkit.formats import gguf, gguf_architectures, gguf_model, gguf_rotary
 from quantkit.runtime.gguf_opened import GgufOpened
 from quantkit.runtime.skeleton import load
 
@@ -276,7 +276,7 @@ def test_norms_and_biases_are_float32_and_a_tied_head_is_not_written(tmp_path):
 
 def test_rotary_halves_become_neighbours():
     rows = gguf_model._rows(
-        gguf_model.ARCHITECTURES["llama"], CONFIG, "self_attn.k_proj", "k", (8, 16)
+        gguf_architectures.ARCHITECTURES["llama"], CONFIG, "self_attn.k_proj", "k", (8, 16)
     )
     assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]  # two heads of four
 
@@ -284,13 +284,17 @@ def test_rotary_halves_become_neighbours():
 def test_fused_heads_become_queries_keys_and_values():
     config = {"num_attention_heads": 2, "hidden_size": 4}
     rows = gguf_model._rows(
-        gguf_model.ARCHITECTURES["gpt_neox"], config, "attention.query_key_value", "qkv", (12,)
+        gguf_architectures.ARCHITECTURES["gpt_neox"],
+        config,
+        "attention.query_key_value",
+        "qkv",
+        (12,),
     )
     assert rows.tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
 
 
 def test_llama3_slows_long_waves_only():
-    factors = gguf_model._slowing(64, 10000.0, 8.0, 1.0, 4.0, 8192.0)
+    factors = gguf_rotary._slowing(64, 10000.0, 8.0, 1.0, 4.0, 8192.0)
     assert factors[0] == 1 and factors[-1] == 8 and bool((factors.diff() >= 0).all())
     # in between, by the definition in transformers' modeling_rope_utils.py, for one frequency
     k = int(((factors > 1) & (factors < 8)).nonzero()[0])
@@ -426,7 +430,7 @@ def test_nothing_but_quantkit_s_own_error_comes_out_of_an_odd_config(tmp_path):
             GgufWriter(tmp_path / "x.gguf", metadata, {}).close()
             gguf_model.warnings({**config, "model_type": "mistral", "sliding_window": 3})
             gguf_model.plan(config, SHAPES)
-            gguf_model.extra_tensors(config)
+            gguf_rotary.extra_tensors(config)
         except QuantkitError:
             continue
         written += 1
@@ -436,7 +440,7 @@ def test_nothing_but_quantkit_s_own_error_comes_out_of_an_odd_config(tmp_path):
 def test_the_refusal_lists_what_is_supported():
     with pytest.raises(QuantkitError) as caught:
         gguf_model.metadata({**CONFIG, "model_type": "gemma"}, "x", "F16")
-    assert all(kind in caught.value.hint for kind in gguf_model.ARCHITECTURES)
+    assert all(kind in caught.value.hint for kind in gguf_architectures.ARCHITECTURES)
 
 
 def test_old_and_new_spellings_of_the_rotary_embedding():
@@ -562,11 +566,11 @@ def test_both_ways_undo_each_other():
 
 def test_factors_of_no_known_parameters_are_refused():
     config = gguf_model.config_of(PLAIN, THERE)
-    factors = gguf_model._slowing(64, 10000.0, 8.0, 1.0, 4.0, 8192.0)
-    found = gguf_model.with_factors(config, factors)["rope_parameters"]
+    factors = gguf_rotary._slowing(64, 10000.0, 8.0, 1.0, 4.0, 8192.0)
+    found = gguf_rotary.with_factors(config, factors)["rope_parameters"]
     assert found == {**LLAMA3, "original_max_position_embeddings": 8192}
     with pytest.raises(QuantkitError, match="rope_freqs"):
-        gguf_model.with_factors(config, torch.tensor([1.0, 3.0, 2.0]))
+        gguf_rotary.with_factors(config, torch.tensor([1.0, 3.0, 2.0]))
 
 
 @needs_gguf

@@ -15,17 +15,15 @@ done on codes as well as on floating point:
 
 Writing:  plan(config, shapes)     {GGUF name: Place in the checkpoint}
           metadata(config, ...)    all keys but those of the tokenizer
-          extra_tensors(config)    what llama.cpp wants and no checkpoint holds
 Reading:  config_of(metadata, shapes), then inverse(config, shapes): {name: Place in the GGUF file}
 
-What is known of an architecture is one entry of ARCHITECTURES, and every entry was compared with
-llama.cpp (tests/test_gguf_model.py). Names come from the ``gguf`` package. The facts about rows and
-keys are those of llama.cpp's conversion/*.py and src/models/*.cpp.
+What is known of a model type is in gguf_architectures.py, rotary embeddings are in gguf_rotary.py.
+Names come from the ``gguf`` package.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from math import pi, prod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -34,16 +32,28 @@ from torch import Tensor
 from quantkit.core.gguf_file import Value, boolean, f32, string, u32
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf_architectures import (
+    ARCHITECTURES,
+    CLASSES,
+    MODEL_TYPES,
+    Architecture,
+    Config,
+    Key,
+    architecture_of,
+    count,
+    groups,
+    head_size,
+    is_real,
+    short,
+    told,
+)
+from quantkit.formats.gguf_rotary import ROPE_FACTORS, rope_metadata, rope_of, rotary
 
-Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
-# A row order is one swap of two axes: the shape that the rows have before it, and the axes.
-Order = tuple[tuple[int, int, int], tuple[int, int]]
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # enum llama_ftype: what most of the weights are
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
-ROPE_FACTORS = "rope_freqs.weight"
 # tensors of old checkpoints that are computed and not learned
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _KINDS: dict[str, Callable[[Any], Value]] = {"u32": u32, "f32": f32, "bool": boolean}
@@ -66,230 +76,12 @@ class Place:
         return q if self.rows is None else q.reordered(self.rows)
 
 
-@dataclass(frozen=True)
-class Key:
-    """A number that both sides have: ``name`` in config.json, ``key`` in the metadata, there behind
-    the architecture's name. ``default`` is what a config.json without it means; None: it must be
-    there."""
-
-    name: str
-    key: str
-    kind: str = "u32"
-    default: Any = None
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What has to be known of a model type.
-
-    gguf         its name in GGUF files
-    keys         numbers of config.json that llama.cpp asks for
-    linears      modules of a decoder block with 2-D weights, norms those with 1-D ones
-    biased       modules that may have a bias
-    rows         how the outputs of a module are reordered
-    activation   values of ``hidden_act`` for which llama.cpp computes the same
-    rotary       part of a head that rotates when config.json does not say
-    partial      another part can rotate
-    own_head     llama.cpp wants a head of its own, even where it is the embedding
-    fixed        keys of config.json that must have these values if they are there at all, since
-                 llama.cpp computes nothing else
-    """
-
-    gguf: str
-    keys: tuple[Key, ...]
-    linears: tuple[str, ...]
-    norms: tuple[str, ...]
-    activation: tuple[str, ...]
-    biased: tuple[str, ...] = ()
-    rows: Mapping[str, Callable[[Config], Order]] = field(default_factory=dict)
-    block: str = "model.layers.{}."
-    embedding: str = "model.embed_tokens"
-    norm: str = "model.norm"
-    heads: tuple[str, ...] = ("lm_head",)
-    rotary: float = 1.0
-    partial: bool = False
-    own_head: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-    def modules(self, blocks: int) -> Iterator[tuple[str, str]]:
-        """(full name, name inside a block or "") of every module with weights but the head."""
-        yield self.embedding, ""
-        yield self.norm, ""
-        for block in range(blocks):
-            for module in (*self.norms, *self.linears):
-                yield self.block.format(block) + module, module
-
-
-def _heads(config: Config) -> int:
-    return _count(config, "num_attention_heads")
-
-
-def _groups(config: Config) -> int:
-    return _count(config, "num_key_value_heads", _heads(config))
-
-
-def head_size(config: Config) -> int:
-    """Outputs of one attention head."""
-    return _count(config, "head_dim", _count(config, "hidden_size") // _heads(config))
-
-
-def _count(config: Config, name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise QuantkitError(f"config.json has {name} = {value!r:.40}, which is no size")
-    return value
-
-
-def _query(config: Config) -> Order:
-    return (_heads(config), 2, head_size(config) // 2), (1, 2)
-
-
-def _key(config: Config) -> Order:
-    return (_groups(config), 2, head_size(config) // 2), (1, 2)
-
-
-def _fused(config: Config) -> Order:
-    return (_heads(config), 3, head_size(config)), (0, 1)
-
-
-_SIZES = (
-    Key("max_position_embeddings", "context_length"),
-    Key("hidden_size", "embedding_length"),
-    Key("num_hidden_layers", "block_count"),
-    Key("intermediate_size", "feed_forward_length"),
-    Key("num_attention_heads", "attention.head_count"),
-    Key("vocab_size", "vocab_size"),
-)
-_GROUPED = (*_SIZES, Key("num_key_value_heads", "attention.head_count_kv"))
-_RMS = Key("rms_norm_eps", "attention.layer_norm_rms_epsilon", "f32")
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATED = (*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
-_PAIRED = {"self_attn.q_proj": _query, "self_attn.k_proj": _key}
-_LLAMA = Architecture(
-    "llama", (*_GROUPED, _RMS), _GATED, _TWO_NORMS, ("silu",), biased=_GATED, rows=_PAIRED
-)
-_NEOX_LINEARS = (
-    "attention.query_key_value",
-    "attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-)
-ARCHITECTURES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "gpt_neox": Architecture(
-        "gptneox",
-        (
-            *_SIZES,
-            Key("layer_norm_eps", "attention.layer_norm_epsilon", "f32", 1e-5),
-            Key("use_parallel_residual", "use_parallel_residual", "bool", True),
-        ),
-        _NEOX_LINEARS,
-        _TWO_NORMS,
-        ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
-        biased=(*_NEOX_LINEARS, *_TWO_NORMS, ""),
-        rows={"attention.query_key_value": _fused},
-        block="gpt_neox.layers.{}.",
-        embedding="gpt_neox.embed_in",
-        norm="gpt_neox.final_layer_norm",
-        heads=("embed_out", "lm_head"),  # the second: what transformers 5 calls it in memory
-        rotary=0.25,
-        partial=True,
-        own_head=True,
-        fixed={"attention_bias": True},
-    ),
-    "qwen2": Architecture("qwen2", (*_GROUPED, _RMS), _GATED, _TWO_NORMS, ("silu",), biased=_QKV),
-    "qwen3": Architecture(
-        "qwen3",
-        (*_GROUPED, _RMS),
-        _GATED,
-        (*_TWO_NORMS, "self_attn.q_norm", "self_attn.k_norm"),
-        ("silu",),
-        fixed={"attention_bias": False},
-    ),
-    "granite": Architecture(
-        "granite",
-        (
-            *_GROUPED,
-            _RMS,
-            Key("attention_multiplier", "attention.scale", "f32", 1.0),
-            Key("embedding_multiplier", "embedding_scale", "f32", 1.0),
-            Key("residual_multiplier", "residual_scale", "f32", 1.0),
-            Key("logits_scaling", "logit_scale", "f32", 1.0),
-        ),
-        _GATED,
-        _TWO_NORMS,
-        ("silu",),
-        biased=_GATED,
-        rows=_PAIRED,
-    ),
-    "olmo2": Architecture(
-        "olmo2",
-        (*_GROUPED, _RMS),
-        _GATED,
-        (
-            "self_attn.q_norm",
-            "self_attn.k_norm",
-            "post_attention_layernorm",
-            "post_feedforward_layernorm",
-        ),
-        ("silu",),
-        own_head=True,
-        fixed={"attention_bias": False},
-    ),
-    "phi3": Architecture(
-        "phi3",
-        (*_GROUPED, _RMS),
-        ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-        _TWO_NORMS,
-        ("silu",),
-        partial=True,
-    ),
-    "starcoder2": Architecture(
-        "starcoder2",
-        (*_GROUPED, Key("norm_epsilon", "attention.layer_norm_epsilon", "f32", 1e-5)),
-        (*_QKV, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"),
-        _TWO_NORMS,
-        ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast"),
-        biased=(*_QKV, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj", *_TWO_NORMS, ""),
-        fixed={"use_bias": True},
-    ),
-}
-# of several model types with one name in GGUF files the first is read
-_MODEL_TYPES = {architecture.gguf: kind for kind, architecture in reversed(ARCHITECTURES.items())}
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "gpt_neox": "GPTNeoXForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "starcoder2": "Starcoder2ForCausalLM",
-}
-
-
-def _architecture(config: Config) -> Architecture:
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise QuantkitError(
-            f"models of the type '{kind!s:.60}' cannot be converted to or from GGUF",
-            f"these can: {', '.join(ARCHITECTURES)}",
-        )
-    return ARCHITECTURES[kind]
-
-
-# names
-
-
 def _names(config: Config, tensors: int) -> dict[str, tuple[str, str]]:
     """Every tensor that a checkpoint of this kind can have: its name -> (GGUF name, the name of the
     module inside a block, "" for those outside). ``tensors``: how many there are."""
     gguf = _package()
-    architecture = _architecture(config)
-    blocks = _count(config, "num_hidden_layers")
+    architecture = architecture_of(config)
+    blocks = count(config, "num_hidden_layers")
     if blocks > tensors:
         raise QuantkitError(f"the model should have {blocks} blocks, and has {tensors} tensors")
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.gguf)
@@ -326,7 +118,7 @@ def _package() -> Any:
 
 def is_linear(config: Config, name: str) -> bool:
     """Whether the tensor ``name`` of a checkpoint is the weight of a linear inside a block."""
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     start, end = architecture.block.split("{}")
     if not name.startswith(start):
         return False
@@ -402,7 +194,7 @@ def keeps_float32(shape: tuple[int, ...]) -> bool:
 def _checked(config: Config) -> Architecture:
     """The architecture of ``config``. Raises QuantkitError where llama.cpp would compute something
     else without a word."""
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     kind = config["model_type"]
     for key in architecture.keys:
         _value(config, key)
@@ -428,18 +220,13 @@ def _checked(config: Config) -> Architecture:
 def _value(config: Config, key: Key) -> Any:
     """What config.json says for ``key``."""
     if key.name == "num_key_value_heads":
-        return _groups(config)
+        return groups(config)
     if key.kind == "u32":
-        return _count(config, key.name, key.default)
+        return count(config, key.name, key.default)
     value = config.get(key.name, key.default)
-    if not (isinstance(value, bool) if key.kind == "bool" else _is_real(value)):
+    if not (isinstance(value, bool) if key.kind == "bool" else is_real(value)):
         raise QuantkitError(f"config.json has {key.name} = {value!r:.40}")
     return value
-
-
-def _is_real(value: Any) -> bool:
-    """Whether it is a number that float32 holds."""
-    return isinstance(value, int | float) and abs(value) < 3e38  # false for nan
 
 
 # model types that look back as far as sliding_window says, without another switch
@@ -450,34 +237,13 @@ def warnings(config: Config) -> list[str]:
     """What a GGUF file does not keep of this model, in sentences."""
     window = config.get("sliding_window")
     windowed = config.get("use_sliding_window", config.get("model_type") in _WINDOWED)
-    length = _count(config, "max_position_embeddings")
-    if windowed and window is not None and _count(config, "sliding_window") < length:
+    length = count(config, "max_position_embeddings")
+    if windowed and window is not None and count(config, "sliding_window") < length:
         return [
             f"the model looks {window} tokens back at most; llama.cpp looks at the whole text, "
             "which is something else for longer ones"
         ]
     return []
-
-
-def rotary(config: Config) -> dict[str, Any]:
-    """The rotary embedding in the keys of transformers 5, whatever the age of config.json."""
-    found: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        if isinstance(config.get(name), Mapping):
-            found |= config[name]
-    found.setdefault("rope_type", found.pop("type", "default"))
-    found.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 1e4)))
-    part = config.get("partial_rotary_factor", config.get("rotary_pct"))
-    found.setdefault(
-        "partial_rotary_factor", _architecture(config).rotary if part is None else part
-    )
-    return found
-
-
-def _of_rope(rope: Mapping[str, Any], name: str) -> float:
-    if not _is_real(rope.get(name)):
-        raise QuantkitError(f"the rotary embedding of this model has no {name}")
-    return float(rope[name])
 
 
 def metadata(config: Config, name: str, file_type: str) -> dict[str, Value]:
@@ -496,90 +262,27 @@ def metadata(config: Config, name: str, file_type: str) -> dict[str, Value]:
     for key in architecture.keys:
         own[key.key] = _KINDS[key.kind](_value(config, key))
     own["attention.key_length"] = own["attention.value_length"] = u32(head_size(config))
-    own |= _rope_metadata(config)
+    own |= rope_metadata(config)
     return found | {f"{architecture.gguf}.{key}": value for key, value in own.items()}
-
-
-def _rope_metadata(config: Config) -> dict[str, Value]:
-    rope = rotary(config)
-    found = {
-        "rope.dimension_count": u32(
-            int(head_size(config) * _of_rope(rope, "partial_rotary_factor"))
-        ),
-        "rope.freq_base": f32(_of_rope(rope, "rope_theta")),
-    }
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        found["rope.scaling.type"] = string(kind)
-        found["rope.scaling.factor"] = f32(_of_rope(rope, "factor"))
-    if kind == "yarn":
-        length = _count(config, "max_position_embeddings")
-        length = _count(rope, "original_max_position_embeddings", length)
-        found["rope.scaling.original_context_length"] = u32(length)
-        for name, only in _YARN.items():
-            if rope.get(name) not in (None, only):
-                raise QuantkitError(f"llama.cpp has no yarn with {name} = {rope[name]!r:.40}")
-    return found
-
-
-# parameters of yarn that most of llama.cpp's models do not read from the file, and what they are
-_YARN = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "attention_factor": None,
-    "mscale": None,
-    "mscale_all_dim": None,
-    "truncate": True,
-}
-
-
-def extra_tensors(config: Config) -> dict[str, Tensor]:
-    """Tensors of the file that no checkpoint holds: by how much Llama 3.1 slows each frequency."""
-    rope = rotary(config)
-    if rope["rope_type"] != "llama3":
-        return {}
-    return {
-        ROPE_FACTORS: _slowing(
-            head_size(config),
-            _of_rope(rope, "rope_theta"),
-            _of_rope(rope, "factor"),
-            _of_rope(rope, "low_freq_factor"),
-            _of_rope(rope, "high_freq_factor"),
-            _of_rope(rope, "original_max_position_embeddings"),
-        )
-    }
-
-
-def _slowing(
-    size: int, theta: float, factor: float, low: float, high: float, length: float
-) -> Tensor:
-    """Long waves are stretched by ``factor``, short ones not at all, those between smoothly."""
-    frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    turns = length * frequencies / (2 * pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
-
-
-# reading
 
 
 def config_of(metadata: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     """What config.json would be, from a file's plain metadata and the shapes of its tensors. Raises
     QuantkitError for architectures that are not known and keys that are missing."""
-    name = _of(metadata, "general.architecture", str)
-    if name not in _MODEL_TYPES:
+    name = told(metadata, "general.architecture", str)
+    if name not in MODEL_TYPES:
         raise QuantkitError(
             f"GGUF files of the architecture {name!r:.60} are not read",
-            f"these are: {', '.join(_MODEL_TYPES)}",
+            f"these are: {', '.join(MODEL_TYPES)}",
         )
-    kind = _MODEL_TYPES[name]
+    kind = MODEL_TYPES[name]
     architecture = ARCHITECTURES[kind]
     if metadata.get(f"{name}.expert_count"):
         raise QuantkitError("GGUF files of models with experts are not read")
-    config: dict[str, Any] = {"model_type": kind, "architectures": [_CLASSES[kind]]}
+    config: dict[str, Any] = {"model_type": kind, "architectures": [CLASSES[kind]]}
     for key in architecture.keys:
         config[key.name] = _number(metadata, architecture, key, config, shapes)
-    config["head_dim"] = _of(
+    config["head_dim"] = told(
         metadata,
         f"{name}.attention.key_length",
         int,
@@ -587,10 +290,10 @@ def config_of(metadata: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     )
     config["hidden_act"] = architecture.activation[0]
     config["tie_word_embeddings"] = "output.weight" not in shapes
-    if _LLAMA.gguf == name:
+    if kind == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    config["rope_parameters"] = _rope_of(metadata, name, config)
+    config["rope_parameters"] = rope_of(metadata, name, config)
     if kind == "gpt_neox":
         config["tie_word_embeddings"] = False  # the file always has a head
         del config["head_dim"]
@@ -613,74 +316,10 @@ def _number(
     if key.name == "num_key_value_heads":
         default = config["num_attention_heads"]
     wanted = {"u32": int, "f32": float, "bool": bool}[key.kind]
-    value = _of(metadata, f"{architecture.gguf}.{key.key}", wanted, default)
+    value = told(metadata, f"{architecture.gguf}.{key.key}", wanted, default)
     if key.kind == "u32" and not 0 < value < 1 << 31:
         raise QuantkitError(f"the GGUF file says {architecture.gguf}.{key.key} = {value}")
-    return _short(value) if key.kind == "f32" else value
-
-
-def _of(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    value = metadata.get(key, default)
-    if value is None:
-        raise QuantkitError(f"the GGUF file has no {key}", "it may be incomplete or very old")
-    if type(value) is not kind:
-        raise QuantkitError(f"the GGUF file has a {key} that is no {kind.__name__}")
-    return value
-
-
-def _short(value: float) -> float:
-    """The shortest number that is ``value`` in float32: 1e-05 and not 9.999999747378752e-06."""
-    wanted = torch.tensor(value)
-    for digits in range(1, 18):
-        short = float(f"{value:.{digits}g}")
-        if torch.tensor(short) == wanted:
-            return short
-    return value
-
-
-def _rope_of(metadata: Mapping[str, Any], name: str, config: Config) -> dict[str, Any]:
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": _short(_of(metadata, f"{name}.rope.freq_base", float, 1e4)),
-    }
-    size = config["head_dim"]
-    turning = _of(metadata, f"{name}.rope.dimension_count", int, size)
-    if ARCHITECTURES[config["model_type"]].partial:
-        rope["partial_rotary_factor"] = turning / size
-    elif turning != size:
-        raise QuantkitError(f"GGUF files of {name} that rotate a part of a head are not read")
-    scaling = f"{name}.rope.scaling"
-    kind = _of(metadata, f"{scaling}.type", str, "none")
-    if kind not in ("none", "linear", "yarn"):
-        raise QuantkitError(f"rotary embeddings of the type {kind!r:.40} are not read from GGUF")
-    if kind != "none":
-        rope["rope_type"] = kind
-        rope["factor"] = _short(_of(metadata, f"{scaling}.factor", float))
-    if kind == "yarn":
-        length = _of(metadata, f"{scaling}.original_context_length", int)
-        rope["original_max_position_embeddings"] = length
-    return rope
-
-
-def with_factors(config: Config, factors: Tensor) -> dict[str, Any]:
-    """``config`` with the parameters of Llama 3.1 that give these values of ROPE_FACTORS. The file
-    has the result only, so they are searched among the ones in use. Raises QuantkitError when none
-    of them fit."""
-    rope = dict(config["rope_parameters"])
-    factor = _short(float(factors.max()))
-    for power in range(10, 21):
-        found = {
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 1 << power,
-        }
-        values = _slowing(2 * len(factors), rope["rope_theta"], *found.values())
-        if torch.allclose(values, factors, rtol=1e-4):
-            return {**config, "rope_parameters": {**rope, **found, "rope_type": "llama3"}}
-    raise QuantkitError(
-        f"the tensor {ROPE_FACTORS} does not come from parameters that transformers has"
-    )
+    return short(value) if key.kind == "f32" else value
 
 
 def inverse(config: Config, shapes: Shapes) -> dict[str, Place]:

@@ -24,7 +24,7 @@ from quantkit.core.gguf_file import GgufFile, GgufTensor
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
-from quantkit.formats import gguf, gguf_model, gguf_tokenizer
+from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer
 from quantkit.formats.gguf_model import Place
 from quantkit.runtime.opened import Packed
 
@@ -56,9 +56,9 @@ class GgufOpened:
             )
         shapes = {name: tensor.shape for name, tensor in self.file.tensors.items()}
         config = gguf_model.config_of(self.metadata, shapes)
-        if gguf_model.ROPE_FACTORS in shapes:
-            factors = self.file.tensors[gguf_model.ROPE_FACTORS]
-            config = gguf_model.with_factors(config, _plain(self.file, factors))
+        if gguf_rotary.ROPE_FACTORS in shapes:
+            factors = self.file.tensors[gguf_rotary.ROPE_FACTORS]
+            config = gguf_rotary.with_factors(config, _plain(self.file, factors))
         self.model_config = config
         self.places = gguf_model.inverse(config, shapes)
 

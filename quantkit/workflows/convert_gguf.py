@@ -18,7 +18,7 @@ from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats import gguf, gguf_model, gguf_tokenizer
+from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer
 from quantkit.methods import digest, fit
 from quantkit.runtime.gguf_opened import GgufOpened
 from quantkit.runtime.opened import Opened, refuse_scaled_activations
@@ -68,7 +68,7 @@ class GgufTarget:
         }
         self.places = gguf_model.plan(config, shapes)
         self.there = {place.source: there for there, place in self.places.items()}
-        self.extra = gguf_model.extra_tensors(config)
+        self.extra = gguf_rotary.extra_tensors(config)
         notes = gguf_model.warnings(config)
         if self.form is not None and not opened.linears and not self.lossy:
             raise QuantkitError(

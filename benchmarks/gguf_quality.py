@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from quantkit.core import provenance
-from quantkit.core.gguf_file import TYPES, GgufFile
+from quantkit.core.gguf_file import GgufFile
+from quantkit.core.gguf_values import TYPES
 from quantkit.core.metrics import Comparison
 from quantkit.workflows.gguf import quantize_gguf
 

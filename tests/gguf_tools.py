@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.gguf_file import GgufWriter, Value
+from quantkit.core.gguf_values import Value
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.core.qweight import QWeight
 from quantkit.core.source import Source
 from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer

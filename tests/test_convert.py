@@ -23,7 +23,7 @@ import quantkit
 from quantkit import formats
 from quantkit.core import checkpoint
 from quantkit.core.checkpoint import ShardWriter
-from quantkit.core.gguf_file import GgufWriter
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.core.ledger import Ledger
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq, gguf, gptq

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.core.gguf_file import nbytes
+from quantkit.core.gguf_values import nbytes
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import QuantkitError
 from quantkit.formats import gguf

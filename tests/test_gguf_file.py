@@ -16,8 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.core import gguf_file
-from quantkit.core.gguf_file import GgufFile, GgufTensor, GgufWriter, Value, nbytes
+from quantkit.core import gguf_file, gguf_values
+from quantkit.core.gguf_file import GgufFile
+from quantkit.core.gguf_values import GgufTensor, Value, nbytes
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.errors import QuantkitError
 from quantkit.formats import gguf
 
@@ -26,24 +28,24 @@ FUZZ = int(os.environ.get("QUANTKIT_FUZZ", "60"))
 SMALL = (GOLDEN / "small.gguf").read_bytes()
 
 METADATA = {
-    "general.architecture": gguf_file.string("llama"),
-    "general.alignment": gguf_file.u32(64),
+    "general.architecture": gguf_values.string("llama"),
+    "general.alignment": gguf_values.u32(64),
     "a.u8": Value("u8", 255),
     "a.i8": Value("i8", -128),
     "a.u16": Value("u16", 65535),
     "a.i16": Value("i16", -32768),
-    "a.u32": gguf_file.u32(2**32 - 1),
-    "a.i32": gguf_file.i32(-(2**31)),
-    "a.f32": gguf_file.f32(0.1),
+    "a.u32": gguf_values.u32(2**32 - 1),
+    "a.i32": gguf_values.i32(-(2**31)),
+    "a.f32": gguf_values.f32(0.1),
     "a.u64": Value("u64", 2**64 - 1),
     "a.i64": Value("i64", -(2**63)),
     "a.f64": Value("f64", 0.1),
-    "a.bool": gguf_file.boolean(True),
-    "a.str": gguf_file.string("日本の首都"),
-    "b.strings": gguf_file.array("str", ["<s>", "", "日本", "\n"]),
-    "b.ints": gguf_file.array("i32", [3, -1, 7]),
-    "b.floats": gguf_file.array("f32", [0.5, -1e30]),
-    "b.bools": gguf_file.array("bool", [True, False]),
+    "a.bool": gguf_values.boolean(True),
+    "a.str": gguf_values.string("日本の首都"),
+    "b.strings": gguf_values.array("str", ["<s>", "", "日本", "\n"]),
+    "b.ints": gguf_values.array("i32", [3, -1, 7]),
+    "b.floats": gguf_values.array("f32", [0.5, -1e30]),
+    "b.bools": gguf_values.array("bool", [True, False]),
 }
 PLAN = {
     "f32": ("F32", (2, 3)),
@@ -139,9 +141,9 @@ def test_a_tensor_that_is_gone_meanwhile_is_said(tmp_path):
 
 
 def test_arrays_of_arrays_are_read_and_written(tmp_path):
-    pairs = [gguf_file.array("i32", [1, 2]), gguf_file.array("str", ["x"])]
+    pairs = [gguf_values.array("i32", [1, 2]), gguf_values.array("str", ["x"])]
     path = tmp_path / "nested.gguf"
-    GgufWriter(path, {"pairs": gguf_file.array("array", pairs)}, {}).close()
+    GgufWriter(path, {"pairs": gguf_values.array("array", pairs)}, {}).close()
     file = GgufFile(path)
     assert file.metadata == {"pairs": [[1, 2], ["x"]]}
     assert file.typed["pairs"].value == pairs
@@ -150,8 +152,8 @@ def test_arrays_of_arrays_are_read_and_written(tmp_path):
 def test_a_large_vocabulary_is_quick(tmp_path):
     tokens = [f"token {i}" for i in range(150_000)]
     metadata = {
-        "tokens": gguf_file.array("str", tokens),
-        "scores": gguf_file.array("f32", [0.0] * len(tokens)),
+        "tokens": gguf_values.array("str", tokens),
+        "scores": gguf_values.array("f32", [0.0] * len(tokens)),
     }
     path = tmp_path / "vocabulary.gguf"
     GgufWriter(path, metadata, {}).close()
@@ -247,14 +249,19 @@ def test_plans_that_no_reader_takes_are_refused(tmp_path, name, type, shape, sai
 
 @pytest.mark.parametrize(
     "value",
-    [gguf_file.u32(-1), Value("u8", 256), gguf_file.array("i32", [2**31]), gguf_file.f32(1e39)],
+    [
+        gguf_values.u32(-1),
+        Value("u8", 256),
+        gguf_values.array("i32", [2**31]),
+        gguf_values.f32(1e39),
+    ],
 )
 def test_values_that_their_kind_cannot_hold_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="a key"):
         GgufWriter(tmp_path / "model.gguf", {"a key": value}, {})
 
 
-@pytest.mark.parametrize("value", [gguf_file.u32(0), gguf_file.u32(48), Value("u64", 32)])
+@pytest.mark.parametrize("value", [gguf_values.u32(0), gguf_values.u32(48), Value("u64", 32)])
 def test_an_alignment_that_is_none_is_not_written(tmp_path, value):
     with pytest.raises(QuantkitError, match="alignment"):
         GgufWriter(tmp_path / "model.gguf", {"general.alignment": value}, {})

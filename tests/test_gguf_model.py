@@ -14,7 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from quantkit import data
 from quantkit.core.checkpoint import Checkpoint
-from quantkit.core.gguf_file import GgufFile, GgufWriter, Value
+from quantkit.core.gguf_file import GgufFile
+from quantkit.core.gguf_values import Value
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from quantkit import data
-from quantkit.core.gguf_file import GgufFile, GgufWriter, string
+from quantkit.core.gguf_file import GgufFile
+from quantkit.core.gguf_values import string
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.errors import QuantkitError
 from quantkit.formats import gguf_tokenizer
 from quantkit.formats.gguf_tokenizer import Cut, Files, Step

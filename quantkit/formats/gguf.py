@@ -44,8 +44,8 @@ import torch
 from torch import Tensor
 
 from quantkit.core.form import Form
-from quantkit.core.gguf_file import TYPES as TYPES
-from quantkit.core.gguf_file import nbytes as nbytes
+from quantkit.core.gguf_values import TYPES as TYPES
+from quantkit.core.gguf_values import nbytes as nbytes
 from quantkit.core.qweight import QWeight, Scheme, stacked
 from quantkit.errors import QuantkitError
 

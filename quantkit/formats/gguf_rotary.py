@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.core.gguf_file import Value, f32, string, u32
+from quantkit.core.gguf_values import Value, f32, string, u32
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf_architectures import (
     ARCHITECTURES,

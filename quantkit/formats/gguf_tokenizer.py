@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from quantkit.core.gguf_file import Value, array, boolean, string, u32
+from quantkit.core.gguf_values import Value, array, boolean, string, u32
 from quantkit.errors import QuantkitError, UsageError
 
 Json = Mapping[str, Any]

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantkit.core.gguf_file import GgufFile, GgufWriter, array, string, u32
+from quantkit.core.gguf_file import GgufFile
+from quantkit.core.gguf_values import array, string, u32
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.errors import QuantkitError
 
 _SUM, _COUNT = ".in_sum2", ".counts"

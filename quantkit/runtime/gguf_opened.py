@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from quantkit.core.checkpoint import TensorSpec
-from quantkit.core.gguf_file import GgufFile, GgufTensor
+from quantkit.core.gguf_file import GgufFile
+from quantkit.core.gguf_values import GgufTensor
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError

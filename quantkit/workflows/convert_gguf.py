@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from quantkit.core.form import Form
-from quantkit.core.gguf_file import GgufWriter, Value
+from quantkit.core.gguf_values import Value
+from quantkit.core.gguf_writer import GgufWriter
 from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source

@@ -15,8 +15,9 @@ from quantkit.core.gguf_file import GgufFile
 from quantkit.core.gguf_values import string
 from quantkit.core.gguf_writer import GgufWriter
 from quantkit.errors import QuantkitError
-from quantkit.formats import gguf_tokenizer
-from quantkit.formats.gguf_tokenizer import Cut, Files, Step
+from quantkit.formats import gguf_tokenizer, gguf_tokenizer_read, gguf_words
+from quantkit.formats.gguf_tokenizer import Files
+from quantkit.formats.gguf_words import Cut, Step
 from quantkit.runtime.gguf_opened import load_tokenizer
 from quantkit.runtime.gguf_roundtrip import TEXTS, check_roundtrip
 
@@ -65,20 +66,20 @@ def pieces():
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     return {
         "version": "1.0",
-        "added_tokens": [gguf_tokenizer._added(n, t, True) for n, t in enumerate(special)],
+        "added_tokens": [gguf_tokenizer_read._added(n, t, True) for n, t in enumerate(special)],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
         },
         "pre_tokenizer": None,
-        "post_processor": gguf_tokenizer._template_of(
+        "post_processor": gguf_tokenizer_read._template_of(
             tokens, {"bos": "<s>"}, {"bos": True, "eos": False}
         ),
         "decoder": None,
         "model": {
             "type": "BPE",
             "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": gguf_tokenizer._merges_of(tokens, types, scores),
+            "merges": gguf_tokenizer_read._merges_of(tokens, types, scores),
             "unk_token": "<unk>",
             "fuse_unk": True,
             "byte_fallback": True,
@@ -91,9 +92,9 @@ PIECES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def cut_by(words, name):
-    cut = gguf_tokenizer.PRE_TOKENIZERS[name]
+    cut = gguf_words.PRE_TOKENIZERS[name]
     changed = copy.deepcopy(words)
-    changed["pre_tokenizer"] = gguf_tokenizer._pre_tokenizer(cut)
+    changed["pre_tokenizer"] = gguf_words.pre_tokenizer(cut)
     changed["model"]["ignore_merges"] = cut.whole
     return changed
 
@@ -121,7 +122,7 @@ def differing(found, tokenizer):
 
 
 @pytest.mark.referee
-@pytest.mark.parametrize("name", gguf_tokenizer.PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", gguf_words.PRE_TOKENIZERS)
 def test_llamacpp_cuts_words_alike(tmp_path, words, name):
     tokenizer = cut_by(words, name)
     path = write(tmp_path / "t.gguf", Files(tokenizer, WORDS))
@@ -183,7 +184,7 @@ def test_without_llamacpp_the_extra_is_named(tmp_path, monkeypatch):
 # back
 
 
-@pytest.mark.parametrize("name", gguf_tokenizer.PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", gguf_words.PRE_TOKENIZERS)
 def test_words_are_read_back(tmp_path, words, name):
     tokenizer = cut_by(words, name)
     back = read(write(tmp_path / "t.gguf", Files(tokenizer, WORDS)))
@@ -342,7 +343,7 @@ def test_line_ends_are_escaped_or_not(words):
     for step in tokenizer["pre_tokenizer"]["pretokenizers"][:-1]:
         regex = step["pattern"]["Regex"]
         step["pattern"]["Regex"] = regex.replace(r"\r", "\r").replace(r"\n", "\n")
-    assert gguf_tokenizer.pre_tokenizer_name(tokenizer) == "deepseek-v3"
+    assert gguf_words.pre_tokenizer_name(tokenizer) == "deepseek-v3"
 
 
 @pytest.mark.parametrize(
@@ -368,11 +369,11 @@ def test_unknown_cuts_are_refused_unless_named(small, change):
 def test_whether_whole_words_are_tokens_decides_the_name(words):
     tokenizer = cut_by(words, "llama-bpe")
     tokenizer["model"]["ignore_merges"] = False
-    assert gguf_tokenizer.pre_tokenizer_name(tokenizer) == "smaug-bpe"
+    assert gguf_words.pre_tokenizer_name(tokenizer) == "smaug-bpe"
 
 
 def test_no_two_names_stand_for_the_same_cut():
-    cuts = list(gguf_tokenizer.PRE_TOKENIZERS.values())
+    cuts = list(gguf_words.PRE_TOKENIZERS.values())
     assert len(set(cuts)) == len(cuts)
     assert Cut((Step("digits"), Step("bytes", "regex"))) in cuts
 
@@ -518,7 +519,7 @@ def test_nothing_but_quantkit_s_own_error_comes_out_of_odd_files(small):
         "processors": [{"type": "TemplateProcessing", "single": template}],
     }
     small["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
-    small["pre_tokenizer"] = gguf_tokenizer._pre_tokenizer(gguf_tokenizer.PRE_TOKENIZERS["qwen2"])
+    small["pre_tokenizer"] = gguf_words.pre_tokenizer(gguf_words.PRE_TOKENIZERS["qwen2"])
     small["model"]["ignore_merges"] = False
     config = {
         "bos_token": {"content": "<s>"},

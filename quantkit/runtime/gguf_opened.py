@@ -25,7 +25,7 @@ from quantkit.core.gguf_values import GgufTensor
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError
-from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer
+from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer_read
 from quantkit.formats.gguf_model import Place
 from quantkit.runtime.opened import Packed
 
@@ -174,7 +174,7 @@ def load_tokenizer(metadata: dict[str, Any], length: int) -> "PreTrainedTokenize
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast  # seconds, which only those pay who need it
 
-    found = gguf_tokenizer.read(metadata)
+    found = gguf_tokenizer_read.read(metadata)
     backend = Tokenizer.from_str(json.dumps(found.json))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -19,7 +19,7 @@ from quantkit.core.progress import Progress
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer
+from quantkit.formats import gguf, gguf_model, gguf_rotary, gguf_tokenizer, gguf_words
 from quantkit.methods import digest, fit
 from quantkit.runtime.gguf_opened import GgufOpened
 from quantkit.runtime.opened import Opened, refuse_scaled_activations
@@ -83,7 +83,7 @@ class GgufTarget:
         name = opened.source.short_name
         self.metadata = gguf_model.metadata(config, name, self.kind)
         self.metadata |= gguf_tokenizer.metadata(files, self.pre_tokenizer)
-        if self.pre_tokenizer and not gguf_tokenizer.is_known(self.pre_tokenizer):
+        if self.pre_tokenizer and not gguf_words.is_known(self.pre_tokenizer):
             notes.append(
                 f"quantkit does not know how {self.pre_tokenizer} cuts texts: only llama.cpp, if "
                 "it knows the name, can use the file"

@@ -22,7 +22,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import awq, gptq
 from quantkit.formats.older_names import with_older_names
 from quantkit.runtime.load import load_model
-from quantkit.workflows import inspect_checks
+from quantkit.workflows import inspect_files
 from quantkit.workflows import repair as repairing
 from quantkit.workflows.convert import convert
 from quantkit.workflows.inspect import inspect
@@ -663,7 +663,7 @@ def test_files_that_are_nested_deeply(folder, capsys):
     deep = {}
     for _ in range(5000):
         deep = {"a": deep}
-    assert list(inspect_checks._private(deep)) == []
+    assert list(inspect_files._private(deep)) == []
 
 
 # unfinished folders, and where the copy goes

@@ -14,13 +14,14 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import Tensors, gptq
 from quantkit.runtime.opened import Folder, Opened, open_checkpoint, recorded
 from quantkit.workflows import inspect_checks as checks
-from quantkit.workflows.inspect_checks import Finding, Look
+from quantkit.workflows import inspect_files
 from quantkit.workflows.inspect_facts import (
     Linears,
     Structure,
     look_at_linears,
     look_at_structure,
 )
+from quantkit.workflows.inspect_look import CONFIG, Finding, Look
 from quantkit.workflows.repair import repair as write_repaired
 from quantkit.workflows.targets import Subject, Verdict, verdicts
 
@@ -200,8 +201,8 @@ def _described(look: Look) -> Inspection:
         bytes=opened.tensors.nbytes,
         files=len(opened.tensors.files),
         tensors=sum(1 for _ in opened.tensors),
-        tokenizer=checks.has_tokenizer(look),
-        chat_template=checks.has_chat_template(look),
+        tokenizer=inspect_files.has_tokenizer(look),
+        chat_template=inspect_files.has_chat_template(look),
         provenance=_flat_enough(recorded(opened, checked=False)),
     )
     dense = opened.tensors.without(look.linears.names)
@@ -340,8 +341,8 @@ def _subject_of_folder(found: Inspection, look: Look) -> Subject:
     return replace(
         _subject(found, look.linears),
         model_type=look.model_type,
-        declared=any(place[0] == checks.CONFIG for place in look.declarations),
-        standard_files=checks.standard_files(look),
+        declared=any(place[0] == CONFIG for place in look.declarations),
+        standard_files=inspect_files.standard_files(look),
         lacks_act_scales=checks.lacks_activation_scales(look),
         has_act_scales=checks.has_activation_scales(look),
         unsaid_rotary=bool(checks.unsaid_rotary(look)),

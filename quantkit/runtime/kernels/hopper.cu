@@ -424,30 +424,22 @@ INLINE void write(float (&sums)[N / 2], const float (&more)[2], unsigned short* 
 
 #endif
 
-// The kernel behind this one, and the one in front of it
-
-INLINE void next_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-INLINE void await_the_one_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-enum { ALONE, FIRST, SECOND };
-
 // first     cluster of this launch, of all that a product takes
 // end       cluster behind its last one: a program that is a cluster of its own goes on to others
 // tokens    rows of x, and of out [tokens, width]
 // across    programs that have the same rows, and other tokens: clusters next to each other
 // steps     inputs / 128
 // repeated  steps that have the same scale: 1 but for groups wider than 128
-// part      a product is one launch (ALONE), or two that may run at once: what makes x has ended before the
-//           second begins, since the first lets it begin only then; and the second does not end before the first
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 product(const __grid_constant__ Map x, const char* __restrict__ words, const char* __restrict__ scale,
         const char* __restrict__ zero, const unsigned short* __restrict__ bias, unsigned short* __restrict__ out,
-        u32 first, u32 end, int tokens, int width, u32 across, u32 steps, u32 repeated, u32 part) {
+        u32 first, u32 end, int tokens, int width, u32 across, u32 steps, u32 repeated) {
   extern __shared__ __align__(1024) char memory[];
   __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
   __shared__ __align__(8) u64 sent[CHUNKS];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (thread == 0) {
-    if (part != FIRST) next_may_begin();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
     for (int i = 0; i < STAGES; ++i) prepare(shared(full + i), 1), prepare(shared(empty + i), WARPS);
     expect_sums(sent);
@@ -491,8 +483,7 @@ product(const __grid_constant__ Map x, const char* __restrict__ words, const cha
     begin();
     const u32 filled = min(STAGES, to - from);
     for (u32 i = 0; i < filled; ++i) weights(i);
-    if (part != SECOND) await_the_one_before();
-    if (part == FIRST) next_may_begin();
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     for (u32 i = 0; i < filled; ++i) inputs(i, from + i);
     stage = filled % STAGES, round = filled / STAGES;
     for (u32 step = from + filled;; step = from, begin()) {
@@ -501,10 +492,8 @@ product(const __grid_constant__ Map x, const char* __restrict__ words, const cha
         weights(stage), inputs(stage, step);
         if (++stage == STAGES) stage = 0, ++round;
       }
-      if (RESIDENT > 1 || (cluster += stride) >= end) break;
+      if (RESIDENT > 1 || (cluster += stride) >= end) return;
     }
-    if (part == SECOND) await_the_one_before();
-    return;
   }
 #if !FEW
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTES_WITH));

@@ -39,7 +39,6 @@ KIND = "cubin"
 CAPABILITY = (9, 0)
 MOST = 2048  # tokens at a time: x of more would not stay in the L2 cache for all rows of the weight
 _SCALES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # what hopper.cu calls them
-_PARTS = {1: (0,), 2: (1, 2)}  # the same, by the launches of a product: ALONE; FIRST, SECOND
 
 
 def why_not(gpu: GPU) -> str | None:
@@ -95,8 +94,8 @@ def matmul(x: Tensor, weight: Fragments, bias: Tensor | None, way: Way, out: Ten
     """
     kernel = _kernel(way.shape, _kind(x, weight), x.get_device())
     places = _map(x, way.shape.tokens)
-    first, parts = 0, _PARTS[len(way.launches)]
-    for (clusters, size), part in zip(way.launches, parts, strict=True):
+    first = 0
+    for clusters, size in way.launches:
         kernel.launch(
             clusters,
             size,
@@ -114,7 +113,6 @@ def matmul(x: Tensor, weight: Fragments, bias: Tensor | None, way: Way, out: Ten
             -(-len(x) // way.shape.tokens),
             weight.width // INPUTS,
             max(1, weight.group // INPUTS),
-            part,
         )
         first += clusters
 
@@ -142,7 +140,7 @@ def _way(kind: Kind, device: int, tokens: int, blocks: int, steps: int) -> Way:
 class _Kernel:
     """A compiled kernel on a device."""
 
-    _KINDS = (ctypes.c_void_p,) * 5 + (ctypes.c_int,) * 8
+    _KINDS = (ctypes.c_void_p,) * 5 + (ctypes.c_int,) * 7
 
     def __init__(self, cubin: bytes, shape: Shape, ring: int, device: int) -> None:
         from cuda.bindings import driver

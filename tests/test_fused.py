@@ -170,6 +170,17 @@ def test_one_block_is_rounded_as_torch_does(symmetric, group, out, monkeypatch):
         assert bound == meant if symmetric else torch.equal(bound[:, same], meant[:, same])
 
 
+def test_a_matrix_that_lies_by_columns_is_refused():
+    from quantkit.methods import fused
+    from quantkit.methods.scales import Grid
+
+    weight, hessian = problem(out=8, width=32)
+    tensors = [weight.T.contiguous() for _ in range(2)]
+    grid = Grid(torch.ones(1, 8, device=DEVICE), -8.0, 7.0)
+    with pytest.raises(ValueError, match="by columns"):
+        fused.polish_block(tensors[0], hessian.T, tensors[1], grid, slice(0, 32))
+
+
 def test_equations_are_those_of_torch(monkeypatch):
     from quantkit.methods import fused, products
 

@@ -300,6 +300,24 @@ def test_every_size_of_a_cluster(shape):
 
 
 @on_hopper
+@pytest.mark.parametrize("shape", ways.SHAPES, ids=lambda shape: str(shape.tokens))
+def test_two_launches_behind_each_other(shape):
+    """Of two products, of which the second takes what the first one makes."""
+    q = weight("4", 1024, 1024).to(torch.device("cuda"))
+    held, meant = arrange(q, blocked=True), q.dequantize()
+    x = torch.randn(shape.tokens + 3, 1024, device="cuda").half()
+    way = ways.Way(shape, ((9, 1), (7, 4)))
+    middle, found = (torch.empty_like(x) for _ in range(2))
+    for _ in range(20):
+        middle.fill_(torch.nan)
+        found.fill_(torch.nan)
+        hopper.matmul(x, held, None, way, middle)
+        hopper.matmul(middle, held, None, way, found)
+        wanted = (x.float() @ meant.T).half().float() @ meant.T
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 2e-3
+
+
+@on_hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [100, 700])
 def test_programs_that_go_on_to_others(tokens, dtype):

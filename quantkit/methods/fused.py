@@ -40,7 +40,7 @@ def usable(tensor: Tensor) -> bool:
 
 
 def groupable(columns: Tensor, group: int) -> bool:
-    """Whether :func:`search` and :func:`equations` take groups so wide."""
+    """Whether the kernels that take whole groups take such wide ones."""
     return usable(columns) and group in _GROUPS
 
 
@@ -76,7 +76,7 @@ def round_block(
         levels,
         errors,
         out,
-        unit.stride(0),
+        _apart(unit),
         block.start,
         groups,
         *_candidates(scheme, zero_min),
@@ -118,7 +118,7 @@ def round_tile(
         levels,
         errors,
         out,
-        unit.stride(0),
+        _apart(unit),
         tile.start,
         at,
         tile=size,
@@ -151,7 +151,7 @@ def polish_block(
         levels,
         changes,
         out,
-        hessian.stride(0),
+        _apart(hessian),
         block.start,
         width,
         SHARED=gcd(width, _STEP),
@@ -175,7 +175,7 @@ def search(columns: Tensor, roots: Tensor, scheme: Scheme, zero_min: int) -> Gri
     grid = _new_grid(len(roots), columns, scheme)
     low, high, _ = _range(grid, columns)
     kernels.search[(-(-out // _SEARCH_ROWS), len(roots))](
-        columns,
+        columns.contiguous(),
         roots,
         grid.scale,
         low,
@@ -195,6 +195,14 @@ def _candidates(scheme: Scheme, zero_min: int) -> tuple[float, ...]:
     """What the kernels' candidates are made of."""
     middle, top = float(scheme.midpoint), float(scheme.max_code)
     return middle, top, float(zero_min), scales.SHRINK[0], scales.STEP, *scales.FINE
+
+
+def _apart(matrix: Tensor) -> int:
+    """Numbers from a row to the next one, as kernels are told. Raises ValueError where those of a
+    row do not lie together."""
+    if matrix.stride(1) != 1:
+        raise ValueError(f"a matrix with the strides {matrix.stride()} lies by columns")
+    return matrix.stride(0)
 
 
 def _new_grid(groups: int, columns: Tensor, scheme: Scheme) -> Grid:
@@ -249,7 +257,3 @@ def _range(grid: Grid, like: Tensor) -> tuple[Tensor, Tensor, bool]:
 def _number(value: float, device: torch.device) -> Tensor:
     """On the device, once for all launches: there are two for each of some hundred groups."""
     return torch.full((1,), value, device=device)
-
-
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length()

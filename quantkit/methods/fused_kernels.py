@@ -133,9 +133,9 @@ def round_tile(
     ``stride`` apart: what an error (row) does to the columns behind it. One group: ``scale`` is
     [out]. What the tile is to take up is in ``passed`` from row ``at`` on, and is used up."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ahead = tl.cast(first, tl.int64)
+    ahead, taken = tl.cast(first, tl.int64), tl.cast(at, tl.int64)
     _round(
-        passed + at * out, columns + ahead * out, unit + ahead * (stride + 1), scale, low, high,
+        passed + taken * out, columns + ahead * out, unit + ahead * (stride + 1), scale, low, high,
         levels + ahead * out, errors + ahead * out, out, stride, rows, rows < out,
         tile, RANGED, TILE, STAGES, STEP,
     )  # fmt: skip

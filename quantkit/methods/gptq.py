@@ -247,8 +247,10 @@ class _Rounding:
         root of the curvature (I + M) D (I + M)^T that its errors have."""
         own = diagonal_blocks(self.unit, self.group).triu(1)
         own.diagonal(dim1=1, dim2=2).fill_(1.0)
-        one = torch.eye(self.group, dtype=own.dtype, device=own.device)
-        inverses = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True)
+        inverses = own[:0]
+        if len(own) > 1 or fused.groupable(own, self.group):  # a first one has nothing to take up
+            one = torch.eye(self.group, dtype=own.dtype, device=own.device)
+            inverses = torch.linalg.solve_triangular(own, one, upper=True, unitriangular=True)
         own.mul_(self.weight.sqrt().reshape(-1, 1, self.group))
         return inverses.contiguous(), own.mT.contiguous()
 

@@ -5,6 +5,7 @@ They run under Triton's interpreter (conftest.py); on a GPU when QUANTKIT_TEST_G
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,8 +26,8 @@ def kernels_for_everything(monkeypatch):
 
 # on a GPU large enough that what follows a flipped tie averages out
 OUT, WIDTH, NEAR = (4096, 768, 1e-3) if DEVICE == "cuda" else (24, 96, 5e-3)
-# codes: there errors are passed on, and scales compared, with 11 bits (0.947 on an H200)
-SAME = 0.94 if DEVICE == "cuda" else 0.97
+# codes: there errors are passed on, and scales compared, with 11 bits (0.969 on an H200)
+SAME = 0.95 if DEVICE == "cuda" else 0.97
 
 
 def problem(out=OUT, width=WIDTH, tokens=1024):
@@ -144,8 +145,16 @@ def test_search_finds_scales_as_good(symmetric, monkeypatch):
 def test_one_block_is_rounded_as_torch_does(symmetric, group, out, monkeypatch):
     """Of several, behind others that pass errors on to it."""
     from quantkit.core.qweight import Scheme
-    from quantkit.methods import fused, gptq, scales
+    from quantkit.methods import fused, gptq, products, scales
 
+    def eleven_bits(x):
+        return ((x.contiguous().view(torch.int32) + 4096) & -8192).view(torch.float32)
+
+    if INTERPRETED:  # a GPU's products round their factors
+        add = products.add
+        monkeypatch.setattr(
+            products, "add", lambda sums, a, b: add(sums, eleven_bits(a), eleven_bits(b))
+        )
     weight, hessian = problem(out=out, width=5 * group)
     scheme, options = Scheme(4, group, symmetric), gptq.Options(zero_min=1)
     unit, energy = hessian.clone(), hessian.diagonal() * 0.5
@@ -168,6 +177,34 @@ def test_one_block_is_rounded_as_torch_does(symmetric, group, out, monkeypatch):
     torch.testing.assert_close(errors[:, same], their_errors[:, same], rtol=0, atol=2e-3)
     for bound, meant in zip(grid[1:], their_grid[1:], strict=True):
         assert bound == meant if symmetric else torch.equal(bound[:, same], meant[:, same])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU does it by itself")
+def test_digits_that_products_cut_off_have_no_direction(monkeypatch):
+    """Tensor cores read 11 bits of a number and leave the others: what is passed on in a block is
+    rounded before. 0.994 of these codes are those of float64; 0.981 where it is not."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from quantkit.core.qweight import Scheme
+    from quantkit.methods.gptq import Options, solve
+
+    exact = InterpreterBuilder.create_dot
+
+    def cut(x):
+        kept = x.data.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+        return TensorHandle(kept.view(np.float32), x.dtype)
+
+    def dot(self, a, b, sums, precision, *others):
+        if str(precision).endswith("TF32"):
+            a, b = cut(a), cut(b)
+        return exact(self, a, b, sums, precision, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    weight, hessian = problem(out=64, width=512)
+    scheme, options = Scheme(4, 32), Options(rounds=0)
+    found = solve(weight, hessian, scheme, options).qweight
+    meant = solve(weight.double(), hessian.double(), scheme, options).qweight
+    assert (found.codes == meant.codes).float().mean() > 0.988
 
 
 def test_a_matrix_that_lies_by_columns_is_refused():

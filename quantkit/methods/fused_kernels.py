@@ -12,6 +12,13 @@ def _whole(x):
 
 
 @triton.jit
+def _rounded(x):
+    """To the 11 bits of TF32, of which products only cut off the rest: errors of one direction add
+    up over all columns that pass something on."""
+    return (x.to(tl.int32, bitcast=True) + 4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _within(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 
@@ -319,7 +326,8 @@ def round_block(
         for begin in tl.range(0, start, GROUP, num_stages=1):
             lost = tl.load(errors + begin * out + of_columns, inside[None, :], other=0.0)
             share = tl.load(unit + (begin + index)[:, None] * stride + (start + index)[None, :])
-            taken = tl.dot(tl.trans(lost), share, taken, input_precision="tf32")
+            lost, share = _rounded(tl.trans(lost)), _rounded(share)
+            taken = tl.dot(lost, share, taken, input_precision="tf32")
         tl.store(passed + own + of_columns, tl.trans(taken), inside[None, :])
         x = tl.trans(tl.load(columns + own + of_columns, inside[None, :], other=0.0))
         turn = tl.load(inverse + group * GROUP * GROUP + square)

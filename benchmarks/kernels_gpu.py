@@ -226,6 +226,8 @@ def gptqmodel(folder: str, backend: str) -> dict[tuple[int, int], nn.Module]:
 
 
 def theirs(linears: dict[tuple[int, int], nn.Module], inputs: dict[int, Tensor]) -> Contender:
+    """Modules of another toolkit, of which there is one copy."""
+
     def launch(shape: tuple[int, int], linear: nn.Module) -> Callable[[], object]:
         return lambda: linear(inputs[shape[1]])
 
@@ -407,8 +409,8 @@ def main() -> None:
             contenders[f"quantkit {name}"] = quantkit(held, inputs)
         if tokens <= 16:
             contenders["tinygemm bfloat16"] = tinygemm(tokens)
-        half = random_inputs(tokens, torch.float16)
         if others:
+            half = random_inputs(tokens, torch.float16)
             contenders["Marlin float16"] = theirs(others["gptq_marlin"], half)
         each = [
             compared([found[shape] for found in contenders.values()], 5, arguments.pause)

@@ -28,9 +28,10 @@ from quantkit.methods import products, refine
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.staging import staging
 from quantkit.runtime.walk import Walk
-from quantkit.workflows import blocks, stored
+from quantkit.workflows import stored
 from quantkit.workflows.ahead import one_behind
 from quantkit.workflows.awq import quantize_awq
+from quantkit.workflows.plan import Plan
 from quantkit.workflows.quantize import quantize
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +63,7 @@ def plain(source, tmp_path_factory):
     """What is written without threads or streams, by run."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_threaded", lambda plan: False)
+        patch.setattr(Plan, "threaded", False)
         for name, (run, options) in RUNS.items():
             out = tmp_path_factory.mktemp(name) / "out"
             run(source, out, **ROWS, **options)
@@ -104,6 +105,7 @@ def content(out):
 def test_bytes_go_there_and_back(tensor, tmp_path):
     there = pinned.carried(tensor, GPU)
     assert there.is_cuda and torch.equal(there.cpu(), tensor)
+    assert torch.equal(pinned.carried(there, torch.device("cpu")), tensor)
     raw = b"".join(piece.numpy().tobytes() for piece in pinned.leaving(there))
     assert raw == tensor.contiguous().numpy().tobytes()
     file = PlacedFile(tmp_path / "f", b"planned", 7 + len(raw))

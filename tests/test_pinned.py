@@ -62,3 +62,15 @@ def test_each_thread_has_a_piece_of_its_own(monkeypatch):
         thread.start()
         thread.join()
     assert found[0] is found[1] is not found[2] is found[3]
+
+
+def test_a_gpu_is_waited_for_before_its_numbers_are_copied(piece):
+    class There:
+        is_cuda, device = True, "there"
+
+        def tolist(self):
+            assert piece == ["there"]
+            return [1, 2]
+
+    assert pinned.numbers(There()) == [1, 2]
+    assert pinned.numbers(torch.tensor(True)) is True and len(piece) == 1

@@ -10,11 +10,12 @@ from torch.testing import assert_close
 
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.ledger import Ledger
+from quantkit.core.placed_file import PlacedFile
 from quantkit.errors import QuantkitError
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
-from quantkit.workflows import blocks
 from quantkit.workflows import quantize as workflow
+from quantkit.workflows.plan import Plan
 from quantkit.workflows.quantize import quantize
 
 
@@ -29,7 +30,7 @@ def threaded(monkeypatch):
         return read(self, prefix)
 
     monkeypatch.setattr(staging.Staging, "_read", noting)
-    monkeypatch.setattr(blocks, "_threaded", lambda plan: True)
+    monkeypatch.setattr(Plan, "threaded", True)
     return seen
 
 
@@ -39,7 +40,7 @@ def test_the_folder_is_the_same(tmp_path, threaded, monkeypatch, fast):
     settings = {**QUICK, "fast": fast, "group": 32}
     quantize(source, tmp_path / "threads", **settings)
     assert threaded == ["gpt_neox.layers.1"]  # the first one is not read ahead
-    monkeypatch.setattr(blocks, "_threaded", lambda plan: False)
+    monkeypatch.setattr(Plan, "threaded", False)
     quantize(source, tmp_path / "plain", **settings)
     assert len(threaded) == 1
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("threads", "plain"))
@@ -110,6 +111,30 @@ def test_what_a_thread_cannot_write_ends_the_run_and_the_next_goes_on(
         with pytest.raises(QuantkitError, match="the disk is full"):
             quantize(source, tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
+    quantize(source, tmp_path / "out", **SMALL)
+    quantize(source, tmp_path / "plain", **SMALL)
+    one, other = (tmp_path / kind / "model.safetensors" for kind in ("out", "plain"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_a_byte_that_the_disk_changes_is_found(tmp_path, threaded, monkeypatch, threads):
+    """A block is finished when all of it was read back, whoever does that."""
+    monkeypatch.setattr(Plan, "threaded", threads)
+    source, put, seen = str(model("gpt_neox")), PlacedFile._put, []
+
+    def spoiled(self, offset, raw):
+        changed = bytearray(raw)
+        if len(changed) == 2048:  # the codes of an attention's output
+            seen.append(offset)
+            changed[1234] ^= 16 * (len(seen) == 2)
+        put(self, offset, memoryview(changed))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlacedFile, "_put", spoiled)
+        with pytest.raises(QuantkitError, match=r"layers\.1.*reads back differently"):
+            quantize(source, tmp_path / "out", **SMALL)
+    assert len(seen) == 2 and not (tmp_path / "out").exists()
     quantize(source, tmp_path / "out", **SMALL)
     quantize(source, tmp_path / "plain", **SMALL)
     one, other = (tmp_path / kind / "model.safetensors" for kind in ("out", "plain"))

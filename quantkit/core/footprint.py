@@ -29,9 +29,12 @@ FRAGMENTS = 0.1
 _SYSTEM_BYTES, _GPU_SYSTEM_BYTES, _SYSTEM_COPIES = 128 << 20, 256 << 20, 3  # of refine.py
 _STRIPS = 8  # of stats.py
 _SLOTS = 2  # micro-batches of a stream on their way to the device (states.py)
-# Bytes a weight while a linear is packed and read back beside the computation, and what goes to and
-# from a GPU through pinned memory: a piece for each of three threads (pinned.py).
-_PACKING, _PINNED = 3, 3 * (16 << 20)
+# Bytes a weight of a block that is packed on a GPU, and what goes to and from there through pinned
+# memory: a piece for each of three threads (pinned.py).
+_PACKED, _PINNED = 1, 3 * (16 << 20)
+# Bytes a weight while what is in the output is compared with what was solved, and how many linears
+# are at once beside a GPU (stored.py).
+_CHECKED, CHECKS = 3, 4
 _AWAY = 16  # micro-batches from which on stats.py multiplies in the activations' dtype
 _COMPARED = 6  # float32 copies of the logits of a row while metrics.py compares two models
 COMPARED = 4096  # tokens whose predictions a GPU makes at once
@@ -260,9 +263,11 @@ def quantizing(shapes: Shapes, run: Run, mode: Mode) -> list[Phase]:
         if run.copies:
             weights["block in float32"] = 4 * block.numbers
         if run.cuda and mode.ahead:
-            largest = max(group.width * max(group.outs) for group in block.groups)
             weights["blocks before and behind"] = block.numbers * run.item + block.linears
-            weights["packing"] = _PACKING * largest
+            weights["packing"] = _PACKED * block.linears
+        if run.cuda:
+            sizes = sorted(group.width * out for group in block.groups for out in group.outs)
+            weights["read back"] = _CHECKED * sum(sizes[-CHECKS:])
         slots = 0
         if mode.states != "device":
             slots = _SLOTS * streams * _at_once(run, mode) * shapes.hidden * run.item
@@ -287,8 +292,8 @@ def _phase(run: Run, mode: Mode, name: str, streams: int, parts: dict[str, int])
             return Phase(name, {}, {"program": PROCESS, **parts}, streams)
         return Phase(name, {}, {"program": PROCESS, "activations": streams, **parts})
     ram = {"program": PROCESS + CUDA_RAM, "weights on their way": parts.get("block", 0)}
-    ram["pinned pieces"] = _PINNED
     device = dict(parts)
+    ram |= {"pinned pieces": _PINNED, "read back": device.pop("read back", 0)}
     if mode.states == "device":
         device["activations"] = streams
     else:

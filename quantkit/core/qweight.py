@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core import pinned
 from quantkit.errors import UsageError
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -192,7 +193,7 @@ class QWeight:
     def to(self, device: torch.device | str) -> "QWeight":
         """The same on another device."""
         names = ("codes", "scale", "zero", "group_of", "minimum")
-        return self._each(lambda t: t.to(device), *names)
+        return self._each(lambda t: pinned.carried(t, torch.device(device)), *names)
 
     def regrouped(self, size: int) -> "QWeight | None":
         """The same weight in contiguous groups of ``size`` (-1: one a row), exactly; None when it

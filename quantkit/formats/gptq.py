@@ -87,7 +87,7 @@ def pack(q: QWeight, convention: Convention = "v1") -> dict[str, Tensor]:
     if zero is None:
         zero = torch.full_like(q.scale, q.scheme.midpoint, dtype=torch.uint8)
     if convention == "v1":
-        if bool((zero == 0).any()):
+        if q.zero is not None and bool((zero == 0).any()):
             raise ValueError("a zero point of 0 cannot be written in the v1 convention")
         zero = zero - 1
     return {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantkit.core import pinned
 from quantkit.runtime import exits
 from quantkit.runtime.exits import Exit
 from quantkit.runtime.experts import all_reached, routed
@@ -167,7 +168,7 @@ class Block:
             off = (self.forward(piece) != output).float().mean()
         effects = [self._effects(group, piece, output, given) for group in given]
         # a GPU is waited for once
-        numbers = torch.stack([torch.cat([off[None], each]) for each in effects]).tolist()
+        numbers = pinned.numbers(torch.stack([torch.cat([off[None], each]) for each in effects]))
         closing = {group for group, (_, distance, *_) in zip(given, numbers) if distance < 0.05}
         reached = {
             other

@@ -9,6 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from quantkit.core import pinned
 from quantkit.core.profile import phase
 from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError
@@ -151,7 +152,7 @@ def advance(block: Block, hidden: States, kept: Kept | None = None) -> None:
 
 def _checked(block: Block, stats: Stats) -> Stats:
     finite = [found.finite for found in stats.values()]
-    sound = torch.stack(finite).tolist() if finite else []  # a GPU is waited for once
+    sound = pinned.numbers(torch.stack(finite)) if finite else []  # a GPU is waited for once
     for group, fine in zip(stats, sound):
         if not fine:
             raise _not_finite(block, group)

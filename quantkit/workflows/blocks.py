@@ -5,6 +5,7 @@ and left behind. On a GPU the next one is read, and the last one written, while 
 """
 
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -80,7 +81,7 @@ class Blocks:
     def run(self) -> None:
         """Raises what solving a block raises; what is finished by then stays so."""
         cpu_attention.use(self._plan.skeleton.model)
-        skeleton, threaded = self._plan.skeleton, _threaded(self._plan)
+        skeleton, threaded = self._plan.skeleton, self._plan.threaded
         reading = staging(skeleton, threaded)
         with one_behind(threaded, skeleton.device) as self._behind, reading as ahead:
             with self._report.timing("copy"):
@@ -180,18 +181,28 @@ class Blocks:
             outcome = plan.method.solve(
                 block, found, self._full, self._quantized, self._ranks, keep
             )
+            linears: Iterable[stored.Packed] = stored.packed(plan, index, outcome)
+            if plan.threaded and self._files:
+                linears = list(linears)  # later, each kernel would wait for one of the next block
         if measured := profile.running():
             tokens = sum(batch.numel() for batch in self._rows)
             measured.add(durations.least(plan.shapes.blocks[index], tokens))
         done = _described(plan.layout.jobs[index], outcome) | {"tokens": plan.way.tokens}
         with self._report.timing("write"):
-            self._behind(self._keep, index, outcome, part, done)
+            self._behind(self._keep, index, outcome, linears, part, done)
         return done, outcome.kept
 
-    def _keep(self, index: int, outcome: Outcome, part: str, done: dict[str, Any]) -> None:
+    def _keep(
+        self,
+        index: int,
+        outcome: Outcome,
+        linears: Iterable[stored.Packed],
+        part: str,
+        done: dict[str, Any],
+    ) -> None:
         """A block into the output's files and then into the ledger, while the next one computes."""
         if self._files:
-            found = stored.write(self._plan, index, outcome, self._files.writer)
+            found = stored.write(self._plan, index, outcome, linears, self._files.writer)
             for name, digest in found.items():
                 done["layers"][name]["digest"] = digest
             self._files.ledger.finish(part, done)
@@ -214,8 +225,8 @@ class Blocks:
         if files:
             with self._report.timing("write"):
                 solved = outcome.linears[job.inner]
-                stored.write_linear(plan, job, solved, files.writer)
-                digest = stored.digest_of(plan, job, solved, files.writer)
+                stored.write_linear(job, stored.pack(plan, job, solved), files.writer)
+                digest = stored.checked(plan, job, solved.qweight.to("cpu"), files.writer)
                 done["layers"][job.disk]["digest"] = digest
                 files.writer.sync()
             files.ledger.finish(job.name, done)
@@ -261,12 +272,6 @@ class Blocks:
         self._report.fallbacks += found
 
 
-def _threaded(plan: Plan) -> bool:
-    """Whether threads read and write beside the computation: on a CPU they would only take cores
-    and memory from it."""
-    return plan.cuda and plan.way.ahead
-
-
 def _other_shapes(everyone: list[Tensor], own: list[Tensor]) -> list[Tensor]:
     """A micro-batch of every shape that only other ranks have."""
     known = {batch.shape for batch in own}
@@ -302,7 +307,8 @@ def originals(plan: Plan, index: int, block: Block) -> Originals:
 def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
     """A finished block in the ledger. Here, and once, it is waited for what a GPU has computed."""
     results = [outcome.linears[job.inner] for job in jobs]
-    errors = torch.stack([solved.error for solved in results]).tolist() if results else []
+    lost = [solved.error for solved in results]
+    errors = pinned.numbers(torch.stack(lost)) if lost else []
     layers = {
         job.disk: {
             "error": error,

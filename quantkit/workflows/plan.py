@@ -76,6 +76,12 @@ class Plan:
         return self.skeleton.device.type == "cuda"
 
     @property
+    def threaded(self) -> bool:
+        """Whether blocks are read and written beside the computation: on a CPU threads would only
+        take cores and memory from it."""
+        return self.cuda and self.way.ahead
+
+    @property
     def way(self) -> Mode:
         return self.mode or self._modes[0]
 

@@ -1,13 +1,14 @@
-"""Quantized linears between the plan and the output's files: each is read back as it is written."""
+"""Quantized linears between the plan and the output's files: each is read back once written."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantkit.core.checkpoint import ShardWriter, TensorSpec
+from quantkit.core.footprint import CHECKS
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.methods import digest, fit
@@ -19,31 +20,20 @@ from quantkit.workflows.plan import Plan
 
 _CPU = torch.device("cpu")
 
-
-def write(plan: Plan, index: int, outcome: Outcome, writer: ShardWriter) -> dict[str, str]:
-    """Pack and write a block, and see that what is in the file unpacks to what was solved -> the
-    digest of every linear, by its name on disk."""
-    digests = {}
-    with ThreadPoolExecutor(thread_name_prefix="digest") as hashing:  # others are written meanwhile
-        for job in plan.layout.jobs[index]:
-            solved = outcome.linears[job.inner]
-            write_linear(plan, job, solved, writer)
-            digests[job.disk] = hashing.submit(digest_of, plan, job, solved, writer)
-        for name, tensor in outcome.others.items():
-            _put(writer, plan.disk_name(index, name), tensor)
-        writer.sync()
-    return {name: found.result() for name, found in digests.items()}
+Tensors = dict[str, Tensor]  # of one linear, by suffix
+Packed = tuple[Job, Solved, Tensors]
 
 
-def digest_of(plan: Plan, job: Job, solved: Solved, writer: ShardWriter) -> str:
-    """The digest of a linear that was written; from the file where codes are on a GPU, which has
-    better things to do than to send them here."""
-    q = solved.qweight
-    return digest.of(q if q.codes.device == _CPU else read(plan, job, writer))
+def packed(plan: Plan, index: int, outcome: Outcome) -> Iterator[Packed]:
+    """The linears of a block, and the tensors that hold each in the output, packed where its codes
+    are. The largest comes first: to see what was written takes longer than to write it."""
+    for job in sorted(plan.layout.jobs[index], key=lambda job: -job.out * job.width):
+        solved = outcome.linears[job.inner]
+        yield job, solved, pack(plan, job, solved)
 
 
-def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> None:
-    """Pack and write one linear, and read it back."""
+def pack(plan: Plan, job: Job, result: Solved) -> Tensors:
+    """The tensors of one linear, by suffix."""
     try:
         fitted, _ = fit.fit(result.qweight, plan.packer.FORM)
     except fit.CannotHold as error:
@@ -52,10 +42,44 @@ def write_linear(plan: Plan, job: Job, result: Solved, writer: ShardWriter) -> N
     if job.bias:
         assert result.bias is not None
         tensors["bias"] = result.bias
+    return tensors
+
+
+def write(
+    plan: Plan,
+    index: int,
+    outcome: Outcome,
+    linears: Iterable[Packed],
+    writer: ShardWriter,
+) -> dict[str, str]:
+    """Write a block, and see that what is in the file unpacks to what was solved -> the digest of
+    every linear, by its name on disk."""
+    at_once = CHECKS if plan.cuda else 1
+    digests: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(at_once, "check") as checking:  # others are written meanwhile
+        for job, solved, tensors in linears:
+            write_linear(job, tensors, writer)
+            wait([*digests.values()][: max(0, len(digests) + 1 - at_once)])  # memory is bounded
+            digests[job.disk] = checking.submit(checked, plan, job, solved.qweight.to(_CPU), writer)
+        for name, tensor in outcome.others.items():
+            _put(writer, plan.disk_name(index, name), tensor)
+        writer.sync()
+    return {name: found.result() for name, found in digests.items()}
+
+
+def write_linear(job: Job, tensors: Tensors, writer: ShardWriter) -> None:
+    """Write the tensors of one linear."""
     for suffix, tensor in tensors.items():
         _put(writer, f"{job.disk}.{suffix}", tensor)
-    if not read(plan, job, writer, result.qweight.codes.device).identical(result.qweight):
+
+
+def checked(plan: Plan, job: Job, solved: QWeight, writer: ShardWriter) -> str:
+    """The digest of a linear that was written, ``solved`` on the CPU, as the file has it. Raises
+    QuantkitError when that is something else. Leaves a GPU alone, which has better things to do."""
+    found = read(plan, job, writer)
+    if not found.identical(solved):
         raise QuantkitError(f"{job.disk} was written, but reads back differently")
+    return digest.of(found)
 
 
 def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:

@@ -257,19 +257,37 @@ def test_activations_about_a_shift(dtype, tokens, width, every):
         assert launch.compiles(x)
 
 
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("width", [1, 64, 200])
+def test_a_matrix_is_mirrored(width, lower):
+    from quantkit.core import mirror
+
+    whole = torch.randn(width + 1, width + 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = whole.clone()
+    known = expected[:-1, :-3].tril() if lower else expected[:-1, :-3].triu()
+    expected[:-1, :-3] = known + known.T - known.diag().diag()
+    mirror._at_once(whole[:-1, :-3], lower)
+    assert torch.equal(whole, expected)  # and nothing else was written
+    with pytest.raises(ValueError, match="contiguous"):
+        mirror._at_once(torch.zeros(4, 3, device=DEVICE).T, lower)
+
+
+@pytest.mark.parametrize("kept", ["half", "float"])
 @pytest.mark.parametrize(("rows", "columns"), [(5, 40), (11, 1030), (1, 1)])
-def test_a_matrix_in_two_parts(rows, columns):
+def test_a_matrix_in_two_parts(rows, columns, kept):
     from quantkit.methods import products
 
     # the interpreter's bfloat16 is a guess
-    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    half = torch.float16 if INTERPRETED else torch.bfloat16
+    dtype = half if kept == "half" else torch.float32
     whole = torch.randn(rows + 2, columns + 3, generator=torch.Generator().manual_seed(0))
     x = whole.to(DEVICE)[1:-1, 2:-1]
     parts = torch.zeros(2, rows + 1, columns + 4, dtype=dtype, device=DEVICE)
     high, low = parts[:, :-1, :-4].unbind()
     products._split_at_once(x, high, low)
-    assert torch.equal(high, x.to(dtype))
-    assert torch.equal(low, (x - x.to(dtype).float()).to(dtype))
+    first = products._cut(x.contiguous()) if kept == "float" else x.to(dtype)
+    assert torch.equal(high, first)
+    assert torch.equal(low, (x - first.float()).to(dtype))
     assert not parts[:, -1:].any() and not parts[:, :, -4:].any()  # nothing else was written
 
 

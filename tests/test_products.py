@@ -64,10 +64,11 @@ def test_a_factor_is_updated_with_nearly_all_digits(split, monkeypatch):
 
 def test_the_parts_of_a_number_are_the_number():
     x = torch.cat([torch.randn(500), torch.tensor([0.0, 1e30, -3e-30])])[None]
-    high, low = products._tf32_parts(x)
+    high, low = products.split(x, kept=torch.float32)
     assert torch.equal(high + low, x)
     assert not (high.view(torch.int32) & 0x1FFF).any()  # nothing that TF32 would round away
-    high, low = products._tf32_parts(torch.tensor([[float("nan"), float("inf"), 1.0]]))
+    odd = torch.tensor([[float("nan"), float("inf"), 1.0]])
+    high, low = products.split(odd, kept=torch.float32)
     assert (high + low).isfinite().tolist() == [[False, False, True]]
 
 

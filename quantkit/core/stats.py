@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantkit.core.mirror import mirror
 from quantkit.core.profile import phase
 from quantkit.core.shifting import column_sums, shifted
 
@@ -130,7 +131,7 @@ class InputStats:
         gram.addr_(rest, rest, alpha=-1)
         if not centred:
             gram.addr_(mean, mean)
-        _mirror(gram)
+        mirror(gram, lower=False)
         if self._cross is None or self._drift is None:
             return Moments(gram, mean, None, None, centred)
         drift = self._drift / self.count
@@ -161,14 +162,6 @@ class Moments:
         """Those that concern some outputs."""
         cross = None if self.cross is None else self.cross[rows]
         return replace(self, cross=cross, drift=None if self.drift is None else self.drift[rows])
-
-
-def _mirror(upper: Tensor) -> None:
-    """Copy what is above the diagonal to below it."""
-    for strip in _strips(upper):
-        own = upper[strip, strip]
-        own.copy_(own.triu() + own.triu(1).T)
-        upper[strip.stop :, strip] = upper[strip, strip.stop :].T
 
 
 def _strips(square: Tensor) -> list[slice]:

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.core import pinned
+from quantkit.core.mirror import mirror
 from quantkit.core.profile import phase
 from quantkit.errors import QuantkitError
 from quantkit.methods import products
@@ -62,9 +64,10 @@ def factored(
     mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # of inputs that are always zero
     with phase("factor"):
         while (energy := _factor(hessian, hessian.diagonal() + damp * mean, team)) is None:
+            mirror(hessian, lower=True)
             damp = _more(damp)
     yield energy, damp
-    _mirror(hessian)
+    mirror(hessian, lower=True)
 
 
 def _more(damp: float) -> float:
@@ -105,8 +108,8 @@ def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 
 
 def _factor(matrix: Tensor, diagonal: Tensor, team: Team) -> Tensor | None:
-    """D of the symmetric matrix that has this diagonal and, below it, the numbers of ``matrix``;
-    above goes U. None when the matrix is not positive definite.
+    """D of the symmetric ``matrix`` with another diagonal; above it goes U, and below it stays as
+    it is. None when the matrix is not positive definite.
 
     From the last block of columns to the first: what the blocks behind explain is taken off, a
     small Cholesky factor is that of the block itself (flipped along both axes, so that it is
@@ -135,13 +138,13 @@ def _factor(matrix: Tensor, diagonal: Tensor, team: Team) -> Tensor | None:
             share = -(-start // team.size)
             rows = slice(min(share * team.rank, start), min(share * (team.rank + 1), start))
             above = matrix.new_zeros(share, stop - start)
-            mine = above[: rows.stop - rows.start].copy_(matrix[own, rows].T)
+            mine = above[: rows.stop - rows.start].copy_(matrix[rows, own])
             products.subtract(mine, matrix[rows, behind], weighed.T)
             above = torch.linalg.solve_triangular(upper.T, above, upper=False, left=False)
             matrix[:start, own] = team.stacked(above.div_(root))[:start]
         block.copy_(block.tril().add_(upper.div_(root).triu(1)))
     sound = ~torch.stack(failures).any() & energy.isfinite().all()
-    return energy if bool(team.stacked(sound[None].byte()).all()) else None
+    return energy if pinned.numbers(team.stacked(sound[None].byte()).all()) else None
 
 
 def solved(unit: Tensor, energy: Tensor, right: Tensor) -> Tensor:
@@ -186,12 +189,3 @@ def permute(matrix: Tensor, order: Tensor) -> None:
         part.copy_(part[:, order])
     for part in torch.split(matrix, _STRIP, 1):
         part.copy_(part[order])
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Copy what is below the diagonal to above it."""
-    for start in range(0, len(matrix), _STRIP):
-        own = slice(start, start + _STRIP)
-        block = matrix[own, own]
-        block.copy_(block.tril().add_(block.tril(-1).T))
-        matrix[own, start + len(block) :] = matrix[start + len(block) :, own].T

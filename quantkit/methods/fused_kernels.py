@@ -382,14 +382,17 @@ def split(
     rows, columns, stride, stride_of_parts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, columns] as a sum of two parts of fewer digits; rows of x, and of both parts, are so
-    far apart."""
+    """x [rows, columns] as a sum of two parts: rounded to their dtype, or cut off to TF32's digits
+    where that is float32, and the rest. Rows of x, and of both parts, are so far apart."""
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < columns)
     row = row.to(tl.int64)
     given = tl.load(x + row * stride + column, inside, other=0.0)
-    first = given.to(high.dtype.element_ty)
+    if high.dtype.element_ty == tl.float32:
+        first = (given.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    else:
+        first = given.to(high.dtype.element_ty)
     rest = (given - first.to(tl.float32)).to(low.dtype.element_ty)
     place = row * stride_of_parts + column
     tl.store(high + place, first, inside)

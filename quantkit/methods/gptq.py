@@ -31,6 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantkit.core import pinned
 from quantkit.core.profile import phase
 from quantkit.core.qweight import QWeight, Scheme
 from quantkit.errors import UsageError
@@ -100,7 +101,7 @@ def solve(
     scheme.groups(weight.shape[1])
     energy = hessian.diagonal().clone()
     alive = energy > 0
-    dead = len(alive) - int(alive.sum())
+    dead = len(alive) - pinned.numbers(alive.sum())
     revived = _revived(energy, alive) if dead else energy
     order = visiting_order(revived, scheme, options.act_order)
     hessian.diagonal().copy_(revived)

@@ -50,18 +50,12 @@ def subtract(sums: Tensor, a: Tensor, b: Tensor) -> None:
     if not splits(sums):
         sums.addmm_(a, b, alpha=-1)
         return
-    b_parts = _tf32_parts(b)
+    b_parts = split(b, kept=torch.float32)
     for into, strip in zip(torch.split(sums, _STRIP), torch.split(a, _STRIP)):
-        a_parts = _tf32_parts(strip)
+        a_parts = split(strip, kept=torch.float32)
         with _tf32():
             for i, j in ((0, 0), (0, 1), (1, 0)):
                 into.addmm_(a_parts[i], b_parts[j], alpha=-1)
-
-
-def _tf32_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 matrix as a sum of two, the first of which TF32 holds."""
-    high = (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
-    return high, x - high
 
 
 class Factor:
@@ -146,21 +140,29 @@ def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
 Parts = tuple[Tensor, Tensor]
 
 
-def split(x: Tensor, into: Parts | None = None) -> Parts:
-    """A float32 matrix as a sum of two bfloat16 parts, but for its last bits; ``into`` these, if
-    they are given."""
+def split(x: Tensor, into: Parts | None = None, kept: torch.dtype = torch.bfloat16) -> Parts:
+    """A float32 matrix as a sum of two parts, but for its last bits: bfloat16 (``into`` these, if
+    they are given), or float32, the first of which TF32 holds."""
     if x.stride(1) != 1 and x.stride(0) == 1 and into is None:
-        high, low = split(x.T)
+        high, low = split(x.T, kept=kept)
         return high.T, low.T
     x = x if x.stride(1) == 1 else x.contiguous()
-    high, low = into or [torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2)]
+    contiguous = torch.contiguous_format
+    high, low = into or [
+        torch.empty_like(x, dtype=kept, memory_format=contiguous) for _ in range(2)
+    ]
     plain = high.stride() == low.stride() and high.stride(1) == 1
     if plain and compiles(x):
         _split_at_once(x, high, low)
     else:
-        high.copy_(x)
+        high.copy_(_cut(x) if kept == torch.float32 else x)
         low.copy_(x - high)
     return high, low
+
+
+def _cut(x: Tensor) -> Tensor:
+    """What TF32 holds of float32 numbers."""
+    return (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 
 @on_its_device

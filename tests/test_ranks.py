@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +36,7 @@ from quantkit.workflows import quantize as whole
 from quantkit.workflows.awq import quantize_awq
 from quantkit.workflows.calibrate import shared
 from quantkit.workflows.method import Originals, Solved
-from quantkit.workflows.portions import divided, joined, share
+from quantkit.workflows.portions import cost, divided, joined, share
 from quantkit.workflows.quantize import quantize
 
 SMALL = {**QUICK, "group": 32, "dtype": "float32", "device": "cpu"}
@@ -81,7 +83,8 @@ def test_thinned_statistics_in_parts_are_of_the_same_tokens():
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("rows", [1, 31, 64, 100, 4864])
 def test_every_row_is_solved_once(rows, parts):
-    found = [share(rows, at, parts) for at in range(parts)]
+    bounds = [Fraction(at, parts) for at in range(parts + 1)]
+    found = [share(rows, start, stop) for start, stop in pairwise(bounds)]
     assert [row for some in found for row in some] == [*range(rows)]
     assert max(map(len, found)) <= rows / parts + 32
 
@@ -93,15 +96,77 @@ def test_every_thing_is_in_one_part(size):
         assert [i for part in parts for i in part] == [*range(count)] and all(parts)
 
 
-def test_large_groups_are_divided_and_small_ones_are_not():
-    groups = {InputGroup((f"expert{i}",), 64): 1000 + i for i in range(200)}
-    large = InputGroup(("attention",), 64)
-    owners = divided({large: 100_000, **groups}, 4)
-    assert owners[large] == [0, 1, 2, 3]
-    loads = [sum(n for g, n in groups.items() if owners[g] == [rank]) for rank in range(4)]
-    assert sum(loads) == sum(groups.values())
-    assert max(loads) - min(loads) < 1200
-    assert divided(groups, 1) == {group: [0] for group in groups}
+def loads(rows, shares, ranks, chain):
+    """What each rank has to do, for what it has any rows of."""
+    return [
+        sum(cost(g, rows[g] * shares[g][rank], chain) for g in rows if shares[g][rank])
+        for rank in range(ranks)
+    ]
+
+
+def groups(**sizes):
+    """(width, rows) by name -> rows by group."""
+    return {InputGroup((name,), width): rows for name, (width, rows) in sizes.items()}
+
+
+NEOX = {"qkv": (4864, 14592), "up": (4864, 19456)}
+GATED = {"qkv": (8192, 10240), "gate": (8192, 44032)}
+WRITERS = {"attention": (4864, 4864), "mlp": (19456, 4864)}
+EXPERTS = {f"expert{i}": (64 + i % 2, 500 + i) for i in range(200)}
+
+
+@pytest.mark.parametrize("chain", [0, 7000])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("sizes", [NEOX, GATED, WRITERS, NEOX | WRITERS, EXPERTS], ids=len)
+def test_rows_are_divided_so_that_all_ranks_end_together(sizes, ranks, chain):
+    rows = groups(**sizes)
+    shares = divided(rows, ranks, chain)
+    assert all(sum(some) == 1 and min(some) >= 0 and len(some) == ranks for some in shares.values())
+    most = max(loads(rows, shares, ranks, chain))
+    alike = dict.fromkeys(rows, [Fraction(1, ranks)] * ranks)
+    assert most <= max(loads(rows, alike, ranks, chain))
+    by_one = sum(cost(group, count, chain) for group, count in rows.items())
+    assert most >= by_one / ranks
+    if sizes is EXPERTS:
+        assert most < by_one / ranks * 1.02
+        assert sum(1 in some for some in shares.values()) > 190
+
+
+def test_two_ranks_take_a_linear_each_where_columns_wait():
+    """Half of the rows take a GPU much more than half of the time."""
+    assert [*divided(groups(**NEOX), 2, 7000).values()] == [[1, 0], [0, 1]]
+    small, large = divided(groups(**WRITERS), 2, 7000).values()
+    assert small == [1, 0] and 0 < large[0] < large[1]
+
+
+def test_a_group_that_is_alone_is_divided():
+    rows = groups(mlp=(19456, 4864))
+    for chain in (0, 7000):
+        assert [*divided(rows, 4, chain).values()] == [[Fraction(1, 4)] * 4]
+
+
+@pytest.mark.parametrize("loaded", [[0, 0, 0], [5, 0, 1], [100, 3, 0], [4, 4, 90]])
+def test_work_is_levelled(loaded):
+    shares = portions._levelled([*map(Fraction, loaded)], 12)
+    after = [load + 12 * share for load, share in zip(loaded, shares)]
+    assert sum(shares) == 1 and min(shares) >= 0
+    working = {load for load, share in zip(after, shares) if share}
+    assert len(working) == 1
+    assert all(load >= max(working) for load, share in zip(after, shares) if not share)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_done_together_comes_first(turned, monkeypatch):
+    """Or a rank would wait for the others until they have done what is theirs alone."""
+    rows = {name: out for name, (_, out) in WRITERS.items()}
+    monkeypatch.setattr(portions, "features", lambda linear: (linear, 64))
+    block = SimpleNamespace(linear=rows.__getitem__)
+    ranks = Ranks(0, 2)
+    ranks._device = torch.device("cuda")
+    sizes = dict(reversed(WRITERS.items())) if turned else WRITERS
+    found = portions.Portions(block, groups(**sizes), ranks)
+    assert [group.names for group in found.order] == [("mlp",), ("attention",)]
+    assert [found.owners[group] for group in found.order] == [[0, 1], [0]]
 
 
 def test_micro_batches_are_those_of_one_process_unless_there_are_too_few():
@@ -306,7 +371,14 @@ def test_three_processes_and_four_rows(tmp_path, alone):
 
 
 def test_groups_that_are_not_divided(tmp_path, alone, monkeypatch):
-    monkeypatch.setattr(portions, "_SMALL", 2)
+    """As on GPUs, where less is gained by it: each of the four goes to one process."""
+
+    def whole(rows, ranks, chain):
+        shares = divided(rows, ranks, 7000)
+        assert len(rows) == 4 and all(1 in some for some in shares.values())
+        return shares
+
+    monkeypatch.setattr(portions, "divided", whole)
     on_ranks(2, tmp_path, tmp_path / "out")
     near_enough(alone, tmp_path / "out")
 

@@ -10,9 +10,10 @@ only rank of :data:`ALONE`, for which all of this does nothing.
     ranks.merge([(stats, owners)])        # sums over all tokens
     weight = ranks.share(weight, owner)   # bit for bit the same everywhere
 
-Two things connect ranks. Collectives (NCCL between GPUs, gloo on a CPU) carry tensors; they end in
-an error when a rank is lost, or after TIMEOUT. A store of short notes, which torchrun keeps, is for
-waiting without a limit while one rank works for all, and for telling whose error is shown.
+Two things connect ranks. Collectives carry tensors: NCCL those on GPUs, gloo all others, so that
+nobody waits for a GPU to exchange a few numbers. They end in an error when a rank is lost, or after
+TIMEOUT. A store of short notes, which torchrun keeps, is for waiting without a limit while one rank
+works for all, and for telling whose error is shown.
 """
 
 import io
@@ -64,6 +65,11 @@ class Ranks:
         """Whether this is the rank that writes, and that people hear from."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device:
+        """This rank's own, once it is connected."""
+        return self._device
+
     def connect(self, name: str) -> torch.device:
         """The device that ``name`` means for this rank, and the way to the others' devices. Raises
         UsageError when ranks would have to share a GPU."""
@@ -78,7 +84,7 @@ class Ranks:
         self._connected += 1
         with self._together():
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=PrefixStore(f"connection {self._connected}", self._store),
                 rank=self.rank,
                 world_size=self.size,
@@ -138,13 +144,9 @@ class Ranks:
         return [self.share(value if rank == self.rank else None, rank) for rank in range(self.size)]
 
     def _broadcast(self, tensor: Tensor, owner: int) -> Tensor:
-        """``tensor`` becomes the owner's, in place; by way of this rank's device, as bytes."""
-        if not tensor.numel():
-            return tensor
-        there = tensor.to(self._device).contiguous()
-        dist.broadcast(there.view(-1).view(torch.uint8), owner)
-        if self.rank != owner and there is not tensor:
-            tensor.copy_(there)
+        """``tensor`` becomes the owner's, in place, as bytes; others' are contiguous."""
+        if tensor.numel():
+            dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), owner)
         return tensor
 
     def merge(self, parts: Iterable[tuple[InputStats, Sequence[int]]]) -> None:

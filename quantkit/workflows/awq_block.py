@@ -107,7 +107,7 @@ class Awq:
         first = groups if quantized is None else [g for g in groups if not g.writes]
         portions = Portions(block, first, ranks)
         rounded: dict[str, Solved] = {}
-        for group in first:
+        for group in portions.order:
             found = chosen.moments(group, moments.pop(group))
             rounded |= self._round(portions.of(group, scaled), found)
         linears |= fill(block, portions.together(rounded))
@@ -120,8 +120,8 @@ class Awq:
             outputs.clear()
             portions, rounded = Portions(block, drifted, ranks), {}
             ranks.merge((late, portions.owners[group]) for group, late in drifted.items())
-            while drifted:
-                group, late = drifted.popitem()
+            for group in portions.order:
+                late = drifted.pop(group)
                 if portion := portions.of(group, scaled):
                     found = late.moments(centred=corrects(group, originals, self.gptq))
                     rounded |= self._round(portion, found)

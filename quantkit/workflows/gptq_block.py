@@ -146,8 +146,8 @@ def _solve_groups(
     portions = Portions(block, stats, ranks)
     ranks.merge((found, portions.owners[group]) for group, found in stats.items())
     solved: dict[str, Solved] = {}
-    while stats:
-        group, found = stats.popitem()
+    for group in portions.order:
+        found = stats.pop(group)
         if portion := portions.of(group, originals):
             # moments without a name here, so that what is used up can be let go of
             solved |= solve_group(

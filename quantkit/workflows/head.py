@@ -4,6 +4,8 @@ Its Hessian is that of the final norm's outputs in the original model. It has as
 are tokens, so that they are solved in pieces; rows do not depend on each other.
 """
 
+from fractions import Fraction
+
 from torch import Tensor, nn
 
 from quantkit.core import pinned
@@ -57,7 +59,7 @@ def _solved(plan: Plan, job: Job, stats: InputStats, settings: Gptq, ranks: Rank
     group = InputGroup((job.inner,), job.width)
     centred = corrects(group, _originals(plan, job, 0, 1), settings)
     moments = stats.moments(centred)
-    own = share(job.out, ranks.rank, ranks.size)
+    own = share(job.out, *(Fraction(rank, ranks.size) for rank in (ranks.rank, ranks.rank + 1)))
     found = []
     for start in range(own.start, own.stop, _ROWS):
         rows = slice(start, min(start + _ROWS, own.stop))

@@ -1,13 +1,16 @@
 """Solving a block on several ranks: who solves what, and how the parts become whole again.
 
-Rows of a weight do not depend on each other once the Hessian of their inputs is there. So each rank
-takes the same share of the rows of every linear, and their times differ little, whatever a row may
-cost. The Hessian they factor together, each with all of it. Only groups that are a small part of a
-block (one of a hundred experts) are not divided: each goes to the rank that has least to do.
+Rows of a weight do not depend on each other once the Hessian of their inputs is there, so they can
+be divided among ranks. But some of the work is the same for one row as for all: a Hessian has to be
+factored, and a column waits for the one before. So a group of linears is only divided where all of
+them end sooner for it; others go whole to one rank, and those that are divided level out what that
+leaves. The Hessian of a divided group is factored by all that have rows of it, each with all of it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,8 +24,12 @@ from quantkit.runtime.block import Block, InputGroup, features
 from quantkit.runtime.ranks import Ranks
 from quantkit.workflows.method import Originals, Solved
 
-_SMALL = 1 / 32  # of what a rank has to do: then a group is not divided
 _GRAIN = 32  # rows are divided in whole numbers of these
+# Columns wait for each other: on an H200 that takes as long as so many rows of a weight do (fitted
+# to linears of 4,864 and 19,456 inputs, all of their rows and half of them).
+_CHAIN = 7000
+
+Shares = list[Fraction]  # of some rows, one for each rank
 
 
 @dataclass(frozen=True)
@@ -52,29 +59,43 @@ class Portions:
             group: {name: features(block.linear(name))[0] for name in group.names}
             for group in groups
         }
-        # time is taken to go with the number of weights
-        weights = {group: group.width * sum(outs.values()) for group, outs in self._outs.items()}
-        self.owners = divided(weights, ranks.size)
+        rows = {group: sum(outs.values()) for group, outs in self._outs.items()}
+        chain = _CHAIN if ranks.device.type == "cuda" else 0
+        shares = divided(rows, ranks.size, chain)
+        self._bounds = {group: [Fraction(), *accumulate(shares[group])] for group in rows}
+        self.owners = {
+            group: [rank for rank, share in enumerate(shares[group]) if share] for group in rows
+        }
+
+    @property
+    def order(self) -> list[InputGroup]:
+        """In which every rank solves them: first what several ranks do together, so that none waits
+        for what another one does by itself; else the last one first, which is mostly the widest,
+        while there is no other's result in memory."""
+        last_first = list(reversed(self.owners))
+        return sorted(last_first, key=lambda group: -len(self.owners[group]))
 
     def of(self, group: InputGroup, originals: Originals) -> Portion | None:
         """What this rank solves of a group."""
-        owners = self.owners[group]
-        if self._ranks.rank not in owners:
-            return None
-        at = owners.index(self._ranks.rank)
         rows = {
             name: slice(some.start, some.stop)
-            for name, out in self._outs[group].items()
-            if (some := share(out, at, len(owners)))
+            for name in self._outs[group]
+            if (some := self._rows(group, name, self._ranks.rank))
         }
         return Portion(rows, _cut(originals, rows), self._team(group)) if rows else None
 
+    def _rows(self, group: InputGroup, name: str, rank: int) -> range:
+        start, stop = self._bounds[group][rank : rank + 2]
+        return share(self._outs[group][name], start, stop)
+
     def _team(self, group: InputGroup) -> Team:
         """All ranks, where all of them have rows of all linears, and so do the same."""
-        count, outs = self._ranks.size, self._outs[group].values()
-        everyone = len(self.owners[group]) == count
-        busy = all(share(out, at, count) for out in outs for at in range(count))
-        return self._ranks if everyone and busy else BY_ITSELF
+        busy = all(
+            self._rows(group, name, rank)
+            for name in self._outs[group]
+            for rank in range(self._ranks.size)
+        )
+        return self._ranks if busy else BY_ITSELF
 
     def together(self, solved: dict[str, Solved]) -> dict[str, Solved]:
         """What all ranks have solved, the same on each."""
@@ -85,24 +106,59 @@ class Portions:
         return {name: joined(some) for name, some in parts.items()}
 
 
-def divided(weights: Mapping[InputGroup, int], ranks: int) -> dict[InputGroup, list[int]]:
-    """The ranks that solve each of some groups with so many weights."""
-    fair = sum(weights.values()) / ranks
-    found = {group: [*range(ranks)] for group in weights}
-    load = [0] * ranks
-    for group in sorted(weights, key=lambda group: -weights[group]):
-        if weights[group] < fair * _SMALL:
-            taker = load.index(min(load))
-            load[taker] += weights[group]
-            found[group] = [taker]
-    return found
+def divided(rows: Mapping[InputGroup, int], ranks: int, chain: int) -> dict[InputGroup, Shares]:
+    """What each of so many ranks takes of the ``rows`` of every group, so that the last one is done
+    soonest: which of the cheapest go whole to one rank is tried out. ``chain``: see cost."""
+    whole = {group: cost(group, count, chain) for group, count in rows.items()}
+    plans = [
+        _planned(rows, whole, ranks, most) for most in [Fraction(), *sorted(set(whole.values()))]
+    ]
+    return min(plans, key=lambda plan: plan[0])[1]
 
 
-def share(rows: int, at: int, parts: int) -> range:
-    """The ``at``-th of ``parts`` shares of so many rows."""
+def cost(group: InputGroup, rows: int, chain: int) -> Fraction:
+    """Of solving so many rows, in multiplications and additions: each row's, the factor's, and what
+    a column costs that waits for the one before, as much as ``chain`` rows would."""
+    return group.width * (chain + Fraction(group.width, 3) + rows)
+
+
+def _planned(
+    rows: Mapping[InputGroup, int],
+    whole: Mapping[InputGroup, Fraction],
+    ranks: int,
+    most: Fraction,
+) -> tuple[Fraction, dict[InputGroup, Shares]]:
+    """Shares where groups that cost ``most`` or less are not divided (``whole``: what each costs);
+    and how much the rank with most to do has to do."""
+    loads, shares = [Fraction()] * ranks, {}
+    for group in sorted(whole, key=lambda group: -whole[group]):
+        if whole[group] <= most:
+            taker = loads.index(min(loads))
+            loads[taker] += whole[group]
+            shares[group] = [Fraction(rank == taker) for rank in range(ranks)]
+    rest = [group for group in rows if group not in shares]
+    work = sum(group.width * rows[group] for group in rest)
+    alike = sum(whole[group] for group in rest) - work
+    levelled = _levelled(loads, work) if work else []
+    busy = [load + alike + some * work for load, some in zip(loads, levelled) if some]
+    return max(loads + busy), shares | dict.fromkeys(rest, levelled)
+
+
+def _levelled(loads: Sequence[Fraction], work: int) -> Shares:
+    """Shares of some ``work`` after which those who have any of it have as much to do as each
+    other, and nobody else has less."""
+    lowest = sorted(loads)
+    for count in reversed(range(1, len(loads) + 1)):
+        level = (sum(lowest[:count]) + work) / Fraction(count)
+        if level > lowest[count - 1]:
+            break
+    return [max(Fraction(), level - load) / work for load in loads]
+
+
+def share(rows: int, start: Fraction, stop: Fraction) -> range:
+    """The part of so many rows from one fraction of them to another."""
     grains = -(-rows // _GRAIN)
-    start, stop = (min(rows, grains * k // parts * _GRAIN) for k in (at, at + 1))
-    return range(start, stop)
+    return range(*(min(rows, int(grains * bound) * _GRAIN) for bound in (start, stop)))
 
 
 def _cut(originals: Originals, rows: Mapping[str, slice]) -> Originals:

@@ -523,6 +523,15 @@ def test_a_lost_process_ends_all_and_any_number_goes_on(tmp_path, lost):
     assert (out / "quantkit.json").exists()
 
 
+def test_no_way_between_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    started = Started(2, run([*OPTIONS, "--out", tmp_path / "out"]), tmp_path)
+    assert started.wait(30) == [1, 1]
+    message, hint = sentence(started.said())
+    assert "cannot be reached" in message and "nowhere0" in message
+    assert "GLOO_SOCKET_IFNAME" in hint
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_one_process_has_to_tell_is_told_once(tmp_path, monkeypatch, failing):
     observe = gather.observe

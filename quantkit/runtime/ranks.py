@@ -72,7 +72,7 @@ class Ranks:
 
     def connect(self, name: str) -> torch.device:
         """The device that ``name`` means for this rank, and the way to the others' devices. Raises
-        UsageError when ranks would have to share a GPU."""
+        UsageError when ranks would have to share a GPU, QuantkitError when there is no way."""
         if self.size == 1:
             return pick_device(name)
         self._device = device = self._own(pick_device(name), name)
@@ -82,15 +82,22 @@ class Ranks:
         if on_gpu:
             torch.cuda.set_device(device)
         self._connected += 1
-        with self._together():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=PrefixStore(f"connection {self._connected}", self._store),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=TIMEOUT,
-                device_id=device if on_gpu else None,
-            )
+        try:
+            with phase("exchange"):
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=PrefixStore(f"connection {self._connected}", self._store),
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=TIMEOUT,
+                    device_id=device if on_gpu else None,
+                )
+        except RuntimeError as error:
+            raise _unreachable(
+                error,
+                "one of them may have ended; on several hosts, GLOO_SOCKET_IFNAME and "
+                "NCCL_SOCKET_IFNAME name the network between them",
+            ) from error
         return device
 
     def _own(self, device: torch.device, name: str) -> torch.device:
@@ -256,12 +263,14 @@ def join() -> Ranks:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     except (RuntimeError, ValueError) as error:
-        raise QuantkitError(
-            f"the other processes cannot be reached ({str(error).splitlines()[0]})",
-            "start them with torchrun",
-        ) from error
+        raise _unreachable(error, "start them with torchrun") from error
     local, host = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "GROUP_RANK"))
     return Ranks(rank, size, local, host, store)
+
+
+def _unreachable(error: Exception, hint: str) -> QuantkitError:
+    said = str(error).partition("\n")[0]
+    return QuantkitError(f"the other processes cannot be reached ({said})", hint)
 
 
 class _Packer(pickle.Pickler):

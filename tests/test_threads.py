@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import quantize as workflow
+from quantkit.workflows import stored
 from quantkit.workflows.plan import Plan
 from quantkit.workflows.quantize import quantize
 
@@ -139,3 +140,17 @@ def test_a_byte_that_the_disk_changes_is_found(tmp_path, threaded, monkeypatch, 
     quantize(source, tmp_path / "plain", **SMALL)
     one, other = (tmp_path / kind / "model.safetensors" for kind in ("out", "plain"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_largest_linear_is_written_first(tmp_path, monkeypatch):
+    """Seeing what was written takes longer than writing it: it should not be what is waited for."""
+    write, seen = stored.write_linear, {}
+
+    def noting(job, tensors, writer):
+        seen.setdefault(job.disk.split(".")[2], []).append(job.out * job.width)
+        write(job, tensors, writer)
+
+    monkeypatch.setattr(stored, "write_linear", noting)
+    quantize(str(model("gpt_neox")), tmp_path / "out", **SMALL)
+    assert [*seen] == ["0", "1"]
+    assert all(len(sizes) == 4 and sizes == sorted(sizes)[::-1] for sizes in seen.values())

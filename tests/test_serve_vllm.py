@@ -118,9 +118,9 @@ def test_what_cannot_start_says_why(program, tmp_path, monkeypatch):
 
 
 @contextmanager
-def started(*models: str):
-    """``quantkit serve``, in a group of its own as a terminal has it."""
-    code = "from quantkit.cli.main import run; run()"
+def started(*models: str, before: str = ""):
+    """``quantkit serve``, in a group of its own as a terminal has it; after some other code."""
+    code = before + "from quantkit.cli.main import run; run()"
     options = ["serve", *models, "--engine", "vllm", "--port", "0"]
     found = subprocess.Popen(
         [sys.executable, "-c", code, *options],
@@ -169,16 +169,40 @@ def test_ctrl_c_is_not_for_it(program):
         assert ended(vllm) and vllm
 
 
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_when_the_server_is_told_to_while_it_loads(tmp_path, monkeypatch, told):
-    slow = tmp_path / "vllm"
-    begun = tmp_path / "begun"
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A file that a vLLM writes which loads for ever."""
+    slow, begun = tmp_path / "vllm", tmp_path / "begun"
     slow.write_text(
         f"#!{sys.executable}\nimport pathlib, time\n"
         f"pathlib.Path({str(begun)!r}).touch()\ntime.sleep(60)\n"
     )
     slow.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return begun
+
+
+def test_ctrl_c_in_an_import_while_it_loads(tmp_path, begun):
+    """While libraries are imported it ends the program at once, but not without what this began."""
+    importing = tmp_path / "importing"
+    (tmp_path / "slowly.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(importing)!r}).touch()\ntime.sleep(60)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from quantkit.serve.engines.vllm import httpx2\n"
+        "httpx2.get = lambda *args, **settings: __import__('slowly')\n"
+    )
+    with started("demo", before=code) as process:
+        until(importing.exists)
+        vllm = beside(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert ended(vllm) and vllm
+
+
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_the_server_is_told_to_while_it_loads(begun, told):
     with started("demo") as process:
         until(begun.exists)
         vllm = beside(process)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from quantkit.core import outside
+
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -26,12 +28,13 @@ def prepare() -> None:
 def stoppable(say: Callable[[], None]) -> None:
     """Let Ctrl-C end the process at once, after ``say``, while libraries are imported for the first
     time: an import that is broken off leaves halves of modules behind, and some swallow it. From
-    then on it is a KeyboardInterrupt, as always."""
+    then on, and where something else has to be ended first, it is a KeyboardInterrupt, as
+    always."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return  # a shell has it ignored, for a job in the background
 
     def interrupted(number: int, frame: FrameType | None) -> None:
-        if _importing(frame) and not _imported():
+        if _importing(frame) and not _imported() and not outside.begun:
             say()
             leave(130)
         raise KeyboardInterrupt

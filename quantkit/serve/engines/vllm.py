@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx2
 
+from quantkit.core import outside
 from quantkit.errors import QuantkitError
 from quantkit.serve.engine import Busy, Dead, Job, Limits, Load, Stream, Token
 
@@ -74,6 +75,7 @@ class VllmEngine:
                     env={**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"},
                     start_new_session=True,  # a Ctrl-C is not for it: answers are finished first
                 )
+                outside.begun.add(self)
                 undo.callback(self.close)
             self._wait()
             undo.pop_all()
@@ -109,6 +111,7 @@ class VllmEngine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        outside.begun.discard(self)
         self._log.close()
 
     # one text

@@ -490,23 +490,15 @@ def until_solved(out: Path, going: Started | subprocess.Popen, blocks: int = 1) 
     raise AssertionError("nothing was solved")
 
 
-def ended_by_a_loss(lost: int, folder: Path) -> tuple[list[int], Started]:
-    """Exit codes of three processes, one of which is killed after the first block."""
-    folder.mkdir()
-    started = Started(3, run([*OPTIONS, "--out", folder / "out"]), folder)
-    until_solved(folder / "out", started)
-    started.kill(lost)
-    return started.wait(15), started
-
-
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_all_and_any_number_goes_on(tmp_path, lost):
-    codes, started = ended_by_a_loss(lost, tmp_path / "a")
-    if codes == [-signal.SIGKILL] * 3:
-        # gloo may wait for ever for a rank that ended in the moment in which it was sent something
-        # (1 of 150 on a busy machine); torchrun, which is not here, would have ended that
-        codes, started = ended_by_a_loss(lost, tmp_path / "b")
-    tmp_path, out = started.folder, started.folder / "out"
+    out = tmp_path / "out"
+    started = Started(3, run([*OPTIONS, "--out", out]), tmp_path)
+    until_solved(out, started)
+    started.kill(lost)
+    begun = time.monotonic()
+    codes = started.wait(20)
+    assert time.monotonic() - begun < 15
     assert codes == [-signal.SIGKILL if rank == lost else 1 for rank in range(3)]
     if lost:  # without torchrun the first one keeps the store that the others would agree by
         message, hint = sentence(started.said().rpartition("M weights")[2] or started.said())

@@ -1,6 +1,7 @@
 """Blocks that are read ahead and written behind in threads, as on a GPU, change no byte."""
 
 import errno
+import time
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.ledger import Ledger
 from quantkit.core.placed_file import PlacedFile
+from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
@@ -154,3 +156,23 @@ def test_the_largest_linear_is_written_first(tmp_path, monkeypatch):
     quantize(str(model("gpt_neox")), tmp_path / "out", **SMALL)
     assert [*seen] == ["0", "1"]
     assert all(len(sizes) == 4 and sizes == sorted(sizes)[::-1] for sizes in seen.values())
+
+
+def test_copies_that_wait_to_be_checked_are_few(tmp_path, monkeypatch):
+    """One on a CPU: each is as large as a linear's codes."""
+    check, copy, copies, checked = stored.checked, QWeight.to, [], []
+
+    def slowly(*given):
+        time.sleep(0.02)
+        found = check(*given)
+        checked.append(found)
+        return found
+
+    def counted(self, device):
+        copies.append(len(copies) - len(checked))
+        return copy(self, device)
+
+    monkeypatch.setattr(stored, "checked", slowly)
+    monkeypatch.setattr(QWeight, "to", counted)
+    quantize(str(model("gpt_neox")), tmp_path / "out", **SMALL)
+    assert copies == [0] * 8

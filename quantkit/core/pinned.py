@@ -35,8 +35,8 @@ def carried(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def numbers(tensor: Tensor) -> Any:
-    """``tensor.tolist()``. A GPU is waited for before the copy is begun: one that waits in its
-    queue for a kernel holds up those of all other streams (seen in traces of an H200)."""
+    """``tensor.tolist()``. A GPU is waited for before the copy is begun: in traces of an H200,
+    copies of another stream ended only when one that waited for kernels did."""
     if tensor.is_cuda:
         _wait(tensor.device)
     return tensor.tolist()

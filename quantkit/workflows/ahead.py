@@ -68,8 +68,7 @@ def on_one_core() -> Iterator[None]:
 
 class Behind:
     """Calls functions one at a time in a thread of its own, each while the caller goes on. On a GPU
-    the thread has a stream of its own, so that neither waits for the other's work there; and its
-    few short kernels come first, where the caller may have queued a second's worth of long ones.
+    the thread has a stream of its own, so that neither waits for the other's work there.
 
     A call begins when the GPU has done what the caller had given it before, so that all arguments
     are there. They are held until its own work there is done: their memory is not used again while
@@ -79,7 +78,7 @@ class Behind:
     def __init__(self, pool: ThreadPoolExecutor | None, device: torch.device) -> None:
         self._pool = pool
         cuda = pool is not None and device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device, priority=-1) if cuda else None
+        self._stream: Any = torch.cuda.Stream(device) if cuda else None
         self._last: Future[None] | None = None
 
     def __call__(self, work: Callable[..., None], *args: object) -> None:

@@ -183,7 +183,8 @@ class Blocks:
             )
             linears: Iterable[stored.Packed] = stored.packed(plan, index, outcome)
             if plan.threaded and self._files:
-                linears = list(linears)  # later, each kernel would wait for one of the next block
+                with profile.phase("pack"):  # here, and not beside what the next block computes
+                    linears = list(linears)
         if measured := profile.running():
             tokens = sum(batch.numel() for batch in self._rows)
             measured.add(durations.least(plan.shapes.blocks[index], tokens))

@@ -1,7 +1,7 @@
 """Quantized linears between the plan and the output's files: each is read back once written."""
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,9 @@ def write(
     with ThreadPoolExecutor(at_once, "check") as checking:  # others are written meanwhile
         for job, solved, tensors in linears:
             write_linear(job, tensors, writer)
-            wait([*digests.values()][: max(0, len(digests) + 1 - at_once)])  # memory is bounded
+            running = [check for check in digests.values() if not check.done()]
+            if len(running) == at_once:  # each has a copy of the codes
+                wait(running, return_when=FIRST_COMPLETED)
             digests[job.disk] = checking.submit(checked, plan, job, solved.qweight.to(_CPU), writer)
         for name, tensor in outcome.others.items():
             _put(writer, plan.disk_name(index, name), tensor)

@@ -169,6 +169,14 @@ def test_what_is_done_together_comes_first(turned, monkeypatch):
     assert [found.owners[group] for group in found.order] == [[0, 1], [0]]
 
 
+def test_who_has_no_rows_owns_nothing(monkeypatch):
+    """40 rows are two grains, of 32 and 8, for three ranks."""
+    monkeypatch.setattr(portions, "features", lambda linear: (40, 64))
+    group = InputGroup(("mlp",), 64)
+    found = portions.Portions(SimpleNamespace(linear=str), [group], Ranks(0, 3))
+    assert found.owners == {group: [1, 2]}
+
+
 def test_micro_batches_are_those_of_one_process_unless_there_are_too_few():
     rows = [[1] * 64 for _ in range(16)]
     assert [len(b) for b in shared(rows, 128, 4)] == [2] * 8

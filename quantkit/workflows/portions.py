@@ -25,8 +25,8 @@ from quantkit.runtime.ranks import Ranks
 from quantkit.workflows.method import Originals, Solved
 
 _GRAIN = 32  # rows are divided in whole numbers of these
-# Columns wait for each other: on an H200 that takes as long as so many rows of a weight do (fitted
-# to linears of 4,864 and 19,456 inputs, all of their rows and half of them).
+# Columns wait for each other: on an H200 that takes about as long as so many rows of a weight do
+# (by traces of linears of 4,864 and 19,456 inputs, of all rows and of half: solver_gpu.md).
 _CHAIN = 7000
 
 Shares = list[Fraction]  # of some rows, one for each rank
@@ -51,7 +51,7 @@ class Portion:
 
 
 class Portions:
-    """Who solves which of ``groups``: ``owners`` are the ranks of each."""
+    """Who solves which of ``groups``: ``owners`` are the ranks that have rows of each."""
 
     def __init__(self, block: Block, groups: Iterable[InputGroup], ranks: Ranks) -> None:
         self._ranks = ranks
@@ -64,7 +64,12 @@ class Portions:
         shares = divided(rows, ranks.size, chain)
         self._bounds = {group: [Fraction(), *accumulate(shares[group])] for group in rows}
         self.owners = {
-            group: [rank for rank, share in enumerate(shares[group]) if share] for group in rows
+            group: [
+                rank
+                for rank in range(ranks.size)
+                if any(self._rows(group, name, rank) for name in group.names)
+            ]
+            for group in rows
         }
 
     @property

@@ -28,6 +28,7 @@ from quantkit.core.stats import InputStats
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import factor
 from quantkit.runtime import gather, states
+from quantkit.runtime import ranks as ranks_module
 from quantkit.runtime.block import InputGroup
 from quantkit.runtime.opened import open_checkpoint
 from quantkit.runtime.ranks import ALONE, Ranks, join
@@ -36,7 +37,7 @@ from quantkit.workflows import quantize as whole
 from quantkit.workflows.awq import quantize_awq
 from quantkit.workflows.calibrate import shared
 from quantkit.workflows.method import Originals, Solved
-from quantkit.workflows.portions import cost, divided, joined, share
+from quantkit.workflows.portions import CPU, GPU, cost, divided, joined, share
 from quantkit.workflows.quantize import quantize
 
 SMALL = {**QUICK, "group": 32, "dtype": "float32", "device": "cpu"}
@@ -96,12 +97,13 @@ def test_every_thing_is_in_one_part(size):
         assert [i for part in parts for i in part] == [*range(count)] and all(parts)
 
 
-def loads(rows, shares, ranks, chain):
+def loads(rows, shares, ranks, pace):
     """What each rank has to do, for what it has any rows of."""
-    return [
-        sum(cost(g, rows[g] * shares[g][rank], chain) for g in rows if shares[g][rank])
-        for rank in range(ranks)
-    ]
+
+    def load(group, part):
+        return cost(group, rows[group] * part, pace) + (pace.shared if part < 1 else 0)
+
+    return [sum(load(g, shares[g][rank]) for g in rows if shares[g][rank]) for rank in range(ranks)]
 
 
 def groups(**sizes):
@@ -115,17 +117,17 @@ WRITERS = {"attention": (4864, 4864), "mlp": (19456, 4864)}
 EXPERTS = {f"expert{i}": (64 + i % 2, 500 + i) for i in range(200)}
 
 
-@pytest.mark.parametrize("chain", [0, 7000])
+@pytest.mark.parametrize("pace", [CPU, GPU])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("sizes", [NEOX, GATED, WRITERS, NEOX | WRITERS, EXPERTS], ids=len)
-def test_rows_are_divided_so_that_all_ranks_end_together(sizes, ranks, chain):
+def test_rows_are_divided_so_that_all_ranks_end_together(sizes, ranks, pace):
     rows = groups(**sizes)
-    shares = divided(rows, ranks, chain)
+    shares = divided(rows, ranks, pace)
     assert all(sum(some) == 1 and min(some) >= 0 and len(some) == ranks for some in shares.values())
-    most = max(loads(rows, shares, ranks, chain))
+    most = max(loads(rows, shares, ranks, pace))
     alike = dict.fromkeys(rows, [Fraction(1, ranks)] * ranks)
-    assert most <= max(loads(rows, alike, ranks, chain))
-    by_one = sum(cost(group, count, chain) for group, count in rows.items())
+    assert most <= max(loads(rows, alike, ranks, pace))
+    by_one = sum(cost(group, count, pace) for group, count in rows.items())
     assert most >= by_one / ranks
     if sizes is EXPERTS:
         assert most < by_one / ranks * 1.02
@@ -134,15 +136,15 @@ def test_rows_are_divided_so_that_all_ranks_end_together(sizes, ranks, chain):
 
 def test_two_ranks_take_a_linear_each_where_columns_wait():
     """Half of the rows take a GPU much more than half of the time."""
-    assert [*divided(groups(**NEOX), 2, 7000).values()] == [[1, 0], [0, 1]]
-    small, large = divided(groups(**WRITERS), 2, 7000).values()
+    assert [*divided(groups(**NEOX), 2, GPU).values()] == [[1, 0], [0, 1]]
+    small, large = divided(groups(**WRITERS), 2, GPU).values()
     assert small == [1, 0] and 0 < large[0] < large[1]
 
 
 def test_a_group_that_is_alone_is_divided():
     rows = groups(mlp=(19456, 4864))
-    for chain in (0, 7000):
-        assert [*divided(rows, 4, chain).values()] == [[Fraction(1, 4)] * 4]
+    for pace in (CPU, GPU):
+        assert [*divided(rows, 4, pace).values()] == [[Fraction(1, 4)] * 4]
 
 
 @pytest.mark.parametrize("loaded", [[0, 0, 0], [5, 0, 1], [100, 3, 0], [4, 4, 90]])
@@ -242,6 +244,24 @@ def test_what_is_shared_is_the_same_everywhere(tmp_path):
         assert numbers == [0, 1, 2] and last.tolist() == [2, 2]
         assert late == results[0][3]
     assert results[0][4] < min(result[4] for result in results[1:])
+
+
+def test_messages_are_as_long_as_they_need_to_be(tmp_path):
+    """Also where what goes at once is just full, one byte too short, or far too short."""
+    full = ranks_module._SHORT - len(ranks_module._packed("b" * 1000, [])) + 1000
+    short, longer = ["a", "b" * full, "c"], ["a" * full, "b" * (full + 1), ""]
+    texts = [short, longer, ["", "a" * 10**6, "b" * 99]]
+
+    def work(rank):
+        ranks = join()
+        ranks.connect("cpu")
+        found = [ranks.everyone(some[rank]) for some in texts]
+        seconds = [ranks.share(some[1] if rank == 1 else None, 1) for some in texts]
+        ranks.leave()
+        return found, seconds
+
+    for found, seconds in together(3, work, tmp_path):
+        assert found == texts and seconds == [some[1] for some in texts]
 
 
 def test_statistics_are_added_where_they_are_wanted(tmp_path):
@@ -381,8 +401,8 @@ def test_three_processes_and_four_rows(tmp_path, alone):
 def test_groups_that_are_not_divided(tmp_path, alone, monkeypatch):
     """As on GPUs, where less is gained by it: each of the four goes to one process."""
 
-    def whole(rows, ranks, chain):
-        shares = divided(rows, ranks, 7000)
+    def whole(rows, ranks, pace):
+        shares = divided(rows, ranks, GPU)
         assert len(rows) == 4 and all(1 in some for some in shares.values())
         return shares
 

@@ -44,6 +44,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 _POLL_SECONDS = 0.05
 _TOLD = "told"
+_SHORT, _SAYS = 16 << 10, 8  # bytes of a message that is short, and of what says how long it is
 
 
 class Ranks:
@@ -134,21 +135,49 @@ class Ranks:
             return value  # type: ignore[return-value]
         tensors: list[Tensor] = []
         with self._together():
-            if self.rank == owner:
-                message = _packed(value, tensors)
-                self._broadcast(torch.tensor([len(message)]), owner)
-                self._broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), owner)
-            else:
-                length = int(self._broadcast(torch.zeros(1, dtype=torch.int64), owner))
-                buffer = self._broadcast(torch.empty(length, dtype=torch.uint8), owner)
-                value = _unpacked(buffer.numpy().tobytes(), self._device, tensors)
-            for tensor in tensors:
-                self._broadcast(tensor, owner)
-        return value  # type: ignore[return-value]
+            mine = self.rank == owner
+            message = self._messages(_packed(value, tensors) if mine else b"")[owner]
+            return self._received(message, owner, value, tensors)  # type: ignore[no-any-return]
 
     def everyone(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
-        return [self.share(value if rank == self.rank else None, rank) for rank in range(self.size)]
+        """The values of all ranks, in their order; tensors as in :meth:`share`."""
+        if self.size == 1:
+            return [value]
+        tensors: list[Tensor] = []
+        with self._together():
+            messages = self._messages(_packed(value, tensors))
+            return [
+                self._received(message, rank, value, tensors)
+                for rank, message in enumerate(messages)
+            ]
+
+    def _received(self, message: bytes, owner: int, own: Any, tensors: list[Tensor]) -> Any:
+        """What the ``owner`` says in a message, with the tensors that belong to it, which are sent
+        now. ``own``, ``tensors``: this rank's, if it is the owner."""
+        if self.rank != owner:
+            tensors = []
+            own = _unpacked(message, self._device, tensors)
+        for tensor in tensors:
+            self._broadcast(tensor, owner)
+        return own
+
+    def _messages(self, own: bytes) -> list[bytes]:
+        """Those of all ranks: in one exchange, if all of them are short."""
+        firsts = self._gathered(len(own).to_bytes(_SAYS, "little") + own[:_SHORT], _SAYS + _SHORT)
+        lengths = [int.from_bytes(first[:_SAYS], "little") for first in firsts]
+        rests = self._gathered(own[_SHORT:], max(0, max(lengths) - _SHORT))
+        return [
+            (first[_SAYS:] + rest)[:length] for first, rest, length in zip(firsts, rests, lengths)
+        ]
+
+    def _gathered(self, own: bytes, room: int) -> list[bytes]:
+        """So many bytes of every rank, which are what it gives and zeros."""
+        if not room:
+            return [b""] * self.size
+        buffer = torch.frombuffer(bytearray(own.ljust(room, b"\0")), dtype=torch.uint8)
+        found = [torch.empty_like(buffer) for _ in range(self.size)]
+        dist.all_gather(found, buffer)
+        return [each.numpy().tobytes() for each in found]
 
     def _broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """``tensor`` becomes the owner's, in place, as bytes; others' are contiguous."""

@@ -25,9 +25,32 @@ from quantkit.runtime.ranks import Ranks
 from quantkit.workflows.method import Originals, Solved
 
 _GRAIN = 32  # rows are divided in whole numbers of these
-# Columns wait for each other: on an H200 that takes about as long as so many rows of a weight do
-# (by traces of linears of 4,864 and 19,456 inputs, of all rows and of half: solver_gpu.md).
-_CHAIN = 7000
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What solving takes on a kind of device, set against what a column of one row takes: a column
+    costs ``alone`` times as much as there are inputs, however few rows there are (what moves,
+    factors and refines by a Hessian, and what waits for the column before); and from ``span``
+    inputs on a row costs twice as much, since others of its columns have more to do with it. To
+    have ``shared`` linears with others costs so much, whatever they are: ranks wait for each
+    other."""
+
+    alone: Fraction
+    span: int | None = None
+    shared: int = 0
+
+    def whole(self, width: int) -> Fraction:
+        """However few rows there are."""
+        return width * width * self.alone
+
+    def row(self, width: int) -> Fraction:
+        return width * (1 + Fraction(width, self.span) if self.span else Fraction(1))
+
+
+# Multiplications and additions on a CPU. On an H200 by traces of linears of 4,864 and 19,456
+# inputs, of all rows and of some (solver_gpu.md).
+CPU, GPU = Pace(Fraction(1, 3)), Pace(Fraction(3, 5), 20_000, 10_000_000)
 
 Shares = list[Fraction]  # of some rows, one for each rank
 
@@ -60,8 +83,7 @@ class Portions:
             for group in groups
         }
         rows = {group: sum(outs.values()) for group, outs in self._outs.items()}
-        chain = _CHAIN if ranks.device.type == "cuda" else 0
-        shares = divided(rows, ranks.size, chain)
+        shares = divided(rows, ranks.size, GPU if ranks.device.type == "cuda" else CPU)
         self._bounds = {group: [Fraction(), *accumulate(shares[group])] for group in rows}
         self.owners = {
             group: [
@@ -111,50 +133,45 @@ class Portions:
         return {name: joined(some) for name, some in parts.items()}
 
 
-def divided(rows: Mapping[InputGroup, int], ranks: int, chain: int) -> dict[InputGroup, Shares]:
+def divided(rows: Mapping[InputGroup, int], ranks: int, pace: Pace) -> dict[InputGroup, Shares]:
     """What each of so many ranks takes of the ``rows`` of every group, so that the last one is done
-    soonest: which of the cheapest go whole to one rank is tried out. ``chain``: see cost."""
-    whole = {group: cost(group, count, chain) for group, count in rows.items()}
-    plans = [
-        _planned(rows, whole, ranks, most) for most in [Fraction(), *sorted(set(whole.values()))]
-    ]
+    soonest: which of the cheapest go whole to one rank is tried out."""
+    costs = {cost(group, count, pace) for group, count in rows.items()}
+    plans = [_planned(rows, ranks, pace, most) for most in [Fraction(), *sorted(costs)]]
     return min(plans, key=lambda plan: plan[0])[1]
 
 
-def cost(group: InputGroup, rows: int, chain: int) -> Fraction:
-    """Of solving so many rows, in multiplications and additions: each row's, the factor's, and what
-    a column costs that waits for the one before, as much as ``chain`` rows would."""
-    return group.width * (chain + Fraction(group.width, 3) + rows)
+def cost(group: InputGroup, rows: int | Fraction, pace: Pace) -> Fraction:
+    """Of solving so many rows of it, by itself."""
+    return pace.whole(group.width) + rows * pace.row(group.width)
 
 
 def _planned(
-    rows: Mapping[InputGroup, int],
-    whole: Mapping[InputGroup, Fraction],
-    ranks: int,
-    most: Fraction,
+    rows: Mapping[InputGroup, int], ranks: int, pace: Pace, most: Fraction
 ) -> tuple[Fraction, dict[InputGroup, Shares]]:
-    """Shares where groups that cost ``most`` or less are not divided (``whole``: what each costs);
-    and how much the rank with most to do has to do."""
+    """Shares where groups that cost ``most`` or less are not divided; and how much the rank with
+    most to do has to do."""
+    costs = {group: cost(group, count, pace) for group, count in rows.items()}
     loads, shares = [Fraction()] * ranks, {}
-    for group in sorted(whole, key=lambda group: -whole[group]):
-        if whole[group] <= most:
+    for group in sorted(costs, key=lambda group: -costs[group]):
+        if costs[group] <= most:
             taker = loads.index(min(loads))
-            loads[taker] += whole[group]
+            loads[taker] += costs[group]
             shares[group] = [Fraction(rank == taker) for rank in range(ranks)]
     rest = [group for group in rows if group not in shares]
-    work = sum(group.width * rows[group] for group in rest)
-    alike = sum(whole[group] for group in rest) - work
+    alike = sum(pace.whole(group.width) + pace.shared for group in rest)
+    work = sum(rows[group] * pace.row(group.width) for group in rest)
     levelled = _levelled(loads, work) if work else []
     busy = [load + alike + some * work for load, some in zip(loads, levelled) if some]
     return max(loads + busy), shares | dict.fromkeys(rest, levelled)
 
 
-def _levelled(loads: Sequence[Fraction], work: int) -> Shares:
+def _levelled(loads: Sequence[Fraction], work: Fraction) -> Shares:
     """Shares of some ``work`` after which those who have any of it have as much to do as each
     other, and nobody else has less."""
     lowest = sorted(loads)
     for count in reversed(range(1, len(loads) + 1)):
-        level = (sum(lowest[:count]) + work) / Fraction(count)
+        level = (sum(lowest[:count]) + work) / count
         if level > lowest[count - 1]:
             break
     return [max(Fraction(), level - load) / work for load in loads]

@@ -169,14 +169,24 @@ class Skeleton:
         staged = self.staged.get(name)
         return self.checkpoint.get(name) if staged is None else staged
 
-    def _sent(self, name: str) -> Tensor:
-        """The tensor as :func:`load` is given it: if it is one of the model, on a GPU already and
-        in its dtype there, so that neither the CPU casts it nor the GPU holds it twice."""
-        tensor, live = self.read(name), self.live_names[name]
-        if self.device.type != "cuda" or self.disk_names.get(live) != name:
-            return tensor
-        sent = pinned.carried(tensor, self.device)
-        return sent.to(self._expected[live].dtype) if live in self._expected else sent
+    def _place(self, name: str) -> bool:
+        """Put a tensor into the model that is one of its parameters, if only under another name;
+        whether it is."""
+        live = self.live_names[name]
+        parent, _, leaf = live.rpartition(".")
+        try:
+            module = self.model.get_submodule(parent)
+        except AttributeError:
+            return False
+        place = module._parameters.get(leaf)
+        if place is None or self.disk_names.get(live) != name:
+            return False
+        tensor = self.read(name)
+        if tensor.shape != place.shape:
+            raise _misfit(name, tensor.shape, place.shape)
+        tensor = pinned.carried(tensor, self.device).to(place.dtype)  # a GPU casts it by itself
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        return True
 
     def names_below(self, prefix: str) -> list[str]:
         """Names on disk of what belongs to the module ``prefix``."""
@@ -192,13 +202,8 @@ class Skeleton:
             for disk, live in self.live_names.items()
             if under(live, wanted) or live in tied.values()
         ]
-        load(
-            self.model,
-            {n: self._sent(n) for n in names},
-            self.device,
-            self.dtype,
-            self._conversions,
-        )
+        if rest := {name: self.read(name) for name in names if not self._place(name)}:
+            load(self.model, rest, self.device, self.dtype, self._conversions)
         for place, source in tied.items():
             parent, _, leaf = place.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, self.model.get_parameter(source))

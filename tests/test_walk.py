@@ -700,7 +700,9 @@ def solve(
         if names is None:
             names = [n for n, module in block.module.named_modules() if is_linear(module)]
         originals = Originals(dict.fromkeys(names, scheme), weights, biases, _no_other)
-        solved = solve_block(block, originals, full, quantized, settings).linears
+        solved = solve_block(
+            block, settings.look(block, full[0]), originals, full, quantized, settings
+        ).linears
         assert all(torch.equal(a, b) for a, b in zip(full, wanted, strict=True))
         after = [block.forward(x) for x in start]
         if quantized is not None:
@@ -768,7 +770,9 @@ def test_linears_that_no_token_reaches_are_rounded(
         originals = Originals(
             {"spare": SCHEME}, lambda _: original, lambda _: spare.bias, _no_other
         )
-        solved = solve_block(block, originals, first, second, settings).linears
+        solved = solve_block(
+            block, settings.look(block, first[0]), originals, first, second, settings
+        ).linears
         assert set(solved) == {"spare"}
         assert solved["spare"].method == "rtn"
         assert torch.equal(spare.weight, solved["spare"].qweight.dequantize())

@@ -166,7 +166,8 @@ class Block:
         leaving = {replace(g, exit=ways.get(g.names[0])): x for g, x in given.items()}
         with self.shortened(leaving):
             off = (self.forward(piece) != output).float().mean()
-        effects = [self._effects(group, piece, output, given) for group in given]
+        noise = _noise_like(output)
+        effects = [self._effects(group, piece, output, noise, given) for group in given]
         # a GPU is waited for once
         numbers = pinned.numbers(torch.stack([torch.cat([off[None], each]) for each in effects]))
         closing = {group for group, (_, distance, *_) in zip(given, numbers) if distance < 0.05}
@@ -190,15 +191,15 @@ class Block:
         ]
 
     def _effects(
-        self, group: InputGroup, piece: Tensor, output: Tensor, given: dict[InputGroup, Tensor]
+        self,
+        group: InputGroup,
+        piece: Tensor,
+        output: Tensor,
+        noise: Tensor,
+        given: dict[InputGroup, Tensor],
     ) -> Tensor:
         """How far noise that is added to a writer's output comes out of the block changed; and the
         share that it changes of each writer's input, which was what is ``given``."""
-        # a power of two near the output's size, so that bf16 sums stay comparable
-        size = output.float().pow(2).mean().sqrt()
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(output.shape, generator=generator).to(output.device) * size
-        noise = noise.to(output.dtype)
         changed = {}
 
         def compare(other: InputGroup, x: Tensor) -> None:
@@ -214,6 +215,14 @@ class Block:
             handle.remove()
         distance: Tensor = (change - noise.float()).norm() / noise.float().norm()
         return torch.stack([distance, *[changed[other] for other in given]])
+
+
+def _noise_like(output: Tensor) -> Tensor:
+    """The same for every output of one size, and as large as that, so that bf16 sums stay
+    comparable."""
+    size = output.float().pow(2).mean().sqrt()
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return (noise.to(output.device) * size).to(output.dtype)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -96,8 +96,8 @@ class Behind:
     def _on_stream(
         self, ready: torch.cuda.Event, work: Callable[..., None], args: tuple[object, ...]
     ) -> None:
+        ready.synchronize()  # and not in the stream: copies that wait hold up others (pinned.py)
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
             try:
                 work(*args)
             finally:

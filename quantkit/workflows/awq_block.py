@@ -30,6 +30,7 @@ from quantkit.workflows.method import Originals, Outcome, Solved
 from quantkit.workflows.portions import Portion, Portions
 
 Refine = Literal["gptq", "none"]
+Seen = tuple[list[InputGroup], list[folding.Fold]]  # linears, and where their inputs can be scaled
 _SAMPLES = 2  # micro-batches that decide whether a pair is scaled
 
 
@@ -66,18 +67,22 @@ class Awq:
     def resolved(self) -> dict[str, Any]:
         return {**self.gptq.resolved(), "rounds": self.gptq.options.rounds, "refine": self.refine}
 
+    def look(self, block: Block, sample: Tensor) -> Seen:
+        groups = block.trace(sample)
+        return groups, folding.find(block, groups, sample)
+
     def solve(
         self,
         block: Block,
+        seen: Seen,
         originals: Originals,
         full: States,
         quantized: States | None,
         ranks: Ranks = ALONE,
         keep: bool = False,
     ) -> Outcome:
-        groups, folds = ranks.share(_found(block, full[0]) if ranks.first else None)
-        folds = scaling.usable(folds, block, originals.schemes)
-        groups = [g for group in groups if (g := group.only(originals.schemes))]
+        folds = scaling.usable(seen[1], block, originals.schemes)
+        groups = [g for group in seen[0] if (g := group.only(originals.schemes))]
         sample = _sampled(full, ranks)
         wanted = [block.forward(x) for x in sample]
 
@@ -95,11 +100,11 @@ class Awq:
         groups = [group for group in groups if group in stats or group not in observed]
         linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
         # everywhere: scales are chosen before it is known who solves what
-        ranks.merge((seen, range(ranks.size)) for seen in stats.values())
+        ranks.merge((found, range(ranks.size)) for found in stats.values())
         moments = {}
         while stats:
-            group, seen = stats.popitem()
-            moments[group] = seen.moments(centred=corrects(group, originals, self.gptq))
+            group, sums = stats.popitem()
+            moments[group] = sums.moments(centred=corrects(group, originals, self.gptq))
 
         chosen, notes = self._scale(block, folds, originals, moments, sample, wanted, ranks)
         chosen.put(block, originals)
@@ -220,12 +225,6 @@ class Awq:
             return self._trial(originals.schemes[name])(weight, curved)
 
         return scaling.improves(block, part, fold.consumers, originals, rounding, sample, wanted)
-
-
-def _found(block: Block, sample: Tensor) -> tuple[list[InputGroup], list[folding.Fold]]:
-    """The block's groups of linears, and where their inputs can be scaled."""
-    groups = block.trace(sample)
-    return groups, folding.find(block, groups, sample)
 
 
 def _sampled(hidden: States, ranks: Ranks) -> list[Tensor]:

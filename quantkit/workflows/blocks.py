@@ -5,9 +5,10 @@ and left behind. On a GPU the next one is read, and the last one written, while 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -77,6 +78,7 @@ class Blocks:
         self._walk = Walk(plan.skeleton)
         self._parts = len(self._walk) + (plan.layout.head is not None)
         self._states = states
+        self._ending: Callable[[], None] | None = None  # of a block, which is not told of yet
 
     def run(self) -> None:
         """Raises what solving a block raises; what is finished by then stays so."""
@@ -89,8 +91,10 @@ class Blocks:
             self._embed()
             self._tell_finished()
             self._progress.begin("quantizing", self._parts)
+            self._since = time.perf_counter()
             for index in range(len(self._walk)):
                 self._block(index, ahead)
+            self._end()
             if self._plan.layout.head:
                 self._head(self._plan.layout.head)
             self._progress.end()
@@ -141,7 +145,7 @@ class Blocks:
             self._quantized = self._full.copy() if plan.method.aligned else None
 
     def _block(self, index: int, ahead: Staging | None) -> None:
-        started, report = time.perf_counter(), self._report
+        report = self._report
         part, last = self._walk.block_name(index), index + 1 == len(self._walk)
         if ahead:
             with report.timing("read"):
@@ -152,34 +156,51 @@ class Blocks:
             with report.timing("check"):
                 self._ride.before(block)
             done = self._finished.get(part)
+            seen = self._look(block) if done is None else None
+            self._end()
             kept: gather.Kept = {}
             if done is not None:
-                self._replay(index, block, done)
+                self._replay(index, block, part, done)
             else:
-                done, kept = self._solve(index, block, part)
+                kept = self._solve(index, block, seen, part)
             if self._quantized is not None and not last:
                 with report.timing("propagate"):
                     gather.advance(block, self._quantized, kept)
             with report.timing("check"):
                 self._ride.after(block)
         self._plan.checkpoint.release()
-        self._told(index + 1, part, self._plan.layout.jobs[index], done, started)
+        if not self._plan.cuda:
+            self._end()
 
-    def _replay(self, index: int, block: Block, done: dict[str, Any]) -> None:
+    def _end(self) -> None:
+        """Write and tell of the last block that was run. A GPU has to be waited for to do so: that
+        is put off until what begins the next block has had to wait for it."""
+        ending, self._ending = self._ending, None
+        if ending:
+            ending()
+
+    def _replay(self, index: int, block: Block, part: str, done: dict[str, Any]) -> None:
         """A block that is solved already."""
         with self._report.timing("replay"):
             gather.advance(block, self._full)
             others = done["others"]
             stored.put_finished(self._plan, index, block, self._writer, others, self._ranks)
+        self._ending = partial(self._told, index + 1, part, self._plan.layout.jobs[index], done)
 
-    def _solve(self, index: int, block: Block, part: str) -> tuple[dict[str, Any], gather.Kept]:
-        """A block by the method: what the ledger is to say of it, and inputs that are kept."""
+    def _look(self, block: Block) -> Any:
+        """What the method has to know of the block, on all ranks."""
+        ranks, method = self._ranks, self._plan.method
+        with self._report.timing("solve"), profile.phase("trace"):
+            return ranks.share(method.look(block, self._full[0]) if ranks.first else None)
+
+    def _solve(self, index: int, block: Block, seen: Any, part: str) -> gather.Kept:
+        """A block by the method: inputs that are kept."""
         plan = self._plan
         with self._report.timing("solve"):
             found = originals(plan, index, block)
             keep = plan.way.keeps and index + 1 < len(self._walk)
             outcome = plan.method.solve(
-                block, found, self._full, self._quantized, self._ranks, keep
+                block, seen, found, self._full, self._quantized, self._ranks, keep
             )
             linears: Iterable[stored.Packed] = stored.packed(plan, index, outcome)
             if plan.threaded and self._files:
@@ -188,10 +209,18 @@ class Blocks:
         if measured := profile.running():
             tokens = sum(batch.numel() for batch in self._rows)
             measured.add(durations.least(plan.shapes.blocks[index], tokens))
-        done = _described(plan.layout.jobs[index], outcome) | {"tokens": plan.way.tokens}
+        self._ending = partial(self._finish, index, part, outcome, linears)
+        return outcome.kept
+
+    def _finish(
+        self, index: int, part: str, outcome: Outcome, linears: Iterable[stored.Packed]
+    ) -> None:
+        """Begin to write a block that was solved, and tell of it."""
+        jobs = self._plan.layout.jobs[index]
+        done = _described(jobs, outcome) | {"tokens": self._plan.way.tokens}
         with self._report.timing("write"):
             self._behind(self._keep, index, outcome, linears, part, done)
-        return done, outcome.kept
+        self._told(index + 1, part, jobs, done)
 
     def _keep(
         self,
@@ -212,11 +241,10 @@ class Blocks:
         """The last part: behind all blocks is what the original model gives its final norm."""
         with self._report.timing("write"):  # the files are used here now
             self._behind.finish()
-        started = time.perf_counter()
         done = self._finished.get(job.name)
         if done is None:
             done = self._solve_head(job)
-        self._told(self._parts, job.name, [job], done, started)
+        self._told(self._parts, job.name, [job], done)
 
     def _solve_head(self, job: Job) -> dict[str, Any]:
         plan, files = self._plan, self._files
@@ -242,16 +270,16 @@ class Blocks:
             head = heading.written(self._plan, job, self._writer, self._ranks) if job else None
             self._report.measured = self._ride.finish(self._walk, head)
 
-    def _told(
-        self, count: int, part: str, jobs: list[Job], done: dict[str, Any], started: float
-    ) -> None:
+    def _told(self, count: int, part: str, jobs: list[Job], done: dict[str, Any]) -> None:
         """Take a finished part into the report, and to whoever watches."""
         layers = done["layers"]
         self._report.layers |= layers
         self._count_fallbacks(jobs, layers)
         errors = [layers[job.disk]["error"] for job in jobs]
         loss = sum(errors) / len(errors) if errors else None
-        self._progress.step(Step(count, self._parts, part, loss, time.perf_counter() - started))
+        now = time.perf_counter()
+        self._progress.step(Step(count, self._parts, part, loss, now - self._since))
+        self._since = now
 
     def _count_fallbacks(self, jobs: list[Job], layers: dict[str, dict[str, Any]]) -> None:
         found = []
@@ -306,7 +334,7 @@ def originals(plan: Plan, index: int, block: Block) -> Originals:
 
 
 def _described(jobs: list[Job], outcome: Outcome) -> dict[str, Any]:
-    """A finished block in the ledger. Here, and once, it is waited for what a GPU has computed."""
+    """A finished block in the ledger. Here it is waited for what a GPU has computed."""
     results = [outcome.linears[job.inner] for job in jobs]
     lost = [solved.error for solved in results]
     errors = pinned.numbers(torch.stack(lost)) if lost else []

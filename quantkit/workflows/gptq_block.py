@@ -91,20 +91,25 @@ class Gptq:
     ) -> gptq.Solution:
         return gptq.solve(weight, hessian, scheme, self.options, lost, team)
 
+    def look(self, block: Block, sample: Tensor) -> list[InputGroup]:
+        return block.trace(sample)
+
     def solve(
         self,
         block: Block,
+        seen: list[InputGroup],
         originals: Originals,
         full: States,
         quantized: States | None,
         ranks: Ranks = ALONE,
         keep: bool = False,
     ) -> Outcome:
-        return solve_block(block, originals, full, quantized, self, ranks, keep)
+        return solve_block(block, seen, originals, full, quantized, self, ranks, keep)
 
 
 def solve_block(
     block: Block,
+    traced: list[InputGroup],
     originals: Originals,
     full: States,
     quantized: States | None,
@@ -112,12 +117,10 @@ def solve_block(
     ranks: Ranks = ALONE,
     keep: bool = False,
 ) -> Outcome:
-    """Quantize linears of the block. ``full`` advances to the original
+    """Quantize linears of the block, ``traced`` by it. ``full`` advances to the original
     block's outputs; ``quantized``, None when there is no alignment, stays where it is. The block is
     left quantized.
     """
-    with phase("trace"):
-        traced = ranks.share(block.trace(full[0]) if ranks.first else None)
     groups = [g for group in traced if (g := group.only(originals.schemes))]
     zero_min = settings.options.zero_min
     widest = max((group.width for group in groups), default=1)

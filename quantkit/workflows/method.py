@@ -95,20 +95,26 @@ class Method(Protocol):
     def resolved(self) -> dict[str, Any]:
         """Its settings for reports; with the schemes they decide every byte of the result."""
 
+    def look(self, block: Block, sample: Tensor) -> Any:
+        """What there is to know of the block before it is solved; ``sample`` is any hidden state.
+        One of the ranks looks, for all."""
+
     def solve(
         self,
         block: Block,
+        seen: Any,
         originals: Originals,
         full: States,
         quantized: States | None,
         ranks: Ranks = ALONE,
         keep: bool = False,
     ) -> Outcome:
-        """Quantize the block. ``full``, the hidden states of the original model, advance to the
-        original block's outputs; ``quantized``, those of the quantized model, None when not
-        ``aligned``, stay. The block is left as its file will have it (:func:`put`). All ``ranks``
-        do this together, each with hidden states of its own, and have the same outcome. ``keep``:
-        there is room for inputs of the quantized model's linears."""
+        """Quantize the block, of which ``seen`` is what :meth:`look` found. ``full``, the hidden
+        states of the original model, advance to the original block's outputs; ``quantized``, those
+        of the quantized model, None when not ``aligned``, stay. The block is left as its file will
+        have it (:func:`put`). All ``ranks`` do this together, each with hidden states of its own,
+        and have the same outcome. ``keep``: there is room for inputs of the quantized model's
+        linears."""
 
 
 def put(block: Block, name: str, qweight: QWeight, bias: Tensor | None) -> None:

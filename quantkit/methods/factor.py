@@ -26,6 +26,7 @@ _BLOCK = 512  # columns that are factored at a time on a CPU
 # A GPU takes as long for a small block as for one of thousands of columns: Hessians up to this
 # width are factored at once, larger ones in blocks of so many.
 _WHOLE, _GPU_BLOCK = 8192, 1024
+_SMALL = 128  # width of triangles that are inverted as they are
 _STRIP = 1024  # rows or columns that are moved at a time
 
 
@@ -128,7 +129,7 @@ def _factor(matrix: Tensor, diagonal: Tensor, team: Team) -> Tensor | None:
         square = block.tril(-1)
         square += square.T.clone()
         square.diagonal().copy_(diagonal[own])
-        square.addmm_(matrix[own, behind], weighed.T, alpha=-1)
+        products.subtract(square, matrix[own, behind], weighed.T)
         lower, failed = torch.linalg.cholesky_ex(square.flip(0, 1))
         upper = lower.flip(0, 1)
         root = upper.diagonal().clone()
@@ -150,37 +151,67 @@ def _factor(matrix: Tensor, diagonal: Tensor, team: Team) -> Tensor | None:
 def solved(unit: Tensor, energy: Tensor, right: Tensor) -> Tensor:
     """Z [in, n] with U diag(D) U^T Z = ``right``, while the Hessian is :func:`factored`.
 
-    On a GPU in blocks of rows, so that nearly all of it is products: a triangular solve in float32
-    runs at a sixteenth of their speed. They keep 17 bits (products.py). Measured on corrections of
-    targets (align.py), against float64: 5e-6 of them changes on the demo model, 4e-4 under the
-    worst Hessian that was made up, and 1e-9 of what they gain is lost.
+    On a GPU in blocks of rows, and those by the inverses of what is on the diagonal, so that nearly
+    all of it is products: a triangular solve in float32 runs at a sixteenth of their speed. They
+    keep 17 bits (products.py). Measured on corrections of targets (align.py), against float64: 5e-6
+    of them changes on the demo model, 4e-4 under the worst Hessian that was made up, and 1e-9 of
+    what they gain is lost.
     """
     if not products.splits(right):
         step = torch.linalg.solve_triangular(unit, right, upper=True, unitriangular=True)
         step.div_(energy[:, None])
         whole: Tensor = torch.linalg.solve_triangular(unit.T, step, upper=False, unitriangular=True)
         return whole
-    blocks = [slice(start, start + _GPU_BLOCK) for start in range(0, len(unit), _GPU_BLOCK)]
+    starts = range(0, len(unit), _GPU_BLOCK)
+    blocks = [slice(start, min(start + _GPU_BLOCK, len(unit))) for start in starts]
+    inverses = _inverses(unit, blocks)
     found = products.Factor(right.clone(memory_format=torch.contiguous_format))
-    for own in reversed(blocks):
-        _substitute(unit, found, own, slice(own.stop, None), upper=True)
+    for own, inverse in zip(reversed(blocks), reversed(inverses)):
+        _substitute(unit, found, own, slice(own.stop, None), inverse)
     found = products.Factor(found.matrix.div_(energy[:, None]))
-    for own in blocks:
-        _substitute(unit.T, found, own, slice(own.start), upper=False)
+    for own, inverse in zip(blocks, inverses):
+        _substitute(unit.T, found, own, slice(own.start), inverse.T)
     return found.matrix
 
 
 def _substitute(
-    triangle: Tensor, found: products.Factor, own: slice, done: slice, upper: bool
+    triangle: Tensor, found: products.Factor, own: slice, done: slice, inverse: Tensor
 ) -> None:
     """Solve for the rows ``own``, where the rows ``done`` are solved for already."""
     rest = found.matrix[own]
     if len(found.matrix[done]):
         rest = rest - products.times(triangle[own, done], found.of_rows(done))
-    result = torch.linalg.solve_triangular(
-        triangle[own, own], rest, upper=upper, unitriangular=True
-    )
-    found.put(own, result)
+    found.put(own, products.times(inverse, products.Factor(rest)))
+
+
+def _inverses(unit: Tensor, blocks: list[slice]) -> list[Tensor]:
+    """Those of the blocks on a unit triangle's diagonal, all at once."""
+    size = blocks[0].stop
+    parts = unit.new_zeros(len(blocks), size, size)
+    parts.diagonal(dim1=1, dim2=2).fill_(1)  # and so it stays behind the last block's end
+    for part, own in zip(parts, blocks):
+        width = own.stop - own.start
+        part[:width, :width] += unit[own, own].triu(1)
+    return [
+        found[: own.stop - own.start, : own.stop - own.start]
+        for found, own in zip(_inverted(parts), blocks)
+    ]
+
+
+def _inverted(upper: Tensor) -> Tensor:
+    """The inverses of unit triangles [n, size, size]: of halves, from those of their halves."""
+    size = upper.shape[1]
+    if size <= _SMALL or size % 2:
+        one = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        found: Tensor = torch.linalg.solve_triangular(upper, one, upper=True, unitriangular=True)
+        return found
+    half = size // 2
+    corner = upper[:, :half, half:]
+    first, last = _inverted(torch.cat([upper[:, :half, :half], upper[:, half:, half:]])).chunk(2)
+    found = upper.clone()
+    found[:, :half, :half], found[:, half:, half:] = first, last
+    found[:, :half, half:] = -(first @ corner @ last)
+    return found
 
 
 def permute(matrix: Tensor, order: Tensor) -> None:

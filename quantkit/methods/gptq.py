@@ -131,7 +131,7 @@ def solve(
 def relative_error(target: Tensor, rounded: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """E|x (T - Q)|^2 / E|x T|^2 for inputs x with E[x x^T] = ``hessian``, and what it is relative
     to: one number each, where the Hessian is."""
-    energy = products.energy(hessian, target)
+    energy = products.energy(hessian, target, coarse=True)
     return share(products.energy(hessian, target - rounded), energy), energy
 
 

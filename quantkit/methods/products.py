@@ -11,7 +11,8 @@ On a CPU, and on GPUs before Ampere, both are float32 products.
 
 What is only told (:func:`energy`) takes less: r H r^T is r (H1 + H2) r1^T, r rounded on one side.
 Those rounding errors have nothing to do with r and come with either sign, so that little is left of
-their sum: 2e-4 of the energy at most, over all linears of the demo model (without H2: 1e-3).
+their sum: 2e-4 of the energy at most, over all linears of the demo model; without H2, which is
+enough of what something else is only set against, 1e-3.
 """
 
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def _tf32() -> Iterator[None]:
 def subtract(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """``sums`` -= a b with 21 bits of each factor, on a GPU in three products of 11: what a factor
     of a Hessian takes, whose smallest numbers are a hundredth of its mean."""
+    if not b.numel():
+        return
     if not splits(sums):
         sums.addmm_(a, b, alpha=-1)
         return
@@ -114,25 +117,29 @@ def times_whole(a: Tensor, whole: Tensor) -> Tensor:
     return _add(_mm(high, exact), low, exact)
 
 
-def energy(hessian: Tensor, rows: Tensor) -> Tensor:
-    """The sum of r H r^T over the rows r of a matrix [out, in]: one float64, where the matrix is. H
-    is symmetric: of its rows only what is on or behind the diagonal is multiplied, some rows at a
-    time, and what is behind counts twice."""
+def energy(hessian: Tensor, rows: Tensor, coarse: bool = False) -> Tensor:
+    """The sum of r H r^T over the rows r of a matrix [out, in]: one float64, where the matrix is.
+    ``coarse``: where products are of two parts, without the second one. H is symmetric: of its rows
+    only what is on or behind the diagonal is multiplied, some rows at a time, and what is behind
+    counts twice."""
     rounded = rows.bfloat16() if splits(rows) else rows
     sums = []
     for start in range(0, len(hessian), _STRIP):
         own, behind = slice(start, start + _STRIP), slice(start + _STRIP, None)
-        pulls = _times_transposed(rounded[:, own], hessian[own, own])
+        pulls = _times_transposed(rounded[:, own], hessian[own, own], coarse)
         if start + _STRIP < len(hessian):
-            pulls.add_(_times_transposed(rounded[:, behind], hessian[own, behind]), alpha=2)
+            rest = _times_transposed(rounded[:, behind], hessian[own, behind], coarse)
+            pulls.add_(rest, alpha=2)
         sums.append(pulls.mul_(rows[:, own]).sum().double())
     return torch.stack(sums).sum()
 
 
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
+def _times_transposed(a: Tensor, b: Tensor, coarse: bool) -> Tensor:
     """``a @ b.T``, in both parts of ``b`` where ``a`` is rounded already."""
     if a.dtype == b.dtype:
         return a @ b.T
+    if coarse:
+        return _mm(a, b.bfloat16().T)
     high, low = split(b)
     return _add(_mm(a, high.T), a, low.T)
 

@@ -102,9 +102,10 @@ class InputStats:
         what is added is small and no digits are lost."""
         if self._shift is not None:
             by = self._shift.float() - shift
-            self._upper.addr_(self._total, by).addr_(by, self._total)
-            self._upper.addr_(by, by, alpha=self.count)
-            self._total.add_(by, alpha=self.count)
+            moved = self._total.add(by, alpha=self.count)
+            # in one product: of a wide input this is all about reading and writing the sums
+            self._upper.addmm_(torch.stack([self._total, by], 1), torch.stack([by, moved]))
+            self._total.copy_(moved)
             if self._cross is not None and self._drift is not None:
                 self._cross.addr_(self._drift, by)
         self._shift = shift

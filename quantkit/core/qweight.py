@@ -221,7 +221,7 @@ class QWeight:
         if self.scheme != other.scheme or self.scale.dtype != other.scale.dtype:
             return False
         pairs = [
-            (self.codes, other.codes),
+            (_wide(self.codes), _wide(other.codes)),
             (self.scale, other.scale),
             (self.zero, other.zero),
             (self.minimum, other.minimum),
@@ -230,6 +230,13 @@ class QWeight:
         return all(
             a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
         )
+
+
+def _wide(codes: Tensor) -> Tensor:
+    """The same bytes as larger numbers, if there are such: a CPU compares those eight times as
+    fast."""
+    fits = codes.is_contiguous() and codes.shape[1] % 8 == 0
+    return codes.view(torch.int64) if fits else codes
 
 
 def stacked(parts: Iterable[QWeight], rows: int) -> QWeight:

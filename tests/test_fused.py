@@ -4,6 +4,7 @@ They run under Triton's interpreter (conftest.py); on a GPU when QUANTKIT_TEST_G
 """
 
 import os
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -312,3 +313,76 @@ def test_parts_lie_as_the_matrix_does(turned):
     assert high.stride() == low.stride() == x.stride()
     assert torch.equal(high, x.bfloat16())
     assert torch.equal(low, (x - x.bfloat16()).bfloat16())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_slow_to_compile_is_compiled_ahead(symmetric, monkeypatch):
+    from quantkit.core import launch
+    from quantkit.core.qweight import Scheme
+    from quantkit.methods import fused
+
+    seen, device = [], torch.device(DEVICE)
+
+    def see(kernel, *args, **options):
+        assert launch._threads.only_compiles
+        seen.append(kernel.fn.__name__)
+        launch.launch(kernel, *args, **options)
+
+    monkeypatch.setattr(fused, "launch", see)
+    for refines, names in (
+        (False, ["round_block"]),
+        (True, ["round_block", "polish_block", "equations"]),
+    ):
+        for call in fused.slow_to_compile(Scheme(4, 32, symmetric), refines, device):
+            call()
+        assert seen == names
+        seen.clear()
+    assert fused.slow_to_compile(Scheme(4, -1, symmetric), True, device) == []
+    assert not launch._threads.only_compiles
+
+
+def test_what_is_only_compiled_is_not_run():
+    from quantkit.core import launch
+    from quantkit.core.qweight import Scheme
+    from quantkit.methods import fused
+
+    columns, roots = torch.randn(32, 16, device=DEVICE), torch.randn(1, 32, 32, device=DEVICE)
+    levels, errors = columns.clone(), columns.clone()
+    given = columns, columns, roots[0], roots, roots, Scheme(4, 32), 0, slice(0, 32)
+    with launch.compiling():
+        fused.round_block(*given, levels, errors)
+    assert torch.equal(levels, columns) and torch.equal(errors, columns)
+    fused.round_block(*given, levels, errors)
+    assert not torch.equal(levels, columns) and not torch.equal(errors, columns)
+
+
+def test_a_launch_waits_for_what_is_being_compiled():
+    from quantkit.core import launch
+
+    happened, compiling, ready = [], Event(), Event()
+
+    class Slow:
+        def warmup(self, number, grid, step):
+            compiling.set()
+            assert ready.wait(10)
+            happened.append(("compiled", number, grid, step))
+
+        def __getitem__(self, grid):
+            return lambda number, step: happened.append(("run", number, grid, step))
+
+    kernel = Slow()
+
+    def ahead():
+        with launch.compiling():
+            launch.launch(kernel, (3,), 5, step=7)
+
+    threads = [Thread(target=ahead), Thread(target=lambda: launch.launch(kernel, (2,), 4, step=7))]
+    threads[0].start()
+    assert compiling.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert not happened
+    ready.set()
+    for thread in threads:
+        thread.join()
+    assert happened == [("compiled", 5, (3,), 7), ("run", 4, (2,), 7)]

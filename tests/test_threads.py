@@ -1,6 +1,7 @@
 """Blocks that are read ahead and written behind in threads, as on a GPU, change no byte."""
 
 import errno
+import threading
 import time
 
 import pytest
@@ -14,10 +15,12 @@ from quantkit.core.ledger import Ledger
 from quantkit.core.placed_file import PlacedFile
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
+from quantkit.methods import fused
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import quantize as workflow
 from quantkit.workflows import stored
+from quantkit.workflows.blocks import Blocks
 from quantkit.workflows.plan import Plan
 from quantkit.workflows.quantize import quantize
 
@@ -176,3 +179,32 @@ def test_copies_that_wait_to_be_checked_are_few(tmp_path, monkeypatch):
     monkeypatch.setattr(QWeight, "to", counted)
     quantize(str(model("gpt_neox")), tmp_path / "out", **SMALL)
     assert copies == [0] * 8
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_kernels_are_compiled_while_the_model_is_read(tmp_path, monkeypatch, fast):
+    """And an error of theirs is not lost."""
+    seen, embedded = [], threading.Event()
+    embed = Blocks._embed
+
+    def embedding(self):
+        embed(self)
+        embedded.set()
+
+    def slow(scheme, refines, device):
+        seen.append((scheme.group_size, refines))
+        return [lambda: seen.append(embedded.wait(60))]
+
+    monkeypatch.setattr(Blocks, "_embed", embedding)
+    monkeypatch.setattr(fused, "slow_to_compile", slow)
+    settings = SMALL | {"fast": fast, "rule": ["*.1.mlp.*: group=64"]}
+    quantize(str(model("gpt_neox")), tmp_path / "out", **settings)
+    assert sorted(seen[:2]) == [(32, not fast), (64, not fast)] and seen[2:] == [True, True]
+
+    def broken():
+        raise QuantkitError("no compiler")
+
+    monkeypatch.setattr(fused, "slow_to_compile", lambda *_: [broken])
+    with pytest.raises(QuantkitError, match="no compiler"):
+        quantize(str(model("gpt_neox")), tmp_path / "other", **SMALL)
+    assert not (tmp_path / "other").exists()

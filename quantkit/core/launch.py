@@ -1,16 +1,24 @@
 """Kernels in Triton: where they run. They are launched on the current device, wherever their
-tensors are."""
+tensors are.
 
-from collections.abc import Callable
+The first launch on a machine compiles, which takes seconds for some. Other threads go on meanwhile,
+so that it can be done ahead: what is launched while :func:`compiling` is only compiled.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_threads = threading.local()
+_compiling: dict[int, threading.Lock] = {}  # by kernel, held while one of these threads compiles it
 
 
 def tensor_cores(tensor: Tensor) -> bool:
@@ -45,3 +53,25 @@ def on_its_device(
             return launching(tensor, *args, **kwargs)
 
     return there
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run so many programs of a kernel, once it is compiled if that was begun."""
+    if getattr(_threads, "only_compiles", False):
+        with _compiling.setdefault(id(kernel), threading.Lock()):
+            kernel.warmup(*arguments, grid=programs, **options)
+        return
+    if begun := _compiling.get(id(kernel)):
+        with begun:
+            pass
+    kernel[programs](*arguments, **options)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """While open, this thread's launches compile, and do nothing else."""
+    _threads.only_compiles = True
+    try:
+        yield
+    finally:
+        _threads.only_compiles = False

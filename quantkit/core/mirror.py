@@ -3,7 +3,7 @@ over: torch copies what is transposed at an eighth of the memory's speed (measur
 
 from torch import Tensor
 
-from quantkit.core.launch import compiles, on_its_device
+from quantkit.core.launch import compiles, launch, on_its_device
 
 _STRIP = 1024  # rows or columns at a time
 _TILE, _WARPS = 64, 4
@@ -31,6 +31,13 @@ def _at_once(matrix: Tensor, lower: bool) -> None:
         raise ValueError("rows of a matrix that is mirrored are contiguous")
     width = len(matrix)
     tiles = -(-width // _TILE)
-    mirror_kernel.mirrored[(tiles, tiles)](
-        matrix, width, matrix.stride(0), LOWER=lower, TILE=_TILE, num_warps=_WARPS
+    launch(
+        mirror_kernel.mirrored,
+        (tiles, tiles),
+        matrix,
+        width,
+        matrix.stride(0),
+        LOWER=lower,
+        TILE=_TILE,
+        num_warps=_WARPS,
     )

@@ -4,7 +4,7 @@ does both, and reads them once: torch reads them twice, at less than half of the
 import torch
 from torch import Tensor
 
-from quantkit.core.launch import compiles, on_its_device
+from quantkit.core.launch import compiles, launch, on_its_device
 
 _SUM_ROWS = 256
 _TOKENS, _COLUMNS, _TURNS, _WARPS = 64, 128, 8, 4
@@ -36,7 +36,9 @@ def _fused(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     parts = -(-tokens // (_TOKENS * _TURNS))
     moved = torch.empty_like(x, memory_format=torch.contiguous_format)
     sums = torch.empty(parts, width, device=x.device)
-    shifting_kernel.shifted[(-(-width // _COLUMNS), parts)](
+    launch(
+        shifting_kernel.shifted,
+        (-(-width // _COLUMNS), parts),
         x,
         shift,
         moved,

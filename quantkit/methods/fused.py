@@ -13,13 +13,14 @@ Conventions as in gptq.py: [in, out], float32. Where Triton cannot be had, on GP
 for other dtypes, the torch functions do the same.
 """
 
+from collections.abc import Callable
 from functools import cache
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from quantkit.core.launch import compiles, on_its_device
+from quantkit.core.launch import compiles, compiling, launch, on_its_device
 from quantkit.core.qweight import Scheme
 from quantkit.methods import products, scales
 from quantkit.methods.scales import Grid
@@ -64,7 +65,9 @@ def round_block(
     first, groups = block.start // group, (block.stop - block.start) // group
     grid = _new_grid(groups, columns, scheme)
     low, high, _ = _range(grid, columns)
-    kernels.round_block[(-(-out // _SEARCH_ROWS),)](
+    launch(
+        kernels.round_block,
+        (-(-out // _SEARCH_ROWS),),
         passed,
         columns,
         unit,
@@ -108,7 +111,9 @@ def round_tile(
 
     out, size = columns.shape[1], tile.stop - tile.start
     low, high, ranged = _range(grid, columns)
-    kernels.round_tile[(-(-out // _ROWS),)](
+    launch(
+        kernels.round_tile,
+        (-(-out // _ROWS),),
         passed,
         columns,
         unit,
@@ -142,7 +147,9 @@ def polish_block(
     width = len(hessian) // len(grid.scale)
     low, high, ranged = _range(grid, levels)
     changes = torch.empty_like(pulls)
-    kernels.polish_block[(-(-out // _ROWS),)](
+    launch(
+        kernels.polish_block,
+        (-(-out // _ROWS),),
         pulls,
         hessian,
         grid.scale,
@@ -154,8 +161,8 @@ def polish_block(
         _apart(hessian),
         block.start,
         width,
+        size,
         SHARED=gcd(width, _STEP),
-        block=size,
         RANGED=ranged,
         TILE=_POLISH_TILE,
         STAGES=_POLISH_STAGES,
@@ -174,7 +181,9 @@ def search(columns: Tensor, roots: Tensor, scheme: Scheme, zero_min: int) -> Gri
     out = columns.shape[1]
     grid = _new_grid(len(roots), columns, scheme)
     low, high, _ = _range(grid, columns)
-    kernels.search[(-(-out // _SEARCH_ROWS), len(roots))](
+    launch(
+        kernels.search,
+        (-(-out // _SEARCH_ROWS), len(roots)),
         columns.contiguous(),
         roots,
         grid.scale,
@@ -189,6 +198,30 @@ def search(columns: Tensor, roots: Tensor, scheme: Scheme, zero_min: int) -> Gri
         num_warps=_SEARCH_WARPS,
     )
     return grid
+
+
+def slow_to_compile(
+    scheme: Scheme, refines: bool, device: torch.device
+) -> list[Callable[[], object]]:
+    """What takes seconds to compile, the first time, of all that linears of such a scheme take:
+    each a call that only compiles, for a thread of its own. None where there is nothing."""
+    group = scheme.group_size
+    like = torch.empty(max(group, 1), _STEP, device=device)  # as weights are divisible
+    if not groupable(like, group):
+        return []
+    square = torch.empty(1, group, group, device=device)
+    grid, block = _new_grid(1, like, scheme), slice(0, group)
+
+    def rounding() -> None:
+        with compiling():
+            round_block(like, like, square[0], square, square, scheme, 0, block, like, like)
+
+    def refining() -> None:
+        with compiling():
+            polish_block(like, square[0], like, grid, block)
+            equations(square[0], like, 1)
+
+    return [rounding, refining] if refines else [rounding]
 
 
 def _candidates(scheme: Scheme, zero_min: int) -> tuple[float, ...]:
@@ -226,7 +259,9 @@ def equations(hessian: Tensor, levels: Tensor, groups: int) -> Tensor:
     for first in range(0, groups, _SYSTEM_GROUPS):
         stop = min(first + _SYSTEM_GROUPS, groups)
         high, low = products.split(hessian[first * size : stop * size, : stop * size])
-        kernels.equations[(-(-out // _SYSTEM_ROWS), stop - first)](
+        launch(
+            kernels.equations,
+            (-(-out // _SYSTEM_ROWS), stop - first),
             high,
             low,
             exact,
@@ -236,7 +271,7 @@ def equations(hessian: Tensor, levels: Tensor, groups: int) -> Tensor:
             high.stride(0),
             first,
             stop - first,
-            GROUPS=groups,
+            groups,
             GROUP=size,
             ROWS=_SYSTEM_ROWS,
             STAGES=_SYSTEM_STAGES,

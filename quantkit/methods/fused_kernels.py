@@ -148,11 +148,11 @@ def round_tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block"])
 def polish_block(
     pulls, hessian, scale, low, high, levels, changes,
-    out, stride, first, width,
-    SHARED: tl.constexpr, block: tl.constexpr, RANGED: tl.constexpr, TILE: tl.constexpr,
+    out, stride, first, width, block,
+    SHARED: tl.constexpr, RANGED: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Coordinate descent over the columns first..first+block of groups that are ``width`` wide;
@@ -251,20 +251,17 @@ def _search(
         reach = tl.maximum(tl.max(x, 1), 0.0)
     one = tl.full([x.shape[0]], 1.0, tl.float32)
     best, shrink, side = one * float("inf"), one, one
-    for i in range(COARSE):
-        factor = one * (least_factor + i * step)
+    # loops that are not unrolled: these are most of what is compiled
+    SIGNS: tl.constexpr = 2 if SYMMETRIC else 1
+    for i in range(SIGNS * COARSE):
+        factor = one * (least_factor + i // SIGNS * step)
         best, shrink, side = _consider(
-            factor, one, x, r, floor, reach, best, shrink, side, middle, top, zero_min,
-            SYMMETRIC,
+            factor, one - 2 * (i % SIGNS), x, r, floor, reach, best, shrink, side, middle, top,
+            zero_min, SYMMETRIC,
         )  # fmt: skip
-        if SYMMETRIC:
-            best, shrink, side = _consider(
-                factor, -one, x, r, floor, reach, best, shrink, side, middle, top, zero_min,
-                SYMMETRIC,
-            )  # fmt: skip
     centre = shrink
-    for i in tl.static_range(4):
-        offset = FINE_0 if i == 0 else FINE_1 if i == 1 else FINE_2 if i == 2 else FINE_3
+    for i in range(4):
+        offset = tl.where(i < 2, tl.where(i == 0, FINE_0, FINE_1), tl.where(i == 2, FINE_2, FINE_3))
         best, shrink, side = _consider(
             centre + offset * step, side, x, r, floor, reach, best, shrink, side, middle, top,
             zero_min, SYMMETRIC,
@@ -348,11 +345,11 @@ def round_block(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "groups"])
 def equations(
     high, low, levels, system,
-    out, width, stride, first, count,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    out, width, stride, first, count, groups,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L_g^T H L_h [groups, groups, out] for one g and all h up to it. ``levels`` [out, width];
     ``high`` + ``low`` are the rows of H of ``count`` groups from ``first`` on, ``stride`` apart;
@@ -372,8 +369,8 @@ def equations(
         pull = tl.dot(own, tl.load(low + place), pull)
         other = tl.load(line + others[None, :], inside[:, None], other=0.0)
         total = tl.sum(pull * other.to(tl.float32), 1)
-        tl.store(system + (g * GROUPS + h) * out + rows, total, inside)
-        tl.store(system + (h * GROUPS + g) * out + rows, total, inside)
+        tl.store(system + (g * groups + h) * out + rows, total, inside)
+        tl.store(system + (h * groups + g) * out + rows, total, inside)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from quantkit.core.launch import compiles, on_its_device, tensor_cores
+from quantkit.core.launch import compiles, launch, on_its_device, tensor_cores
 
 _STRIP = 2048  # rows that are split at a time
 _SPLIT_ROWS, _SPLIT_COLUMNS = 8, 512  # of a program
@@ -179,7 +179,9 @@ def _split_at_once(x: Tensor, high: Tensor, low: Tensor) -> None:
 
     rows, columns = x.shape
     grid = (-(-columns // _SPLIT_COLUMNS), -(-rows // _SPLIT_ROWS))
-    kernels.split[grid](
+    launch(
+        kernels.split,
+        grid,
         x,
         high,
         low,

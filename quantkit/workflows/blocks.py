@@ -34,6 +34,7 @@ from quantkit.workflows import stored
 from quantkit.workflows.ahead import one_behind
 from quantkit.workflows.calibrate import shared
 from quantkit.workflows.check import RideAlong
+from quantkit.workflows.compiled import compiled_ahead
 from quantkit.workflows.layout import Job
 from quantkit.workflows.method import Originals, Outcome
 from quantkit.workflows.plan import Plan
@@ -85,7 +86,8 @@ class Blocks:
         cpu_attention.use(self._plan.skeleton.model)
         skeleton, threaded = self._plan.skeleton, self._plan.threaded
         reading = staging(skeleton, threaded)
-        with one_behind(threaded, skeleton.device) as self._behind, reading as ahead:
+        writing = one_behind(threaded, skeleton.device)
+        with compiled_ahead(self._plan), writing as self._behind, reading as ahead:
             with self._report.timing("copy"):
                 self._behind(self._copy_dense)
             self._embed()

@@ -17,6 +17,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from quantkit.runtime.device import sent
 from quantkit.runtime.fused import fewer_launches
 from quantkit.runtime.kernels import attend
 from quantkit.runtime.stretches import Reading, Stepping, Stretches, beside
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures there: cuBLAS keeps a workspace for each stream that was used."""
+    return torch.cuda.Stream(device)
 
 
 class NotCaptured(Exception):
@@ -177,13 +184,13 @@ class Rows:
 
     def _captured(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+        side = _side(self._device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(2):  # kernels are compiled, and workspaces taken, beforehand
                 self._advance(size)
         here.wait_stream(side)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             logits = self._advance(size)
         return graph, logits
 

@@ -18,7 +18,7 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 _threads = threading.local()
-_compiling: dict[int, threading.Lock] = {}  # by kernel, held while one of these threads compiles it
+_compiling: dict[int, threading.Lock] = {}  # by kernel: held while it is compiled ahead
 
 
 def tensor_cores(tensor: Tensor) -> bool:

@@ -81,8 +81,9 @@ class Awq:
         ranks: Ranks = ALONE,
         keep: bool = False,
     ) -> Outcome:
-        folds = scaling.usable(seen[1], block, originals.schemes)
-        groups = [g for group in seen[0] if (g := group.only(originals.schemes))]
+        traced, scalable_at = seen
+        folds = scaling.usable(scalable_at, block, originals.schemes)
+        groups = [g for group in traced if (g := group.only(originals.schemes))]
         sample = _sampled(full, ranks)
         wanted = [block.forward(x) for x in sample]
 

@@ -15,7 +15,7 @@ from quantkit.core.ledger import Ledger
 from quantkit.core.placed_file import PlacedFile
 from quantkit.core.qweight import QWeight
 from quantkit.errors import QuantkitError
-from quantkit.methods import fused
+from quantkit.methods import digest, fused
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import quantize as workflow
@@ -161,21 +161,23 @@ def test_the_largest_linear_is_written_first(tmp_path, monkeypatch):
     assert all(len(sizes) == 4 and sizes == sorted(sizes)[::-1] for sizes in seen.values())
 
 
-def test_copies_that_wait_to_be_checked_are_few(tmp_path, monkeypatch):
+@pytest.mark.parametrize("slow", [(stored, "check"), (digest, "of")])
+def test_copies_that_wait_to_be_checked_are_few(tmp_path, monkeypatch, slow):
     """One on a CPU: each is as large as a linear's codes."""
-    check, copy, copies, checked = stored.checked, QWeight.to, [], []
+    (module, name), copy, copies, done = slow, QWeight.to, [], []
+    work = getattr(module, name)
 
     def slowly(*given):
         time.sleep(0.02)
-        found = check(*given)
-        checked.append(found)
+        found = work(*given)
+        done.append(found)
         return found
 
     def counted(self, device):
-        copies.append(len(copies) - len(checked))
+        copies.append(len(copies) - len(done))
         return copy(self, device)
 
-    monkeypatch.setattr(stored, "checked", slowly)
+    monkeypatch.setattr(module, name, slowly)
     monkeypatch.setattr(QWeight, "to", counted)
     quantize(str(model("gpt_neox")), tmp_path / "out", **SMALL)
     assert copies == [0] * 8

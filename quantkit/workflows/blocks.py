@@ -22,6 +22,7 @@ from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.ledger import Ledger
 from quantkit.core.progress import Progress, Step
 from quantkit.errors import QuantkitError
+from quantkit.methods import digest
 from quantkit.runtime import gather
 from quantkit.runtime.block import Block
 from quantkit.runtime.kernels import cpu_attention
@@ -235,8 +236,8 @@ class Blocks:
         """A block into the output's files and then into the ledger, while the next one computes."""
         if self._files:
             found = stored.write(self._plan, index, outcome, linears, self._files.writer)
-            for name, digest in found.items():
-                done["layers"][name]["digest"] = digest
+            for name, its_digest in found.items():
+                done["layers"][name]["digest"] = its_digest
             self._files.ledger.finish(part, done)
 
     def _head(self, job: Job) -> None:
@@ -257,8 +258,9 @@ class Blocks:
             with self._report.timing("write"):
                 solved = outcome.linears[job.inner]
                 stored.write_linear(job, stored.pack(plan, job, solved), files.writer)
-                digest = stored.checked(plan, job, solved.qweight.to("cpu"), files.writer)
-                done["layers"][job.disk]["digest"] = digest
+                codes = solved.qweight.to("cpu")
+                stored.check(plan, job, codes, files.writer)
+                done["layers"][job.disk]["digest"] = digest.of(codes)
                 files.writer.sync()
             files.ledger.finish(job.name, done)
         return done

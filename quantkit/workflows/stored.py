@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,19 +55,29 @@ def write(
 ) -> dict[str, str]:
     """Write a block, and see that what is in the file unpacks to what was solved -> the digest of
     every linear, by its name on disk."""
-    at_once = CHECKS if plan.cuda else 1
+    at_once = CHECKS if plan.cuda else 1  # linears; each has a copy of the codes
     digests: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(at_once, "check") as checking:  # others are written meanwhile
+    checks: list[Future[None]] = []
+    with ThreadPoolExecutor(2 * at_once, "check") as checking:  # others are written meanwhile
         for job, solved, tensors in linears:
             write_linear(job, tensors, writer)
-            running = [check for check in digests.values() if not check.done()]
-            if len(running) == at_once:  # each has a copy of the codes
-                wait(running, return_when=FIRST_COMPLETED)
-            digests[job.disk] = checking.submit(checked, plan, job, solved.qweight.to(_CPU), writer)
+            while len(running := _running(zip(checks, digests.values()))) == at_once:
+                wait(set().union(*running), return_when=FIRST_COMPLETED)
+            codes = solved.qweight.to(_CPU)
+            checks.append(checking.submit(check, plan, job, codes, writer))
+            digests[job.disk] = checking.submit(digest.of, codes)
         for name, tensor in outcome.others.items():
             _put(writer, plan.disk_name(index, name), tensor)
         writer.sync()
+    for each in checks:
+        each.result()
     return {name: found.result() for name, found in digests.items()}
+
+
+def _running(pairs: Iterable[tuple[Future[Any], ...]]) -> list[set[Future[Any]]]:
+    """What is left of those that are not done."""
+    left = [{each for each in pair if not each.done()} for pair in pairs]
+    return [some for some in left if some]
 
 
 def write_linear(job: Job, tensors: Tensors, writer: ShardWriter) -> None:
@@ -75,13 +86,11 @@ def write_linear(job: Job, tensors: Tensors, writer: ShardWriter) -> None:
         _put(writer, f"{job.disk}.{suffix}", tensor)
 
 
-def checked(plan: Plan, job: Job, solved: QWeight, writer: ShardWriter) -> str:
-    """The digest of a linear that was written, ``solved`` on the CPU, as the file has it. Raises
-    QuantkitError when that is something else. Leaves a GPU alone, which has better things to do."""
-    found = read(plan, job, writer)
-    if not found.identical(solved):
+def check(plan: Plan, job: Job, solved: QWeight, writer: ShardWriter) -> None:
+    """Raise QuantkitError when a linear in the file is not what was ``solved``, on the CPU. Leaves
+    a GPU alone, which has better things to do."""
+    if not read(plan, job, writer).identical(solved):
         raise QuantkitError(f"{job.disk} was written, but reads back differently")
-    return digest.of(found)
 
 
 def _put(writer: ShardWriter, name: str, tensor: Tensor) -> None:

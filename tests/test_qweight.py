@@ -89,6 +89,21 @@ def test_identical_sees_every_difference():
         assert not q.identical(other)
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (3, 64), (3, 60), (64, 8)])
+def test_identical_whatever_the_strides(shape):
+    """A single row may have any, and is contiguous; others are copies, parts of something..."""
+    out, width = shape
+    codes = torch.randint(0, 16, (out + 1, width), dtype=torch.uint8)[1:]
+    scale = torch.ones(out, 1, dtype=torch.float16)
+    scheme = Scheme(4, -1)
+    ways = [codes, codes.clone(), codes.T.contiguous().T, torch.cat([codes, codes], 1)[:, :width]]
+    ways.append(codes.new_zeros(codes.numel() + 3)[3:].view(shape).copy_(codes))
+    for one in ways:
+        for other in ways:
+            assert QWeight(scheme, one, scale).identical(QWeight(scheme, other, scale))
+            assert not QWeight(scheme, one, scale).identical(QWeight(scheme, other ^ 1, scale))
+
+
 def test_a_group_of_that_says_nothing_new_is_identical():
     q = make(Scheme(4, 16))
     spelled_out = QWeight(q.scheme, q.codes, q.scale, None, (torch.arange(64) // 16).int())

@@ -238,7 +238,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _in_words(x: Tensor) -> bool:
-    return x.shape[-1] % 8 == 0 and x.storage_offset() % 8 == 0
+    # a single row may have any stride
+    places = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
+    return all(place % 8 == 0 for place in places)
 
 
 def stacked(parts: Iterable[QWeight], rows: int) -> QWeight:

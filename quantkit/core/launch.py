@@ -18,7 +18,8 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 _threads = threading.local()
-_compiling: dict[int, threading.Lock] = {}  # by kernel: held while it is compiled ahead
+Kind = tuple[Any, ...]  # a kernel and its options
+_compiling: dict[Kind, threading.Lock] = {}  # those that are being compiled ahead
 
 
 def tensor_cores(tensor: Tensor) -> bool:
@@ -56,15 +57,23 @@ def on_its_device(
 
 
 def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run so many programs of a kernel, once it is compiled if that was begun."""
+    """Run so many programs of a kernel; when it is compiled, if that was begun."""
     if getattr(_threads, "only_compiles", False):
-        with _compiling.setdefault(id(kernel), threading.Lock()):
-            kernel.warmup(*arguments, grid=programs, **options)
+        kind = _kind(kernel, options)
+        try:
+            with _compiling.setdefault(kind, threading.Lock()):
+                kernel.warmup(*arguments, grid=programs, **options)
+        finally:
+            _compiling.pop(kind, None)
         return
-    if begun := _compiling.get(id(kernel)):
+    if _compiling and (begun := _compiling.get(_kind(kernel, options))):
         with begun:
             pass
     kernel[programs](*arguments, **options)
+
+
+def _kind(kernel: Any, options: dict[str, Any]) -> Kind:
+    return id(kernel), *options.items()
 
 
 @contextmanager

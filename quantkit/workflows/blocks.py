@@ -80,10 +80,12 @@ class Blocks:
         self._walk = Walk(plan.skeleton)
         self._parts = len(self._walk) + (plan.layout.head is not None)
         self._states = states
+        self._late = plan.threaded
         self._ending: Callable[[], None] | None = None  # of a block, which is not told of yet
 
     def run(self) -> None:
-        """Raises what solving a block raises; what is finished by then stays so."""
+        """Raises what solving a block raises; what is finished by then stays so, but for the last
+        block where it is written late."""
         cpu_attention.use(self._plan.skeleton.model)
         skeleton, threaded = self._plan.skeleton, self._plan.threaded
         reading = staging(skeleton, threaded)
@@ -166,18 +168,18 @@ class Blocks:
                 self._replay(index, block, part, done)
             else:
                 kept = self._solve(index, block, seen, part)
+            if not self._late:
+                self._end()
             if self._quantized is not None and not last:
                 with report.timing("propagate"):
                     gather.advance(block, self._quantized, kept)
             with report.timing("check"):
                 self._ride.after(block)
         self._plan.checkpoint.release()
-        if not self._plan.cuda:
-            self._end()
 
     def _end(self) -> None:
-        """Write and tell of the last block that was run. A GPU has to be waited for to do so: that
-        is put off until what begins the next block has had to wait for it."""
+        """Write and tell of the last block that was solved. A GPU has to be waited for to do so:
+        where threads write, that is put off until what begins the next block has waited for it."""
         ending, self._ending = self._ending, None
         if ending:
             ending()

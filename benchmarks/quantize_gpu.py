@@ -23,8 +23,9 @@ A peer ends with a line ``RESULT {...}`` that has its seconds a block (quant_s_p
 
 The first block of a process carries what is made once (kernels, libraries' handles): it is told
 apart, and ``s_per_block`` is the mean of all others, with everything that a block takes (reading,
-solving, writing, the check that rides along). A model may have fewer blocks than its shape has:
-what the whole one would take is then extrapolated, and said to be. Memory is that of any number.
+solving, writing, the check that rides along). A block ends when the next one has been looked at,
+some 20 ms that the last one does not have. A model may have fewer blocks than its shape has: what
+the whole one would take is then extrapolated, and said to be. Memory is that of any number.
 
 Seconds by phase come from --profile, which waits for the GPU at every phase's ends and so takes a
 little longer. The floor is the arithmetic that cannot be avoided (a forward pass, the Hessians'

@@ -135,8 +135,8 @@ class Ranks:
             return value  # type: ignore[return-value]
         tensors: list[Tensor] = []
         with self._together():
-            mine = self.rank == owner
-            message = self._messages(_packed(value, tensors) if mine else b"")[owner]
+            own = _packed(value, tensors) if self.rank == owner else b""
+            message = self._messages(own)[owner]
             return self._received(message, owner, value, tensors)  # type: ignore[no-any-return]
 
     def everyone(self, value: T) -> list[T]:
@@ -162,22 +162,21 @@ class Ranks:
         return own
 
     def _messages(self, own: bytes) -> list[bytes]:
-        """Those of all ranks: in one exchange, if all of them are short."""
-        firsts = self._gathered(len(own).to_bytes(_SAYS, "little") + own[:_SHORT], _SAYS + _SHORT)
-        lengths = [int.from_bytes(first[:_SAYS], "little") for first in firsts]
-        rests = self._gathered(own[_SHORT:], max(0, max(lengths) - _SHORT))
-        return [
-            (first[_SAYS:] + rest)[:length] for first, rest, length in zip(firsts, rests, lengths)
-        ]
-
-    def _gathered(self, own: bytes, room: int) -> list[bytes]:
-        """So many bytes of every rank, which are what it gives and zeros."""
-        if not room:
-            return [b""] * self.size
-        buffer = torch.frombuffer(bytearray(own.ljust(room, b"\0")), dtype=torch.uint8)
-        found = [torch.empty_like(buffer) for _ in range(self.size)]
-        dist.all_gather(found, buffer)
-        return [each.numpy().tobytes() for each in found]
+        """Those of all ranks: in one exchange, but for the rest of long ones."""
+        own_first = len(own).to_bytes(_SAYS, "little") + own[:_SHORT].ljust(_SHORT, b"\0")
+        first = _buffer(own_first)
+        firsts = [torch.empty_like(first) for _ in range(self.size)]
+        dist.all_gather(firsts, first)
+        messages = []
+        for rank, found in enumerate(each.numpy().tobytes() for each in firsts):
+            length = int.from_bytes(found[:_SAYS], "little")
+            message = found[_SAYS : _SAYS + length]
+            if missing := length - len(message):
+                mine = rank == self.rank
+                rest = _buffer(own[_SHORT:] if mine else bytes(missing))
+                message += self._broadcast(rest, rank).numpy().tobytes()
+            messages.append(message)
+        return messages
 
     def _broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """``tensor`` becomes the owner's, in place, as bytes; others' are contiguous."""
@@ -300,6 +299,10 @@ def join() -> Ranks:
 def _unreachable(error: Exception, hint: str) -> QuantkitError:
     said = str(error).partition("\n")[0]
     return QuantkitError(f"the other processes cannot be reached ({said})", hint)
+
+
+def _buffer(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
 class _Packer(pickle.Pickler):

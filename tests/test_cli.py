@@ -527,7 +527,7 @@ CALIBRATION = {
     "sjis.jsonl": ('{"text": "日本語"}'.encode("cp932"), "is not UTF-8 text"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: text should be a string"),
-    "null.jsonl": (b'{"text": null}\n', "neither text nor messages"),
+    "null.jsonl": (b'{"text": null}\n', "line 1: text should be a string"),
     "other.csv": (b"question,answer\na,b\n", "neither text nor messages"),
     "ids.jsonl": (b'{"input_ids": [1, 99999]}\n', "outside of the vocabulary"),
 }

@@ -364,7 +364,7 @@ def _document(row: Mapping[str, Any], label: str | None, where: str) -> Document
         if isinstance(row.get(key), str):
             return Document(label or language(row[key]), text=row[key])
     for key in _TEXT_KEYS:
-        if row.get(key) is not None:
+        if key in row:
             raise QuantkitError(f"{where}: {key} should be a string")
     raise QuantkitError(
         f"{where} has neither text nor messages nor input_ids (it has {', '.join(map(str, row))})",

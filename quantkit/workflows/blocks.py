@@ -80,7 +80,6 @@ class Blocks:
         self._walk = Walk(plan.skeleton)
         self._parts = len(self._walk) + (plan.layout.head is not None)
         self._states = states
-        self._late = plan.threaded
         self._ending: Callable[[], None] | None = None  # of a block, which is not told of yet
 
     def run(self) -> None:
@@ -168,7 +167,7 @@ class Blocks:
                 self._replay(index, block, part, done)
             else:
                 kept = self._solve(index, block, seen, part)
-            if not self._late:
+            if not self._plan.threaded:
                 self._end()
             if self._quantized is not None and not last:
                 with report.timing("propagate"):

@@ -286,10 +286,12 @@ def _make_rows(path: Path, rows: int, tokens: int) -> None:
 def _child(args: argparse.Namespace) -> None:
     """One run; prints what it took as a line of JSON."""
     began = time.perf_counter()
+    from quantkit.cli import process
     from quantkit.core import profile
     from quantkit.workflows.awq import quantize_awq
     from quantkit.workflows.quantize import quantize
 
+    process.prepare()  # as the command does
     torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     started = time.perf_counter()
     run = args.child

@@ -216,7 +216,9 @@ def test_parts_must_agree_where_inputs_belong():
 # how processes agree
 
 
-def test_what_is_shared_is_the_same_everywhere(tmp_path):
+@pytest.mark.parametrize("small", [0, 30, 1 << 20])  # none, some or all tensors go together
+def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(ranks_module, "_SMALL", small)
     tensors = [
         torch.randn(5, 3).bfloat16(),
         torch.randn(4, 6).T,
@@ -231,13 +233,17 @@ def test_what_is_shared_is_the_same_everywhere(tmp_path):
         ranks.connect("cpu")
         late = ranks.from_first(lambda: (time.sleep(0.5), os.getpid())[1])
         order = ranks.first_on_host(lambda: (time.sleep(0.2 * (rank == 0)), time.time())[1])
-        found = ranks.share(value if rank == 1 else None, 1)
+        sent, broadcast = [], torch.distributed.broadcast
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.distributed, "broadcast", lambda t, r: sent.append(broadcast(t, r)))
+            found = ranks.share(value if rank == 1 else None, 1)
         told = ranks.everyone((rank, torch.full((2,), rank)))
         ranks.leave()
-        return found, [number for number, _ in told], told[2][1], late, order
+        return found, [number for number, _ in told], told[2][1], late, order, len(sent)
 
     results = together(3, work, tmp_path)
-    for found, numbers, last, late, _ in results:
+    for found, numbers, last, late, _, sent in results:
+        assert sent == {0: 9, 30: 3, 1 << 20: 1}[small]
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found["a"], tensors))
         assert found["b"][0].qweight.identical(value["b"][0].qweight)
         assert found["b"][1] == "text"
@@ -287,6 +293,20 @@ def test_statistics_are_added_where_they_are_wanted(tmp_path):
     for everywhere, _ in results:
         near(everywhere, expected, 1e-6)
     near(results[2][1], expected, 1e-6)
+
+
+def test_processes_tell_each_other_once_what_they_have():
+    asked = []
+
+    def everyone(own):
+        asked.append(own)
+        return [[40], own, [60, 20]]
+
+    ranks = SimpleNamespace(rank=1, everyone=everyone)
+    hidden = states.States([torch.empty(2, 10, 4), torch.empty(2, 40, 4)])
+    assert gather.calls(hidden, ranks) == (5, 1)
+    assert gather.spacing(hidden, 5, 4, ranks) == 11  # 220 tokens
+    assert gather.calls(hidden, ranks) == (5, 1) and asked == [[20, 80]]
 
 
 @pytest.mark.parametrize("lowest", [0.02, -0.05])  # the second takes more damping, everywhere
@@ -553,15 +573,16 @@ def test_no_way_between_processes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_what_one_process_has_to_tell_is_told_once(tmp_path, monkeypatch, failing):
-    observe = gather.observe
+@pytest.mark.parametrize("step", ["observe", "merge"])
+def test_what_one_process_has_to_tell_is_told_once(tmp_path, monkeypatch, failing, step):
+    run_step = getattr(gather, step)
 
     def failed(block, *given):
         if join().rank == failing and block.name.endswith(".2"):
             raise QuantkitError("the inputs are not finite", "use --dtype float32")
-        return observe(block, *given)
+        return run_step(block, *given)
 
-    monkeypatch.setattr(gather, "observe", failed)
+    monkeypatch.setattr(gather, step, failed)
     started = Started(3, run([*OPTIONS, "--out", tmp_path / "out"]), tmp_path)
     assert started.wait(30) == [1, 1, 1]
     errors = [line for line in started.said().splitlines() if line.startswith("error: ")]

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ def test_groups_of_linears(name: str, folder: Callable[[str], Path]) -> None:
     for index in range(len(walk)):
         with walk.block(index) as block:
             groups = block.trace(hidden[0])
+            with_no_ends = [replace(group, closes=False, exit=None) for group in groups]
+            assert block.trace(hidden[0], ends=False) == with_no_ends
             linears = {n for n, module in block.module.named_modules() if is_linear(module)}
             gather.advance(block, States(hidden))
         assert [group.names for group in groups] == expected.groups

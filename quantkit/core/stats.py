@@ -112,10 +112,11 @@ class InputStats:
 
     @property
     def sums(self) -> list[Tensor]:
-        """Everything that is summed over tokens: to be added, in place, to what others have found
-        about the same shift."""
-        found = [self._upper, self._total, self._cross, self._drift]
-        return [tensor for tensor in found if tensor is not None]
+        """Everything that is summed over tokens, in parts: to be added, in place, to what others
+        have found about the same shift."""
+        upper = [self._upper[strip, strip.start :] for strip in _strips(self._upper)]
+        others = [self._total, self._cross, self._drift]
+        return [*upper, *[tensor for tensor in others if tensor is not None]]
 
     @property
     def finite(self) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -123,13 +124,13 @@ class Block:
         }
         return Block(self.name, deepcopy(self.module).float(), calls)
 
-    def trace(self, sample: Tensor) -> list[InputGroup]:
+    def trace(self, sample: Tensor, ends: bool = True) -> list[InputGroup]:
         """Which linears share inputs, in the order of their calls. ``sample`` is any hidden state;
         a short piece of it is run, on which every expert is called.
 
-        ``closes`` is found by numbers: noise added to the linear's output must come out of the
-        block as it went in. So is ``exit``: such noise must not come into others' inputs, and with
-        all such ways taken the block gives what it gives without.
+        With ``ends`` it is run some more to find ``closes`` and ``exit``, by numbers: noise added
+        to a linear's output must come out of the block as it went in; it must not come into others'
+        inputs, and with all such ways taken the block gives what it gives without.
         """
         piece = sample[:1, :PROBE_TOKENS]
         seen: dict[int, list[str]] = {}
@@ -161,8 +162,18 @@ class Block:
             for key, members in seen.items()
         ]
         given = {group: x for group, x in zip(groups, inputs) if group.writes}
-        if not given:
-            return groups
+        return self._with_ends(groups, given, ways, piece, output) if ends and given else groups
+
+    def _with_ends(
+        self,
+        groups: list[InputGroup],
+        given: dict[InputGroup, Tensor],
+        ways: dict[str, Exit],
+        piece: Tensor,
+        output: Tensor,
+    ) -> list[InputGroup]:
+        """The groups with ``closes`` and ``exit``. ``given``: writers' inputs, as ``piece`` was run
+        and gave ``output``; ``ways`` that their outputs may take."""
         leaving = {replace(g, exit=ways.get(g.names[0])): x for g, x in given.items()}
         with self.shortened(leaving):
             off = (self.forward(piece) != output).float().mean()
@@ -221,8 +232,12 @@ def _noise_like(output: Tensor) -> Tensor:
     """The same for every output of one size, and as large as that, so that bf16 sums stay
     comparable."""
     size = output.float().pow(2).mean().sqrt()
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    return (noise.to(output.device) * size).to(output.dtype)
+    return (_noise(output.shape, output.device) * size).to(output.dtype)
+
+
+@lru_cache(1)
+def _noise(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -3,7 +3,7 @@
 A block's outputs take the place of its inputs (see states.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
 import torch
@@ -32,7 +32,7 @@ def observe(
     """Run all rows once. Returns the statistics of the inputs of ``groups``, from one token in
     ``every`` (an expert: from all that it gets), and every output of the linears ``keep``;
     ``hidden`` then holds the block's outputs. On several ranks the statistics are those of this
-    one's rows. There are none of groups that no token went to, on any rank.
+    one's rows, to be merged. There are none of groups that no token went to, on any rank.
     """
     device, (number, first) = hidden.device, calls(hidden, ranks)
     stats = {
@@ -53,7 +53,7 @@ def observe(
         states.settle()
     counts = ranks.everyone([found.count for found in stats.values()])
     reached = [group for group, each in zip(stats, zip(*counts)) if any(each)]
-    return _checked(block, {group: stats[group] for group in reached}), kept
+    return {group: stats[group] for group in reached}, kept
 
 
 def observe_drift(
@@ -97,7 +97,25 @@ def observe_drift(
             difference = closed - block.forward(x)
         for group in list(held):
             stats[group].add(held.pop(group), difference)
-    return _checked(block, stats), kept
+    return stats, kept
+
+
+def merge(
+    block: Block,
+    stats: Stats,
+    ranks: Ranks = ALONE,
+    owners: Mapping[InputGroup, Sequence[int]] | None = None,
+) -> None:
+    """Make statistics of this rank's tokens those of all tokens, on the ``owners`` of each group,
+    or everywhere. Raises QuantkitError when inputs were not finite: a GPU is waited for to know
+    that, so it is given the sums to exchange first."""
+    finite = [found.finite for found in stats.values()]
+    every = range(ranks.size)
+    ranks.merge((found, owners[group] if owners else every) for group, found in stats.items())
+    sound = pinned.numbers(torch.stack(finite)) if finite else []
+    for group, fine in zip(stats, sound):
+        if not fine:
+            raise _not_finite(block, group)
 
 
 def mean_squares(
@@ -122,9 +140,17 @@ def mean_squares(
     return {group: sums[group] / count[group] for group in groups if count[group]}
 
 
+def everywhere(hidden: States, ranks: Ranks) -> list[list[int]]:
+    """The tokens of every micro-batch of every rank. Ranks tell each other once: states take the
+    place of states."""
+    if hidden.everywhere is None:
+        hidden.everywhere = ranks.everyone([rows * length for rows, length in hidden.shapes])
+    return hidden.everywhere
+
+
 def calls(hidden: States, ranks: Ranks) -> tuple[int, int]:
     """How many micro-batches all ranks have, and how many of them come before this rank's."""
-    counts = ranks.everyone(len(hidden))
+    counts = [len(own) for own in everywhere(hidden, ranks)]
     return sum(counts), sum(counts[: ranks.rank])
 
 
@@ -133,8 +159,7 @@ def spacing(hidden: States, width: int, tokens_per_input: int | None, ranks: Ran
     features, and one of every micro-batch."""
     if tokens_per_input is None:
         return 1
-    own = [rows * length for rows, length in hidden.shapes]
-    tokens = [number for counts in ranks.everyone(own) for number in counts]
+    tokens = [number for own in everywhere(hidden, ranks) for number in own]
     return max(1, min(sum(tokens) // (tokens_per_input * width), *tokens))
 
 
@@ -148,15 +173,6 @@ def advance(block: Block, hidden: States, kept: Kept | None = None) -> None:
                 hidden.put(index, block.forward(x))
         hidden.settle()
     kept.clear()
-
-
-def _checked(block: Block, stats: Stats) -> Stats:
-    finite = [found.finite for found in stats.values()]
-    sound = pinned.numbers(torch.stack(finite)) if finite else []  # a GPU is waited for once
-    for group, fine in zip(stats, sound):
-        if not fine:
-            raise _not_finite(block, group)
-    return stats
 
 
 def _not_finite(block: Block, group: InputGroup) -> QuantkitError:

@@ -45,6 +45,7 @@ TIMEOUT = timedelta(minutes=30)
 _POLL_SECONDS = 0.05
 _TOLD = "told"
 _SHORT, _SAYS = 16 << 10, 8  # bytes of a message that is short, and of what says how long it is
+_SMALL = 1 << 20  # bytes of a tensor that is sent with others
 
 
 class Ranks:
@@ -157,8 +158,8 @@ class Ranks:
         if self.rank != owner:
             tensors = []
             own = _unpacked(message, self._device, tensors)
-        for tensor in tensors:
-            self._broadcast(tensor, owner)
+        for some in _bundles(tensors):
+            self._broadcast_together(some, owner)
         return own
 
     def _messages(self, own: bytes) -> list[bytes]:
@@ -178,10 +179,20 @@ class Ranks:
             messages.append(message)
         return messages
 
+    def _broadcast_together(self, tensors: list[Tensor], owner: int) -> None:
+        """All of them become the owner's, in place: in one piece, unless it is one."""
+        if len(tensors) == 1:
+            self._broadcast(tensors[0], owner)
+            return
+        parts = [_as_bytes(tensor) for tensor in tensors]
+        whole = self._broadcast(torch.cat(parts), owner)
+        if self.rank != owner:
+            torch._foreach_copy_(parts, list(whole.split([len(part) for part in parts])))
+
     def _broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """``tensor`` becomes the owner's, in place, as bytes; others' are contiguous."""
         if tensor.numel():
-            dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), owner)
+            dist.broadcast(_as_bytes(tensor), owner)
         return tensor
 
     def merge(self, parts: Iterable[tuple[InputStats, Sequence[int]]]) -> None:
@@ -198,11 +209,14 @@ class Ranks:
                 continue
             stats.move(shift)
             with self._together():
-                for tensor in stats.sums:
+                for sums in stats.sums:
+                    whole = sums.contiguous()
                     if len(owners) == 1:
-                        dist.reduce(tensor, owners[0])
+                        dist.reduce(whole, owners[0])
                     else:
-                        dist.all_reduce(tensor)
+                        dist.all_reduce(whole)
+                    if whole is not sums:
+                        sums.copy_(whole)
             stats.count = sum(count for count, _ in told)
 
     def stacked(self, rows: Tensor) -> Tensor:
@@ -299,6 +313,21 @@ def join() -> Ranks:
 def _unreachable(error: Exception, hint: str) -> QuantkitError:
     said = str(error).partition("\n")[0]
     return QuantkitError(f"the other processes cannot be reached ({said})", hint)
+
+
+def _bundles(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Those that are sent together: small ones of one kind of device, which take their time because
+    each is sent; large ones go alone, so that they are not in memory twice."""
+    small: dict[bool, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.nbytes <= _SMALL:
+            small.setdefault(tensor.is_cuda, []).append(tensor)
+    large = [[tensor] for tensor in tensors if tensor.nbytes > _SMALL]
+    return [*small.values(), *large]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _buffer(message: bytes) -> Tensor:

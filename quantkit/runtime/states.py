@@ -30,10 +30,14 @@ Shape = tuple[int, ...]  # of a micro-batch: rows and tokens, first
 
 
 class States:
-    """Micro-batches [rows, tokens, width] on the device itself, in the memory of ``parts``."""
+    """Micro-batches [rows, tokens, width] on the device itself, in the memory of ``parts``.
+
+    ``everywhere``: the tokens of every micro-batch of all ranks, once they are known (gather.py).
+    """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self._parts = list(parts)
+        self.everywhere: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -68,7 +68,7 @@ class Awq:
         return {**self.gptq.resolved(), "rounds": self.gptq.options.rounds, "refine": self.refine}
 
     def look(self, block: Block, sample: Tensor) -> Seen:
-        groups = block.trace(sample)
+        groups = block.trace(sample, ends=self.aligned)
         return groups, folding.find(block, groups, sample)
 
     def solve(
@@ -101,7 +101,7 @@ class Awq:
         groups = [group for group in groups if group in stats or group not in observed]
         linears = round_unreached(block, originals, groups, self.gptq.options.zero_min)
         # everywhere: scales are chosen before it is known who solves what
-        ranks.merge((found, range(ranks.size)) for found in stats.values())
+        gather.merge(block, stats, ranks)
         moments = {}
         while stats:
             group, sums = stats.popitem()
@@ -125,7 +125,7 @@ class Awq:
             )
             outputs.clear()
             portions, rounded = Portions(block, drifted, ranks), {}
-            ranks.merge((late, portions.owners[group]) for group, late in drifted.items())
+            gather.merge(block, drifted, ranks, portions.owners)
             for group in portions.order:
                 late = drifted.pop(group)
                 if portion := portions.of(group, scaled):
@@ -230,8 +230,8 @@ class Awq:
 
 def _sampled(hidden: States, ranks: Ranks) -> list[Tensor]:
     """Some micro-batches of all ranks, on each of them."""
-    counts = enumerate(ranks.everyone(len(hidden)))
-    places = [(rank, index) for rank, count in counts for index in range(count)]
+    counts = enumerate(gather.everywhere(hidden, ranks))
+    places = [(rank, index) for rank, own in counts for index in range(len(own))]
     return [
         ranks.share(hidden[index].clone() if rank == ranks.rank else None, rank)
         for rank, index in places[:: -(-len(places) // _SAMPLES)]

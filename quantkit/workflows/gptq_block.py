@@ -92,7 +92,7 @@ class Gptq:
         return gptq.solve(weight, hessian, scheme, self.options, lost, team)
 
     def look(self, block: Block, sample: Tensor) -> list[InputGroup]:
-        return block.trace(sample)
+        return block.trace(sample, ends=self.aligned)
 
     def solve(
         self,
@@ -147,7 +147,7 @@ def _solve_groups(
 ) -> dict[str, Solved]:
     """Solve each group and fill the block in. Uses ``stats`` up, to free memory as it goes."""
     portions = Portions(block, stats, ranks)
-    ranks.merge((found, portions.owners[group]) for group, found in stats.items())
+    gather.merge(block, stats, ranks, portions.owners)
     solved: dict[str, Solved] = {}
     for group in portions.order:
         found = stats.pop(group)

@@ -56,7 +56,7 @@ def importance(
         started = time.perf_counter()
         part = walk.block_name(index)
         with walk.block(index) as block:
-            groups = block.trace(hidden[0])
+            groups = block.trace(hidden[0], ends=False)
             for group, squares in gather.mean_squares(block, hidden, groups).items():
                 for name in group.names:
                     disk = skeleton.disk_names[f"{part}.{name}.weight"]

@@ -90,10 +90,12 @@ def measure(
     for index in range(len(walk)):
         with walk.block(index) as block:
             sources = originals(index, block)
-            groups = [g for group in block.trace(full[0]) if (g := group.only(sources.schemes))]
+            traced = block.trace(full[0], ends=False)
+            groups = [g for group in traced if (g := group.only(sources.schemes))]
             widest = max((group.width for group in groups), default=1)
             every = gather.spacing(full, widest, _TOKENS_PER_INPUT)
             stats, _ = gather.observe(block, full, groups, [], every)
+            gather.merge(block, stats)
             for stream in streams:
                 gather.advance(block, stream)
             for group in groups:

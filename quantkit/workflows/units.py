@@ -51,7 +51,7 @@ def units(block: Block, other: Block, sample: Tensor) -> Units:
     """Of ``other``, a block that was made from ``block`` by folding scales. ``sample``: any hidden
     state of the original in front of it."""
     found = Units()
-    for fold in folding.find(block, block.trace(sample), sample):
+    for fold in folding.find(block, block.trace(sample, ends=False), sample):
         producer, now = block.linear(fold.producer), other.linear(fold.producer)
         if is_linear(producer):
             wanted = found.weight(fold.producer, _weight(producer))

@@ -150,11 +150,9 @@ def _measured(args: argparse.Namespace, run: str, ranks: int) -> dict[str, Any] 
     several = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--"]
     several = several if ranks > 1 else []
     command = [sys.executable, *several, __file__, *sys.argv[1:], "--child", run]
-    threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun would leave one to each
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if several else {})}
     os.sync()  # the model, or what the run before wrote, is not what this one waits for
     start = time.perf_counter()
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     wall = time.perf_counter() - start
     if process.returncode:
         print(f"{run} on {ranks} failed with exit code {process.returncode}")

@@ -2,12 +2,13 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from quantkit.workflows import ahead as module
-from quantkit.workflows.ahead import ahead, on_one_core
+from quantkit.workflows.ahead import ahead, on_cores
 
 
 def test_results_come_in_order_whatever_takes_longer():
@@ -56,13 +57,15 @@ def test_an_error_is_raised_and_nothing_is_begun_after_it(monkeypatch):
     assert "d" not in begun
 
 
-def test_torch_uses_one_core_inside_and_all_of_them_again_after():
+def test_torch_uses_so_many_cores_inside_and_the_old_number_after():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with on_one_core():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
+        for count in (1, 2, 3):
+            with on_cores(count), ThreadPoolExecutor() as pool:
+                assert torch.get_num_threads() == count
+                assert pool.submit(torch.get_num_threads).result() == count
+            assert torch.get_num_threads() == 2
         with pytest.raises(KeyError), ahead() as workers:
             seen = [n for _, n in workers.map(lambda _: torch.get_num_threads(), {"a": 1, "b": 1})]
             assert seen == [1, 1]
@@ -70,3 +73,13 @@ def test_torch_uses_one_core_inside_and_all_of_them_again_after():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("processes", "own", "used"), [(1, 3, 3), (1, 1, 1), (1, 9, 4), (2, 1, 4), (3, 1, 2), (9, 1, 1)]
+)
+def test_cores_of_threads_beside_a_gpu(monkeypatch, processes, own, used):
+    """A process by itself has what torch takes; of several each has its part of the machine."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: own)
+    assert module.beside(processes) == used

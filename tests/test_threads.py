@@ -6,6 +6,7 @@ import time
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 from tools import QUICK, model
 from torch.testing import assert_close
@@ -18,8 +19,8 @@ from quantkit.errors import QuantkitError
 from quantkit.methods import digest, fused
 from quantkit.runtime import staging
 from quantkit.runtime.walk import Walk
+from quantkit.workflows import ahead, stored
 from quantkit.workflows import quantize as workflow
-from quantkit.workflows import stored
 from quantkit.workflows.blocks import Blocks
 from quantkit.workflows.plan import Plan
 from quantkit.workflows.quantize import quantize
@@ -37,7 +38,30 @@ def threaded(monkeypatch):
 
     monkeypatch.setattr(staging.Staging, "_read", noting)
     monkeypatch.setattr(Plan, "threaded", True)
+    monkeypatch.setattr(ahead, "_BESIDE", torch.get_num_threads())  # here the sums are a CPU's
     return seen
+
+
+def test_threads_beside_a_gpu_take_few_cores(tmp_path, threaded, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+
+    def noting(function):
+        def noted(*given):
+            seen.append(torch.get_num_threads())
+            return function(*given)
+
+        return noted
+
+    monkeypatch.setattr(ahead, "_BESIDE", 2)
+    monkeypatch.setattr(staging.Staging, "_read", noting(staging.Staging._read))
+    for name in ("write_linear", "check"):
+        monkeypatch.setattr(stored, name, noting(getattr(stored, name)))
+    try:
+        quantize(str(model("gpt_neox")), tmp_path / "out", **SMALL)
+        assert seen == [2] * 17 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -6,7 +6,7 @@ and left behind. On a GPU the next one is read, and the last one written, while 
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,7 +32,7 @@ from quantkit.runtime.states import Keeping
 from quantkit.runtime.walk import Walk
 from quantkit.workflows import head as heading
 from quantkit.workflows import stored
-from quantkit.workflows.ahead import one_behind
+from quantkit.workflows.ahead import beside, on_cores, one_behind
 from quantkit.workflows.calibrate import shared
 from quantkit.workflows.check import RideAlong
 from quantkit.workflows.compiled import compiled_ahead
@@ -89,7 +89,8 @@ class Blocks:
         skeleton, threaded = self._plan.skeleton, self._plan.threaded
         reading = staging(skeleton, threaded)
         writing = one_behind(threaded, skeleton.device)
-        with compiled_ahead(self._plan), writing as self._behind, reading as ahead:
+        cores = on_cores(beside(self._ranks.size)) if threaded else nullcontext()
+        with cores, compiled_ahead(self._plan), writing as self._behind, reading as ahead:
             with self._report.timing("copy"):
                 self._behind(self._copy_dense)
             self._embed()

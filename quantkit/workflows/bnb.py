@@ -20,7 +20,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.formats import bnb
 from quantkit.methods import fit, nf4
 from quantkit.runtime.opened import open_checkpoint, refuse_scaled_activations
-from quantkit.workflows.ahead import on_one_core
+from quantkit.workflows.ahead import on_cores
 from quantkit.workflows.convert import carry
 from quantkit.workflows.convert_record import Conversion
 from quantkit.workflows.convert_targets import SafetensorsTarget
@@ -134,7 +134,7 @@ class BnbTarget(SafetensorsTarget):
         for prefix, packed in self.rounded.linears.items():
             offset = None
             if self.double_quant:
-                with on_one_core():
+                with on_cores(1):
                     offset = nf4.offset(self.rounded.weight(prefix), self.scheme)
                 self.rounded.release()
             dtype = self._dtype(prefix)

@@ -3,16 +3,18 @@ that was interrupted does not measure again."""
 
 import itertools
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tools import QUICK, command, model, quantized, read_json, sentence
 
 from quantkit.core.metrics import Comparison
 from quantkit.core.qweight import Scheme
 from quantkit.core.source import Source
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.methods import gptq, rtn
 from quantkit.methods.allocate import Option, allocate, hull
 from quantkit.runtime.opened import open_checkpoint
@@ -116,6 +118,16 @@ def small():
 def chosen(tmp_path_factory):
     out = tmp_path_factory.mktemp("budget") / "out"
     return out, quantize(small(), out, target_bits=3.6, **SETTINGS)
+
+
+def test_a_model_that_is_not_made_of_numbers_is_refused(tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(small(), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][1, 2] = torch.inf
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QuantkitError, match=r"layers\.0\.self_attn\.k_proj\.weight holds inf"):
+        quantize(str(source), tmp_path / "out", target_bits=3.6, **SETTINGS)
 
 
 def test_the_budget_is_kept_and_used(chosen):

@@ -270,14 +270,15 @@ def test_messages_are_as_long_as_they_need_to_be(tmp_path):
         assert found == texts and seconds == [some[1] for some in texts]
 
 
-def test_statistics_are_added_where_they_are_wanted(tmp_path):
+@pytest.mark.parametrize("width", [48, 300])  # the second one's in strips
+def test_statistics_are_added_where_they_are_wanted(tmp_path, width):
     """Also on a rank that has seen nothing: not all tokens reach every expert."""
-    xs = batches(48)
+    xs = batches(width)
 
     def work(rank):
         ranks = join()
         ranks.connect("cpu")
-        found = [InputStats(48, "cpu", None, 3) for _ in range(2)]
+        found = [InputStats(width, "cpu", None, 3) for _ in range(2)]
         for stats in found:
             for x in {0: [], 1: xs[:1], 2: xs[1:]}[rank]:
                 stats.add(x)
@@ -285,7 +286,7 @@ def test_statistics_are_added_where_they_are_wanted(tmp_path):
         ranks.leave()
         return [stats.moments(True).gram for stats in found]
 
-    expected = InputStats(48, "cpu", None, 3)
+    expected = InputStats(width, "cpu", None, 3)
     for x in xs:
         expected.add(x)
     expected = expected.moments(True).gram.double()
@@ -559,6 +560,7 @@ def test_a_lost_process_ends_all_and_any_number_goes_on(tmp_path, lost):
         again = Started(2, run([*OPTIONS, "--out", out]), tmp_path)
         assert again.wait() == [0, 0], again.said()
         assert f"going on: {solved - 1} blocks" in again.said()
+        assert "warning" not in again.said()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
     assert (out / "quantkit.json").exists()
 

@@ -206,6 +206,17 @@ def test_modules_that_do_more_are_no_exits(
     assert second.exit is None
 
 
+@pytest.mark.parametrize("align", [0, 0.5])
+def test_ends_are_looked_for_where_something_is_aligned(
+    align: float, folder: Callable[[str], Path]
+) -> None:
+    walk = Walk(tiny.skeleton(folder("llama")))
+    hidden = walk.embed(tiny.batches())
+    with walk.block(0) as block:
+        groups = Gptq(gptq.Options(), align=align).look(block, hidden[0])
+    assert any(group.closes for group in groups) == any(g.exit for g in groups) == (align > 0)
+
+
 def test_groups_have_the_width_of_their_input(folder: Callable[[str], Path]) -> None:
     walk = Walk(tiny.skeleton(folder("gpt2")))
     hidden = walk.embed(tiny.batches())
@@ -699,7 +710,7 @@ def solve(
 
         full = States([x.clone() for x in start])
         quantized = full.copy() if aligned else None
-        settings = Gptq(gptq.Options())
+        settings = Gptq(gptq.Options(), align=0.5 if aligned else 0)
         if names is None:
             names = [n for n, module in block.module.named_modules() if is_linear(module)]
         originals = Originals(dict.fromkeys(names, scheme), weights, biases, _no_other)

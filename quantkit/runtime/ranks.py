@@ -39,6 +39,8 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device
 
 T = TypeVar("T")
+# torch's name for it from 2.13 on, and before
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # A rank may have to wait while another one solves its part of a block on a slow CPU. A process that
 # has ended is noticed at once; this is for hosts that do not answer any more.
 TIMEOUT = timedelta(minutes=30)
@@ -226,7 +228,7 @@ class Ranks:
         rows = rows.contiguous()
         found = rows.new_empty(self.size * len(rows), *rows.shape[1:])
         with self._together():
-            dist.all_gather_into_tensor(found, rows)
+            _gather(found, rows)
         return found
 
     def from_first(self, work: Callable[[], T]) -> T:

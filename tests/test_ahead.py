@@ -80,6 +80,6 @@ def test_torch_uses_so_many_cores_inside_and_the_old_number_after():
 )
 def test_cores_of_threads_beside_a_gpu(monkeypatch, processes, own, used):
     """A process by itself has what torch takes; of several each has its part of the machine."""
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
     monkeypatch.setattr(torch, "get_num_threads", lambda: own)
     assert module.beside(processes) == used

@@ -216,9 +216,13 @@ def test_parts_must_agree_where_inputs_belong():
 # how processes agree
 
 
-@pytest.mark.parametrize("small", [0, 30, 1 << 20])  # none, some or all tensors go together
-def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small):
+# how small a tensor has to be to go with others, how much goes together, and how often is sent
+@pytest.mark.parametrize(
+    ("small", "together_", "times"), [(1, 99, 9), (31, 99, 3), (31, 35, 5), (1 << 20, 1 << 20, 1)]
+)
+def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small, together_, times):
     monkeypatch.setattr(ranks_module, "_SMALL", small)
+    monkeypatch.setattr(ranks_module, "_BUNDLE", together_)
     tensors = [
         torch.randn(5, 3).bfloat16(),
         torch.randn(4, 6).T,
@@ -243,7 +247,7 @@ def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small):
 
     results = together(3, work, tmp_path)
     for found, numbers, last, late, _, sent in results:
-        assert sent == {0: 9, 30: 3, 1 << 20: 1}[small]
+        assert sent == times
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found["a"], tensors))
         assert found["b"][0].qweight.identical(value["b"][0].qweight)
         assert found["b"][1] == "text"
@@ -604,6 +608,34 @@ def test_a_full_disk_of_another_process_is_a_sentence(tmp_path, monkeypatch):
     assert started.wait(30) == [1, 1]
     assert "error: the disk is full while writing" in started.said()
     assert "Traceback" not in started.said()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("fast", [True, False])
+def test_infinities_of_one_process_are_told_by_all(tmp_path, monkeypatch, failing, fast):
+    """Others get them with the sums; they must not solve with them, and find that they cannot."""
+    observe, not_finite = gather.observe, gather._not_finite
+
+    def poisoned(block, hidden, *given):
+        if join().rank == failing and block.name.endswith(".1"):
+            x = hidden[0].clone()
+            x[0, 3] = torch.inf
+            hidden.put(0, x)
+        return observe(block, hidden, *given)
+
+    def late(*given):
+        time.sleep(0.3 * (join().rank == failing))
+        return not_finite(*given)
+
+    monkeypatch.setattr(portions, "CPU", portions.GPU)  # groups go whole to one process
+    monkeypatch.setattr(gather, "observe", poisoned)
+    monkeypatch.setattr(gather, "_not_finite", late)
+    options = ["gptq", model("qwen3_moe"), "--group", 32, "--dtype", "float32", *QUICK_OPTIONS]
+    options += [] if fast else ["--align", 0.5]
+    started = Started(2, run([*options, "--out", tmp_path / "out"]), tmp_path)
+    assert started.wait(60) == [1, 1]
+    errors = [line for line in started.said().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "are not finite during calibration" in errors[0]
 
 
 def test_what_all_processes_have_to_tell_is_told_once(tmp_path):

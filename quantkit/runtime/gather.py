@@ -68,9 +68,9 @@ def observe_drift(
 ) -> tuple[Stats, Kept]:
     """Run all rows once and leave ``hidden`` as it is. Returns, for each linear in ``wanted``, the
     statistics of its inputs (one token in ``every``) and of the difference between the outputs that
-    it should have had and those it has. For ``last``, a linear that closes the block, that is the
-    difference between the block's wanted outputs, ``closing``, and its actual ones. With ``keep``
-    also all inputs of those that have an exit."""
+    it should have had and those it has, of this rank's rows, to be merged. For ``last``, a linear
+    that closes the block, that is the difference between the block's wanted outputs, ``closing``,
+    and its actual ones. With ``keep`` also all inputs of those that have an exit."""
     groups = [*wanted, *([last] if last else [])]
     device, out, (number, first) = hidden.device, hidden.width, calls(hidden, ranks)
     stats = {group: InputStats(group.width, device, out, number, every, first) for group in groups}
@@ -107,11 +107,11 @@ def merge(
     owners: Mapping[InputGroup, Sequence[int]] | None = None,
 ) -> None:
     """Make statistics of this rank's tokens those of all tokens, on the ``owners`` of each group,
-    or everywhere. Raises QuantkitError when inputs were not finite: a GPU is waited for to know
-    that, so it is given the sums to exchange first."""
-    finite = [found.finite for found in stats.values()]
+    or everywhere. Raises QuantkitError there when any inputs were not finite. A GPU is waited for
+    to know that, so it is given what is to be exchanged first."""
     every = range(ranks.size)
     ranks.merge((found, owners[group] if owners else every) for group, found in stats.items())
+    finite = [found.finite for found in stats.values()]
     sound = pinned.numbers(torch.stack(finite)) if finite else []
     for group, fine in zip(stats, sound):
         if not fine:
@@ -141,8 +141,8 @@ def mean_squares(
 
 
 def everywhere(hidden: States, ranks: Ranks) -> list[list[int]]:
-    """The tokens of every micro-batch of every rank. Ranks tell each other once: states take the
-    place of states."""
+    """The tokens of every micro-batch of every rank. The same ranks tell each other once: states
+    take the place of states."""
     if hidden.everywhere is None:
         hidden.everywhere = ranks.everyone([rows * length for rows, length in hidden.shapes])
     return hidden.everywhere

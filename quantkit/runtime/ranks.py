@@ -47,7 +47,7 @@ TIMEOUT = timedelta(minutes=30)
 _POLL_SECONDS = 0.05
 _TOLD = "told"
 _SHORT, _SAYS = 16 << 10, 8  # bytes of a message that is short, and of what says how long it is
-_SMALL = 1 << 20  # bytes of a tensor that is sent with others
+_SMALL, _BUNDLE = 1 << 20, 16 << 20  # bytes of a tensor that is sent with others, and of them all
 
 
 class Ranks:
@@ -231,6 +231,10 @@ class Ranks:
             _gather(found, rows)
         return found
 
+    def here(self) -> int:
+        """How many processes share this machine; all ranks ask."""
+        return self.everyone(self.host).count(self.host)
+
     def from_first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on the first rank; the others wait for as long as it takes."""
         value = work() if self.first else None
@@ -319,13 +323,21 @@ def _unreachable(error: Exception, hint: str) -> QuantkitError:
 
 def _bundles(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Those that are sent together: small ones of one kind of device, which take their time because
-    each is sent; large ones go alone, so that they are not in memory twice."""
-    small: dict[bool, list[Tensor]] = {}
+    each is sent. What is sent together is in memory twice, so that large ones go alone."""
+    bundles: list[list[Tensor]] = []
+    room: dict[bool, int] = {}  # in the last one of each kind
+    last: dict[bool, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.nbytes <= _SMALL:
-            small.setdefault(tensor.is_cuda, []).append(tensor)
-    large = [[tensor] for tensor in tensors if tensor.nbytes > _SMALL]
-    return [*small.values(), *large]
+        kind, size = tensor.is_cuda, tensor.nbytes
+        if size >= _SMALL:
+            bundles.append([tensor])
+            continue
+        if size > room.get(kind, -1):
+            last[kind], room[kind] = [], _BUNDLE
+            bundles.append(last[kind])
+        last[kind].append(tensor)
+        room[kind] -= size
+    return bundles
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

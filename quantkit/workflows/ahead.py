@@ -72,8 +72,15 @@ def beside(processes: int) -> int:
     """Cores for an operation of threads that read and write beside a GPU, where so many processes
     share the machine: their part of it, as torchrun leaves one to each if nobody says otherwise.
     With one, blocks of two H200 took a tenth longer, and with more than four no less."""
-    own = (os.cpu_count() or 1) // processes if processes > 1 else torch.get_num_threads()
+    own = _cores() // processes if processes > 1 else torch.get_num_threads()
     return max(1, min(_BESIDE, own))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Behind:

@@ -89,7 +89,7 @@ class Blocks:
         skeleton, threaded = self._plan.skeleton, self._plan.threaded
         reading = staging(skeleton, threaded)
         writing = one_behind(threaded, skeleton.device)
-        cores = on_cores(beside(self._ranks.size)) if threaded else nullcontext()
+        cores = on_cores(beside(self._ranks.here())) if threaded else nullcontext()
         with cores, compiled_ahead(self._plan), writing as self._behind, reading as ahead:
             with self._report.timing("copy"):
                 self._behind(self._copy_dense)

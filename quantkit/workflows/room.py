@@ -37,8 +37,7 @@ def room(
 ) -> Room:
     """The limits of each process, or what it has and its part of what is free, where that is less.
     Raises UsageError for what is not a size, and for a limit of GPU memory on a CPU."""
-    beside = ranks.everyone(ranks.host).count(ranks.host)
-    ram = psutil.virtual_memory().available // beside + psutil.Process().memory_info().rss
+    ram = psutil.virtual_memory().available // ranks.here() + psutil.Process().memory_info().rss
     if max_memory is not None:
         ram = min(ram, size_in_bytes(max_memory))
     limit = _gpu_limit(device, max_gpu_memory)

@@ -256,6 +256,18 @@ def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small, tog
     assert results[0][4] < min(result[4] for result in results[1:])
 
 
+def test_processes_that_share_a_machine(tmp_path):
+    def work(rank):
+        os.environ["GROUP_RANK"] = str(rank // 2)
+        ranks = join()
+        ranks.connect("cpu")
+        found = ranks.here()
+        ranks.leave()
+        return found
+
+    assert together(3, work, tmp_path) == [2, 2, 1]
+
+
 def test_messages_are_as_long_as_they_need_to_be(tmp_path):
     """Also where what goes at once is just full, one byte too short, or far too short."""
     full = ranks_module._SHORT - len(ranks_module._packed("b" * 1000, [])) + 1000

@@ -657,6 +657,8 @@ def test_a_place_that_cannot_be_written(copy, capsys, monkeypatch):
     ("arguments", "match"),
     [
         (["rtn", "demo", "-o", "demo"], "bundled model"),
+        (["gguf", "demo", "-o", "demo-Q4.GGUF"], "would be a folder, and is called like a file"),
+        (["convert", "demo", "--to", "gptq", "-o", "a.safetensors"], "is called like a file"),
         (["rtn", "demo", "--revision", "main", "-o", "x"], "has no revisions"),
         (["rtn", "demo", "--format", "gguf:q8_0", "--bits", "4", "-o", "x"], "no codes of 4 bits"),
         (["gguf", "demo", "--type", "q5_0", "--fast", "-o", "x"], "--fast is for GPTQ"),

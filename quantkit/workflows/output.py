@@ -34,6 +34,7 @@ _COMPANIONS = (
 CHOICE = "choice.json"  # see budget.py
 _LOCK = "lock"  # in the partial folder; the system lets go of it when a process ends, however
 _LEFT = (CHOICE, _LOCK, ledger.FILE)  # in the folder when it gets its name
+_FILES = (".gguf", ".safetensors", ".bin", ".pt")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE: tuple[int, ...] = (errno.EACCES, errno.EROFS, errno.EPERM)
 _UNWRITABLE += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -55,6 +56,11 @@ class Output:
         if str(folder) == DEMO:
             raise UsageError(
                 f"a folder called {DEMO} could not be named: that is the bundled model", another
+            )
+        if folder.suffix.lower() in _FILES and not folder.exists():
+            raise UsageError(
+                f"{folder} would be a folder, and is called like a file",
+                f"leave out the {folder.suffix}: the file in the folder gets a name of its own",
             )
         if folder.is_symlink():  # what it leads to is replaced, and the link stays
             if not folder.exists():

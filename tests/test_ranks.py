@@ -218,11 +218,11 @@ def test_parts_must_agree_where_inputs_belong():
 
 # how small a tensor has to be to go with others, how much goes together, and how often is sent
 @pytest.mark.parametrize(
-    ("small", "together_", "times"), [(1, 99, 9), (31, 99, 3), (31, 35, 5), (1 << 20, 1 << 20, 1)]
+    ("small", "bundle", "times"), [(1, 99, 9), (31, 99, 3), (31, 35, 5), (1 << 20, 1 << 20, 1)]
 )
-def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small, together_, times):
+def test_what_is_shared_is_the_same_everywhere(tmp_path, monkeypatch, small, bundle, times):
     monkeypatch.setattr(ranks_module, "_SMALL", small)
-    monkeypatch.setattr(ranks_module, "_BUNDLE", together_)
+    monkeypatch.setattr(ranks_module, "_BUNDLE", bundle)
     tensors = [
         torch.randn(5, 3).bfloat16(),
         torch.randn(4, 6).T,
@@ -635,7 +635,7 @@ def test_infinities_of_one_process_are_told_by_all(tmp_path, monkeypatch, failin
             hidden.put(0, x)
         return observe(block, hidden, *given)
 
-    def late(*given):
+    def late(*given):  # it looks through a block's parameters first, which may be many
         time.sleep(0.3 * (join().rank == failing))
         return not_finite(*given)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.core.qweight import QWeight
 from quantkit.methods import fit
 
-_PIECE = 4 << 20
+_PIECE = 1 << 20
 
 
 def of(q: QWeight) -> str:

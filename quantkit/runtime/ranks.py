@@ -39,7 +39,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device
 
 T = TypeVar("T")
-# torch's name for it from 2.13 on, and before
+# torch's name for it, and the older one, of which 2.13 warns
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # A rank may have to wait while another one solves its part of a block on a slow CPU. A process that
 # has ended is noticed at once; this is for hosts that do not answer any more.

@@ -179,7 +179,8 @@ class Blocks:
 
     def _end(self) -> None:
         """Write and tell of the last block that was solved. A GPU has to be waited for to do so:
-        where threads write, that is put off until what begins the next block has waited for it."""
+        where threads write, that is put off until the next one has been looked at, which waits for
+        it by itself where something is aligned."""
         ending, self._ending = self._ending, None
         if ending:
             ending()

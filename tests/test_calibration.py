@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from tools import command
 
 from quantkit import data
 from quantkit.core import calibration
@@ -403,6 +404,17 @@ def test_too_little_text_is_said(tokenizer):
     found = calibration.pack([Document("ids", ids=(1, 2))] * 2, tokenizer, 64, 8, 1)
     assert len(found.rows) == 2
     assert found.short == ["64 rows were asked for, the text gives 2"]
+
+
+@pytest.mark.parametrize(("rows", "told"), [(5, True), (6, False)])
+def test_fewer_tokens_than_the_widest_linear_has_inputs_are_told(rows, told, tmp_path, capsys):
+    text = tmp_path / "ids.jsonl"
+    text.write_text(json.dumps({"input_ids": [*range(10, 138)]}) + "\n")
+    text.write_text(text.read_text() * rows)
+    options = ["--calib", text, "--fast", "--dry-run", "--out", tmp_path / "out"]
+    assert command("gptq", "demo", *options) == 0
+    few = f"warning: calibration has {128 * rows:,} tokens, fewer than the 768 inputs of the widest"
+    assert (few in capsys.readouterr().err) == told
 
 
 def test_no_text_at_all_is_refused(tokenizer):

@@ -100,6 +100,11 @@ class Shapes:
         return self.outside + sum(block.numbers for block in self.blocks)
 
     @property
+    def widest(self) -> int:
+        """Inputs of the widest linears that are quantized."""
+        return max((group.width for block in self.kinds for group in block.groups), default=0)
+
+    @property
     def kinds(self) -> tuple[Block, ...]:
         """The blocks that differ."""
         return tuple(dict.fromkeys(self.blocks))

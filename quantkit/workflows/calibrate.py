@@ -126,6 +126,18 @@ def check_enough(rows: Calibration, ranks: int) -> None:
         )
 
 
+def too_few(rows: Calibration, widest: int) -> str | None:
+    """What is to be said where there are fewer tokens than a Hessian has rows: it is singular, and
+    directions that no token has are only damped. In words, None when there are enough."""
+    tokens = rows.tokens.total()
+    if tokens >= widest:
+        return None
+    return (
+        f"calibration has {tokens:,} tokens, fewer than the {widest:,} inputs of the widest "
+        "linear, whose statistics are incomplete: give more text (--calib) or rows (--calib-rows)"
+    )
+
+
 def check_known(rows: Iterable[list[int]], skeleton: Skeleton) -> None:
     """Raises QuantkitError for rows with tokens that the model has no embedding of."""
     known = skeleton.model.get_input_embeddings().weight.shape[0]

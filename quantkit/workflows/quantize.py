@@ -31,7 +31,7 @@ from quantkit.workflows import plan as planning
 from quantkit.workflows import room as memory
 from quantkit.workflows.blocks import Blocks, Files, originals
 from quantkit.workflows.budget import Choice
-from quantkit.workflows.calibrate import calibrate, check_enough, check_known, longest_row
+from quantkit.workflows.calibrate import calibrate, check_enough, check_known, longest_row, too_few
 from quantkit.workflows.check import TOKENS, held_out
 from quantkit.workflows.layout import lay_out
 from quantkit.workflows.method import Method
@@ -212,8 +212,9 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
         progress.note(line)
     for text in report.fallbacks:
         progress.warn(text)
-    if short := memory.too_little(plan, room, rows):
-        progress.warn(short)
+    for short in (too_few(rows, plan.shapes.widest), memory.too_little(plan, room, rows)):
+        if short:
+            progress.warn(short)
     if task.dry_run:
         ranks.leave()
         return report

@@ -117,7 +117,14 @@ def talking(command: Command) -> Command:
             is_flag=True,
             help="Go on past --max-new-tokens until the model ends the text itself.",
         ),
-        click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True),
+        click.option(
+            "--max-new-tokens",
+            "-n",
+            type=int,
+            default=256,
+            show_default=True,
+            help="Tokens of an answer, at most.",
+        ),
         click.option(
             "--stop", multiple=True, help="Stop before this text, and leave it out; repeatable."
         ),

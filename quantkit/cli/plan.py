@@ -27,8 +27,8 @@ _DOES_NOT_FIT = 3
     "--gpu",
     default="auto",
     show_default=True,
-    help="t4, l4, rtx3060, rtx4090, a100, h100 or h200; auto is this machine, cpu this machine "
-    "without its GPU.",
+    help="t4, l4, rtx3060, rtx4090, a100 (40 GB), h100 or h200; auto is this machine, cpu this "
+    "machine without its GPU.",
 )
 @click.option("--ram", metavar="SIZE", help="Memory: 12GB.  [default: what is free here]")
 @click.option(
@@ -112,9 +112,13 @@ def _print(found: "Forecast") -> None:
 def _row(need: "Need") -> list[str]:
     device = "" if need.device is None else _gb(need.device)
     disk = _gb(need.disk) if need.disk else ""
-    rate = "" if need.rate is None else f", then {need.rate:,.0f} tokens/s"
+    rate = "" if need.rate is None else f", then {_rate(need.rate)} tokens/s"
     time = "unknown" if need.seconds is None else f"{_time(need.seconds)}{rate}"
     return [need.task, device, _gb(need.ram), disk, time, "yes" if need.fits else "no"]
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def _gb(size: int) -> str:

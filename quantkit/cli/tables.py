@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from quantkit.core.metrics import shown
+from quantkit.core.metrics import number, shown
 
 _NAMES = {"en": "English", "ja": "Japanese", "code": "code", "chat": "chat"}
 
@@ -20,8 +20,8 @@ def comparison_table(measured: dict[str, Any], title: str) -> Table:
     for label, one in measured["sets"].items():
         table.add_row(
             Text(_NAMES.get(label, label)),
-            f"{one['reference_perplexity']:.2f}",
-            f"{one['perplexity']:.2f}",
+            number(one["reference_perplexity"], 2),
+            number(one["perplexity"], 2),
             shown(one["kl"], one["kl_error"]),
             f"{one['top1']:.1%}",
         )
@@ -46,11 +46,11 @@ def verified_table(found: dict[str, Any]) -> Table:
     for label, one in found["sets"].items():
         table.add_row(
             Text(_NAMES.get(label, label)),
-            f"{one['reference_perplexity']:.2f}",
-            f"{one['perplexity']:.2f}",
+            number(one["reference_perplexity"], 2),
+            number(one["perplexity"], 2),
             shown(one["perplexity_ratio"], one["perplexity_ratio_error"], 3),
             shown(one["kl"], one["kl_error"]),
-            f"{one['kl_p99']:.3f}",
+            number(one["kl_p99"], 3),
             f"{one['top1']:.1%}",
         )
     table.add_section()

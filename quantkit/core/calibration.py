@@ -276,7 +276,7 @@ def _file(source: str) -> tuple[Path, str | None]:
             + ", ".join(SHORTCUTS),
         )
     if not path.is_file():
-        raise QuantkitError(f"there is no calibration file {path}")
+        raise QuantkitError(f"there is no file {path}")
     return path, column
 
 

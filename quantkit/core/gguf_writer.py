@@ -82,6 +82,11 @@ class GgufWriter:
         self._file.close()
 
 
+def size(metadata: Mapping[str, Value], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of a file with these. Raises QuantkitError for metadata that are none."""
+    return _plan(metadata, tensors, alignment_of(Path(), metadata))[1]
+
+
 def _check_plan(name: str, type: str, shape: tuple[int, ...]) -> None:
     length = len(name.encode())
     if not 0 < length <= MAX_NAME:

@@ -16,6 +16,7 @@ _CHUNK, _GPU_CHUNK = 64, 512
 _TOP = 5
 # edges of the histogram: 10 bins for every factor of ten from 1e-6 to 10 nats
 _LOWEST, _HIGHEST, _BINS = -6, 1, 70
+_MONSTER = 1e6  # numbers from here on have no use for digits behind the point
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,12 @@ def _fetched(columns: list[Tensor]) -> list[Tensor]:
 
 def shown(value: float, error: float | None, digits: int = 4) -> str:
     """A number with its standard error, for people."""
-    return f"{value:.{digits}f} ± {'-' if error is None else f'{error:.{digits}f}'}"
+    return f"{number(value, digits)} ± {'-' if error is None else number(error, digits)}"
+
+
+def number(value: float, digits: int) -> str:
+    """With so many digits behind the point, unless it is a monster."""
+    return f"{value:.{digits}f}" if not abs(value) >= _MONSTER else f"{value:.3g}"
 
 
 def _with_error(name: str, estimate: Estimate) -> dict[str, float | None]:

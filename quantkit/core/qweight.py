@@ -51,7 +51,7 @@ class Scheme:
 
     bits        2, 3, 4, 5, 6 or 8
     group_size  neighbouring inputs that share one scale: 16 to 1024, or -1 for the whole row
-    symmetric   the zero point is the middle of the codes and is not stored
+    symmetric   the zero point is the middle of the codes, and is not kept here
     grid        int: levels are evenly spaced; nf4, fp4: they come from a table (4 bits, no zero)
     """
 

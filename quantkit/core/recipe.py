@@ -198,6 +198,7 @@ def _change(steps: list[Step], change: str, vocabulary: Vocabulary) -> None:
     if not equals:
         raise UsageError(f"'{change}' sets nothing", "write KEY=VALUE or COMMAND.KEY=VALUE")
     command, _, key = path.strip().rpartition(".")
+    key = key.replace("-", "_")  # as it is typed at the command itself
     meant = [step for step in steps if command in ("", step.command)]
     if not meant:
         used = [step.command for step in steps]

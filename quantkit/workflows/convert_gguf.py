@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.core import gguf_writer
 from quantkit.core.form import Form
 from quantkit.core.gguf_values import Value
 from quantkit.core.gguf_writer import GgufWriter
@@ -57,7 +58,7 @@ class GgufTarget:
 
     @property
     def nbytes(self) -> int:
-        return sum(gguf.nbytes(shape, kind) for kind, shape in self.tensors.values())
+        return gguf_writer.size(self.metadata, self.tensors)
 
     def survey(self, progress: Progress) -> list[str]:
         opened = self.opened

@@ -150,6 +150,7 @@ def _library() -> Any:
     except ImportError as error:
         raise QuantkitError(
             "K types are written by llama.cpp, and llama-cpp-python is not installed",
-            "pip install 'quantkit[llamacpp]', or choose gguf:q4_0, q4_1, q5_0, q5_1, q8_0",
+            "pip install 'quantkit[llamacpp]', or choose a type that quantkit rounds itself: q4_0, "
+            "q4_1, q5_0, q5_1, q8_0",
         ) from error
     return llama_cpp

@@ -98,8 +98,14 @@ def forecast(
         needs.bits_per_weight,
         needs.shapes.exact,
         [n if n.fits else replace(n, changes=tuple(_changes(needs, n, ram))) for n in found],
-        [*dict.fromkeys(note for need in found for note in needs.notes(need.task))],
+        [*_left_out(subject), *dict.fromkeys(n for need in found for n in needs.notes(need.task))],
     )
+
+
+def _left_out(subject: Subject) -> list[str]:
+    if not subject.quantized:
+        return []
+    return [f"{subject.source.name} is quantized already: it is planned as it is run"]
 
 
 # What is tried where a task does not fit, what costs least first; the first that helps is told.

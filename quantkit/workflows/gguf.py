@@ -8,7 +8,8 @@ K types            llama.cpp rounds, weighing inputs by their mean squares with 
 F16, BF16, F32     as they are
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class _Run:
     output: Output
     dry_run: bool
     progress: Progress
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def to(self) -> str:
@@ -58,7 +60,7 @@ class _Run:
 
     def carry(self, opened: Opened, target: Any, **settings: Any) -> Conversion:
         fingerprint = settings.pop("fingerprint", None)
-        return carry(
+        result = carry(
             opened,
             target,
             self.to,
@@ -68,6 +70,8 @@ class _Run:
             progress=self.progress,
             fingerprint=fingerprint,
         )
+        result.seconds = time.perf_counter() - self.started  # with what came before
+        return result
 
     def settings(self, **more: Any) -> dict[str, Any]:
         return {"types": self.types, "pre_tokenizer": self.pre_tokenizer, **more}

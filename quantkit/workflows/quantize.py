@@ -207,7 +207,8 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     report.fallbacks += rows.short
     if task.strict and report.fallbacks:
         raise QuantkitError(f"--strict: {report.fallbacks[0]}", "leave out --strict to allow it")
-    report.seconds["prepare"] = time.perf_counter() - started
+    chosen = report.seconds.get("choose", 0.0)
+    report.seconds["prepare"] = time.perf_counter() - started - chosen
     for line in planning.describe(plan, rows):
         progress.note(line)
     for text in report.fallbacks:

@@ -7,6 +7,7 @@ will run. Only continuations of prompts need whole models, one at a time (see wh
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from quantkit.core.progress import Progress, Step
 from quantkit.core.source import DEMO, Source, resolve
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.device import pick_device, pick_dtype
+from quantkit.runtime.opened import open_checkpoint
 from quantkit.workflows import card, divergence, sizes, verdict
 from quantkit.workflows.calibrate import longest_row
 from quantkit.workflows.candidate import Candidate
@@ -122,7 +124,8 @@ def _refuse_nothing(rows: int, seqlen: int) -> None:
 
 
 def recorded_original(source: Source) -> Source:
-    """The original that quantkit.json names. Raises UsageError when it cannot be found."""
+    """The original that quantkit.json names. Raises UsageError when it cannot be found, and
+    QuantkitError for what is no model."""
     recorded = (source.read_json(provenance.FILE) or {}).get("source", {})
     name, revision = recorded.get("name"), recorded.get("revision")
     if name and "/" in name:
@@ -133,6 +136,7 @@ def recorded_original(source: Source) -> Source:
         here = all(file.exists() for file in files)
         if here and provenance.hash_files(files).result() == recorded["files"]:
             return demo
+    open_checkpoint(source)  # if there is no model at all, that is what is wrong
     raise UsageError(
         f"{source.name} does not say where its original can be found",
         "give the folder or repository of the original with --against",
@@ -246,6 +250,7 @@ class Bench:
                 passages.see(label, batch[0], kl, logits, other)
             yield label
         result.worst = passages.described()
+        result.notes += _lost(result, logits.shape[-1])
         if self._limits:
             bits = result.size["bits_per_weight"]
             measured = result.comparison.described()
@@ -299,6 +304,17 @@ def _calibrated_on(candidate: Candidate) -> list[str]:
     rows = candidate.record.get("calibration")
     sources = rows.get("sources") if isinstance(rows, dict) else None
     return [name for name in sources if isinstance(name, str)] if isinstance(sources, list) else []
+
+
+def _lost(result: Verification, vocabulary: int) -> list[str]:
+    """What is to be said of predictions that have less to do with the original's than equal chances
+    for all tokens would have."""
+    if result.comparison.described()["kl"] <= log(vocabulary):
+        return []
+    return [
+        f"{result.name} predicts no better than by chance: its weights are damaged, and not only "
+        "those of linears whose errors are small"
+    ]
 
 
 def _with_layers(tensors: Iterable[str], layers: dict[str, dict[str, Any]]) -> list[str]:

@@ -111,6 +111,21 @@ def test_awq_and_more_rows_take_more():
     assert ram(calib_rows=16) < ram()
 
 
+def test_text_that_the_model_writes_takes_the_whole_model():
+    sizes = {"tasks": ["quantize"], "gpu": "t4", "calib_seqlen": 512}
+    written = forecast("demo", calib=("self=4",), **sizes)
+    (need,), (usual,) = written.needs, forecast("demo", calib=("bundled:en=4",), **sizes).needs
+    phase, *others = need.phases
+    assert phase.device["model"] == 2 * written.parameters
+    assert [one.name for one in others] == [one.name for one in usual.phases]
+    assert need.seconds > usual.seconds
+
+
+def test_a_model_that_is_quantized_leaves_tasks_out_and_says_so(capsys):
+    assert command("plan", quantized("demo"), "--gpu", "l4") == 0
+    assert "is quantized already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
 def test_a_quantized_model_is_run_as_it_is(form, capsys):
     folder = quantized("demo", format=form)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli import options
+from quantkit.core.counted import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,15 +107,14 @@ def _rows(found: "Inspection") -> list[tuple[str, str]]:
         rows.append(("zero points", seen if found.sym else said))
     if found.linears:
         size = f", {found.bits_per_weight:.2f} bits per weight" if found.bits_per_weight else ""
-        rows.append(("quantized", f"{found.linears} linears{size}"))
+        rows.append(("quantized", f"{counted(found.linears, 'linear')}{size}"))
     rows.append(("parameters", f"{found.parameters / 1e6:,.1f} M"))
     dense = ", ".join(f"{count / 1e6:,.1f} M {dtype}" for dtype, count in found.dtypes.items())
     rows.append(("dense tensors", dense or "none"))
     if found.head:
         rows.append(("head", _HEADS[found.head]))
-    rows.append(
-        ("size", f"{found.bytes / 1e6:,.1f} MB, {found.files} files, {found.tensors} tensors")
-    )
+    parts = f"{counted(found.files, 'file')}, {counted(found.tensors, 'tensor')}"
+    rows.append(("size", f"{found.bytes / 1e6:,.1f} MB, {parts}"))
     chat = "with a chat template" if found.chat_template else "no chat template"
     rows.append(("tokenizer", chat if found.tokenizer else "none"))
     rows += [("made from", found.made_from)] if found.made_from else []

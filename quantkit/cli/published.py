@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit.cli.options import Command
+from quantkit.core.counted import counted
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def tell(result: "Pushed") -> None:
     from quantkit.cli.console import stdout
 
     console = stdout()
-    size = f"{len(result.files)} files, {result.bytes / 1e6:,.1f} MB"
+    size = f"{counted(len(result.files), 'file')}, {result.bytes / 1e6:,.1f} MB"
     if not result.written:
         console.print(f"would publish {size} as {escape(result.address)}")
         for name in result.files:

@@ -4,7 +4,7 @@ Symmetric groups have one level more on one side. ``signed`` scales take the sig
 the weight of the largest magnitude, as ggml's Q4_0 does: steps are smaller, but a weight at the
 other end may be a whole step away. Without, the range lies evenly around zero and nothing is
 further away than half a step. Measured at 4 bits in groups of 128 on the demo model: a mean KL of
-0.129 with signed scales, 0.159 without.
+0.159 with signed scales, 0.191 without.
 """
 
 import torch

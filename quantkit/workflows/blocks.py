@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.core import durations, pinned, profile
 from quantkit.core.checkpoint import ShardWriter
+from quantkit.core.counted import counted
 from quantkit.core.ledger import Ledger
 from quantkit.core.progress import Progress, Step
 from quantkit.errors import QuantkitError
@@ -110,7 +111,9 @@ class Blocks:
     def _tell_finished(self) -> None:
         names = [self._walk.block_name(index) for index in range(len(self._walk))]
         if solved := sum(name in self._finished for name in names):
-            self._progress.note(f"going on: {solved} blocks are solved already, they are only run")
+            once = "it is" if solved == 1 else "they are"
+            known = f"{counted(solved, 'block')} solved already"
+            self._progress.note(f"going on: {known}, {once} only run")
 
     def _copy_dense(self) -> None:
         """Embeddings, norms, head: as they are, but float32 becomes float16."""

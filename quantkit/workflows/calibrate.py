@@ -1,5 +1,6 @@
 """From ``--calib`` to rows of token ids that the model can be run on."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,11 +9,12 @@ from torch import Tensor
 
 from quantkit.core import calibration
 from quantkit.core.calibration import Calibration, Document
+from quantkit.core.progress import Progress, Step
 from quantkit.core.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.skeleton import Skeleton
 
-_SAMPLED_AT_ONCE = 16
+SAMPLED_AT_ONCE = 16  # texts
 
 
 def longest_row(skeleton: Skeleton) -> int | None:
@@ -33,6 +35,7 @@ def calibrate(
     longest: int | None,
     seed: int,
     device: torch.device,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Rows for calibration. ``rows`` limits them where the specifications name no number;
     ``seqlen`` is cut to ``longest``, what the model can take."""
@@ -54,7 +57,9 @@ def calibrate(
                     "leave out --low-disk, or calibrate on other text",
                 )
             wanted = cap if part.rows is None else part.rows
-            documents: Any = _sampled(source, tokenizer, wanted, seqlen, seed, device)
+            documents: Any = _sampled(
+                source, tokenizer, wanted, seqlen, seed, device, progress or Progress()
+            )
         else:
             documents = calibration.read(part.source, seed)
         packed = calibration.pack(documents, tokenizer, part.rows, seqlen, cap)
@@ -70,7 +75,13 @@ def calibrate(
 
 
 def _sampled(
-    source: Source, tokenizer: Any, rows: int, length: int, seed: int, device: torch.device
+    source: Source,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
 ) -> list[Document]:
     """Rows that the model writes itself, from nothing but the start token, at temperature 1. The
     whole model is in memory while it does."""
@@ -84,10 +95,13 @@ def _sampled(
     model, _ = load(str(source.folder), device=str(device))
     torch.manual_seed(seed)
     stream: list[int] = []
+    at_once = min(rows, SAMPLED_AT_ONCE)
+    progress.begin("letting the model write calibration text", rows)
     while len(stream) < rows * length:
+        started = time.perf_counter()
         written = model.generate(
-            torch.full((_SAMPLED_AT_ONCE, 1), start, device=model.device),
-            attention_mask=torch.ones(_SAMPLED_AT_ONCE, 1, dtype=torch.long, device=model.device),
+            torch.full((at_once, 1), start, device=model.device),
+            attention_mask=torch.ones(at_once, 1, dtype=torch.long, device=model.device),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -97,6 +111,10 @@ def _sampled(
         )
         for row in written.tolist():
             stream += _until(row, tokenizer.eos_token_id)
+        done = min(rows, len(stream) // length)
+        spent = time.perf_counter() - started
+        progress.step(Step(done, rows, f"{len(stream):,} tokens", None, spent))
+    progress.end()
     cut = [stream[i : i + length] for i in range(0, rows * length, length)]
     return [Document("self", ids=tuple(row)) for row in cut]
 

@@ -44,6 +44,7 @@ def importance(
         longest=longest_row(skeleton),
         seed=seed,
         device=on,
+        progress=progress,
     )
     for text in rows.notes + rows.short:
         progress.note(text)

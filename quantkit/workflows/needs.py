@@ -25,7 +25,7 @@ from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import find_blocks
 from quantkit.workflows import plan as planning
 from quantkit.workflows.awq_block import Awq
-from quantkit.workflows.calibrate import longest_row
+from quantkit.workflows.calibrate import SAMPLED_AT_ONCE, longest_row
 from quantkit.workflows.layout import lay_out, refuse_unpackable
 from quantkit.workflows.machine import Machine
 from quantkit.workflows.method import Method
@@ -239,6 +239,12 @@ class Needs:
         seconds = None
         if speed:
             seconds = durations.quantizing(self.shapes, run, mode, thinned, stored, speed)
+        if own := [text for text in wish.calib if calibration.parse(text)[0].source == "self"]:
+            whole, written = self._original, calibration_tokens(own, wish.calib_rows, row)
+            phases = [*loaded.generating(self.shapes, whole, row, SAMPLED_AT_ONCE), *phases]
+            if seconds and speed:
+                step = durations.token(self.shapes, whole.weights, 0, speed)
+                seconds += durations.loading(whole.weights) + step * written / SAMPLED_AT_ONCE
         return phases, seconds, None, disk + max(phase.disk for phase in phases)
 
     def _verify(self) -> tuple[list[Phase], float | None, float | None, int]:
@@ -307,6 +313,14 @@ class Needs:
             item=self._item,
             cuda=self.machine.cuda,
         )
+
+    @property
+    def _original(self) -> Loaded:
+        """The model that writes its own calibration text."""
+        weights = self.shapes.numbers * self._item
+        stored = {spec.dtype for spec in self._dense_specs()}
+        mapped = weights if stored == {self.machine.dtype} else 0
+        return Loaded(weights, mapped, 0, self._item, self.machine.cuda)
 
     def _dense_specs(self) -> list[Any]:
         return [self.subject.opened.dense.spec(name) for name in self.subject.opened.dense]

@@ -13,6 +13,7 @@ from quantkit import __version__, formats
 from quantkit.core import footprint, provenance
 from quantkit.core.calibration import BUNDLED, Calibration
 from quantkit.core.checkpoint import Checkpoint, TensorSpec
+from quantkit.core.counted import counted
 from quantkit.core.footprint import Mode, Phase, Place, Room, Run, Shapes
 from quantkit.core.qweight import Scheme
 from quantkit.core.rules import Rule
@@ -318,10 +319,11 @@ def describe(plan: Plan, rows: Calibration) -> list[str]:
     if plan.layout.own_schemes():
         kind = "to several kinds of codes"
     lines = [
-        f"{plan.source.name}: {len(plan.layout.jobs)} blocks, {len(jobs)} linears, "
+        f"{plan.source.name}: {counted(len(plan.layout.jobs), 'block')}, "
+        f"{counted(len(jobs), 'linear')}, "
         f"{weights / 1e6:,.1f} M weights {kind}",
-        f"calibration: {len(rows.rows)} rows, {tokens:,} tokens ({labels}); "
-        f"{rows.used} documents used, {rows.left} left over",
+        f"calibration: {counted(len(rows.rows), 'row')}, {counted(tokens, 'token')} ({labels}); "
+        f"{counted(rows.used, 'document')} used, {rows.left:,} left over",
         f"output: {plan.output_bytes / 1e6:,.1f} MB, from "
         f"{plan.checkpoint.nbytes / 1e6:,.1f} MB; "
         f"{plan.bits_per_weight:.2f} bits per quantized weight",

@@ -191,6 +191,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
             longest=longest,
             seed=task.seed,
             device=on,
+            progress=progress,
         )
     )
     check_enough(rows, ranks.size)

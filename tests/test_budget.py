@@ -120,6 +120,11 @@ def chosen(tmp_path_factory):
     return out, quantize(small(), out, target_bits=3.6, **SETTINGS)
 
 
+def test_choosing_is_counted_once(chosen):
+    seconds = chosen[1].seconds
+    assert 0 < seconds["prepare"] < seconds["choose"]
+
+
 def test_a_model_that_is_not_made_of_numbers_is_refused(tmp_path):
     source = tmp_path / "model"
     shutil.copytree(small(), source)

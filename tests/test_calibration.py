@@ -4,12 +4,17 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from tools import command
 
 from quantkit import data
 from quantkit.core import calibration
 from quantkit.core.calibration import BUNDLED, Calibration, Document, Part
+from quantkit.core.progress import Progress
+from quantkit.core.source import resolve
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.load import load
+from quantkit.workflows.calibrate import calibrate
 
 ROMAN = "The quick brown fox jumps over the lazy dog. "
 CHAT = [
@@ -256,7 +261,7 @@ def test_a_missing_column_is_refused(tmp_path):
 
 
 def test_a_missing_or_unknown_file_is_refused(tmp_path):
-    assert "no calibration file" in refusal(calibration.read, str(tmp_path / "a.txt"), 0)
+    assert "there is no file" in refusal(calibration.read, str(tmp_path / "a.txt"), 0)
     for source in ("a.pdf", "nothing", "", str(tmp_path)):
         assert refusal(calibration.read, source, 0, kind=UsageError)
 
@@ -415,6 +420,27 @@ def test_fewer_tokens_than_the_widest_linear_has_inputs_are_told(rows, told, tmp
     assert command("gptq", "demo", *options) == 0
     few = f"warning: calibration has {128 * rows:,} tokens, fewer than the 768 inputs of the widest"
     assert (few in capsys.readouterr().err) == told
+
+
+def test_a_model_writes_as_many_texts_as_are_wanted(tokenizer, monkeypatch):
+    asked = []
+    found, _ = load("demo", device="cpu")
+    generate = found.generate
+
+    def noted(ids, **how):
+        asked.append(len(ids))
+        return generate(ids, **how)
+
+    monkeypatch.setattr(found, "generate", noted)
+    monkeypatch.setattr("quantkit.runtime.load.load", lambda *args, **how: (found, tokenizer))
+    steps = []
+    watching = Progress()
+    watching.step = steps.append
+    how = {"longest": None, "seed": 0, "device": torch.device("cpu"), "progress": watching}
+    text = calibrate(resolve("demo"), tokenizer, ["self"], rows=3, seqlen=12, **how)
+    assert [len(row) for row in text.rows] == [12] * 3
+    assert set(asked) == {3}
+    assert (steps[-1].index, steps[-1].total) == (3, 3)
 
 
 def test_no_text_at_all_is_refused(tokenizer):

@@ -1,5 +1,6 @@
 """quantkit gguf: GPTQ in the file's own blocks, rounding, plain files; K types by llama.cpp."""
 
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -62,6 +63,22 @@ def test_rounding_is_the_default_where_it_is_enough(kind, tmp_path):
     weight = Checkpoint(source).get(f"{prefix}.weight")
     q = opened(result.folder).qweight(prefix)
     assert q.identical(rtn.quantize(weight, q.scheme, signed=True))
+
+
+def test_size_and_time_are_those_of_the_whole(tmp_path, monkeypatch):
+    solved = workflow.quantize
+    spent = []
+
+    def timed(*args, **options):
+        started = time.perf_counter()
+        solved(*args, **options)
+        spent.append(time.perf_counter() - started)
+
+    monkeypatch.setattr(workflow, "quantize", timed)
+    result = quantize_gguf(str(model("llama")), tmp_path / "out", type="q4_0", **QUICK)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert result.bytes == file.stat().st_size
+    assert spent and result.seconds > spent[0]
 
 
 def test_types_of_embedding_and_head(tmp_path):

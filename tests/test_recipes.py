@@ -127,6 +127,13 @@ def test_set(change, key, value):
     assert found == value and type(found) is type(value)
 
 
+def test_set_takes_names_as_they_are_typed_at_the_command():
+    vocabulary = {"cook": {"model": Key("str"), "out": Key("str"), "at_once": Key("int")}}
+    text = 'model = "a/b"\n[[step]]\ncommand = "cook"\nat_once = 1'
+    (step,) = recipe.assemble(tomllib.loads(text), vocabulary, "r", changes=["at-once=2"]).steps
+    assert step.options["at_once"] == 2
+
+
 def test_set_reaches_every_step_that_has_the_option_or_the_named_ones():
     steps = assemble(CHAIN, changes=["rows=2"])
     assert [step.options.get("rows") for step in steps] == [None, 2, None, 2]

@@ -604,7 +604,25 @@ def test_text_that_a_model_was_calibrated_on_is_told():
         assert notes == ([f"it was calibrated on {text}, too: other text tells more"] * told)
 
 
+def test_damage_outside_of_linears_is_told(tmp_path):
+    """Errors of linears are small, and what the model predicts has nothing to do with it."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(quantized(), folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0) * 40
+    save_file(tensors, file, {"format": "pt"})
+    told = "damaged predicts no better than by chance"
+    assert [note for note in verify(str(folder), samples=False, **FEW).notes if told in note]
+    assert not verify(str(quantized()), samples=False, **FEW).notes
+
+
 # what does not belong together
+
+
+def test_a_folder_without_a_model_is_told_as_that(tmp_path, capsys):
+    assert command("verify", tmp_path) == 1
+    assert "has no model weights" in sentence(capsys.readouterr().err)[0]
 
 
 def test_a_model_without_a_recorded_original_needs_one():

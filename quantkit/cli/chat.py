@@ -58,6 +58,8 @@ def command(quiet: bool, model: str, **settings: Any) -> None:
 
 def _lines() -> Iterator[str]:
     """What is typed, line by line, until it ends."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed")
     if not sys.stdin.isatty():
         try:
             for line in sys.stdin:
@@ -94,14 +96,25 @@ def _obey(chat: "Conversation", line: str, quiet: bool) -> bool:
     elif word == "/regen":
         _show(chat, chat.again(), quiet)
     elif word == "/save":
-        chat.save(Path(rest).expanduser())
+        chat.save(_file(rest))
         click.echo(f"{len(chat.messages)} messages in {rest}", err=True)
     elif word == "/load":
-        chat.load(Path(rest).expanduser())
+        chat.load(_file(rest))
         click.echo(f"{len(chat.messages)} messages from {rest}", err=True)
     else:
         raise UsageError(f"there is no {word}", "/help shows what there is")
     return False
+
+
+def _file(name: str) -> Path:
+    """Raises UsageError for what can be no file."""
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise UsageError(f"there is no {name}") from error
+    if path.name in ("", "..") or "\0" in name:
+        raise UsageError(f"{name!r} is no name of a file")
+    return path
 
 
 def _show(chat: "Conversation", pieces: Iterator[str], quiet: bool) -> None:

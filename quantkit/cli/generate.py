@@ -98,6 +98,8 @@ def _print_answer(prompt: str | None, quiet: bool, **options: Any) -> None:
     from quantkit.workflows.generate import generate
 
     if prompt == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed")
         try:
             prompt = sys.stdin.read()
             prompt = prompt.removesuffix("\n").removesuffix("\r")  # as echo ends it

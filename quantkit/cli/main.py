@@ -108,6 +108,11 @@ def main(arguments: list[str] | None = None) -> None:
     except QuantkitError as error:
         _say(error.message, error.hint)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno is None:  # none of the system's: torch and others make use of the class
+            raise
+        _say(f"{error.filename or 'the output'}: {error.strerror}", None)
+        sys.exit(1)
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -58,8 +58,12 @@ def _imported() -> bool:
 
 def leave(code: int) -> NoReturn:
     """Exit without taking apart all that was imported, which takes half a second."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:  # there is none where it was closed
+                stream.flush()
+        except OSError:  # of what was written before, and is told
+            code = code or 1
     os._exit(code)
 
 

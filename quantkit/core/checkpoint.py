@@ -210,7 +210,7 @@ def _weight_files(folder: Path, basename: str | None = None) -> list[str]:
         if sets and not basename:
             raise QuantkitError(
                 f"{folder} holds several sets of weights: {_listed(sets)}",
-                "say which with model_basename, or remove the files that do not belong to it",
+                "say which with model_basename, or give the path of its file as the model",
             )
     held = {name: files for _, _, sets in found for name, files in sets.items()}
     if not held:

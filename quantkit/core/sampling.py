@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 
-_MOST_SEED = 2**63 - 1
+SEEDS = 2**63  # what a generator of torch takes: 0 to so many, less one
+LEAST_PENALTY, _MOST_PENALTY = 1e-3, 1e9
 _COLD = 1e-30  # of a temperature: below it logits overflow when they are divided
 _FEW = 256  # candidates that are looked at first; nearly always they hold all of top_p
 
@@ -31,7 +32,8 @@ class Sampling:
     top_p               keep the likeliest tokens of this total share, 0 < top_p <= 1
     top_k               keep so many of the likeliest tokens; 0 keeps all
     min_p               keep tokens at least so likely as this share of the likeliest, 0 to 1
-    repetition_penalty  above 1 makes tokens of the prompt and the text so far less likely
+    repetition_penalty  above 1 makes tokens of the prompt and the text so far less likely;
+                        0.001 to 1e9, so that no logit overflows
     seed                for the same tokens again, 0 to 2**63 - 1; None: other ones each time
 
     Raises UsageError for values out of range.
@@ -56,9 +58,13 @@ class Sampling:
             raise UsageError("--top-k cannot be negative", "0 turns it off")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"--min-p {self.min_p:g} must be from 0 to 1", "0 turns it off")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError("--repetition-penalty must be positive", "1.0 turns it off")
-        if self.seed is not None and not 0 <= self.seed <= _MOST_SEED:
+        if not LEAST_PENALTY <= self.repetition_penalty <= _MOST_PENALTY:
+            raise UsageError(
+                f"--repetition-penalty {self.repetition_penalty:g} must be from {LEAST_PENALTY:g} "
+                f"to {_MOST_PENALTY:g}",
+                "1.0 turns it off",
+            )
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise UsageError(f"--seed {self.seed} is out of range", "use 0 to 2**63 - 1")
 
     @property
@@ -111,7 +117,13 @@ class Sampler:
                 self._random.manual_seed(sampling.seed)
 
     def next(self, logits: Tensor) -> int:
-        """The token that follows, from its logits [vocab]."""
+        """The token that follows, from its logits [vocab]. Raises QuantkitError where those on a
+        CPU are no numbers; a GPU would have to be asked, and waited for."""
+        if not logits.is_cuda and not math.isfinite(logits.max()):  # NaN is the largest
+            raise QuantkitError(
+                "the model's predictions are not numbers",
+                "'quantkit inspect' says whether its weights are",
+            )
         if self._seen:
             logits = penalized(logits, list(self._seen), self.sampling.repetition_penalty)
         if self._random is None:
@@ -160,5 +172,5 @@ def _largest(shares: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     if len(first) < len(shares) and before[-1] + first[-1] < top_p:
         first, order = shares.sort(descending=True)
         before = first.cumsum(0) - first
-    keep = int((before < top_p).sum())
+    keep = max(1, int((before < top_p).sum()))  # float32 has no top_p below 1e-45
     return first[:keep], order[:keep]

@@ -89,8 +89,15 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], ma
     writer = csv.DictWriter(
         out, columns, delimiter=_DELIMITERS[kind], lineterminator="\n", restval=""
     )
+    careful = csv.DictWriter(
+        out, columns, delimiter=_DELIMITERS[kind], lineterminator="\n", quoting=csv.QUOTE_ALL
+    )
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    for row in rows:
+        cells = {name: _cell(value) for name, value in row.items()}
+        # the csv module of Python before 3.13 takes a lone CR for no end of a line, readers do
+        wild = any("\r" in str(value) for value in cells.values())
+        (careful if wild else writer).writerow(cells)
     text = out.getvalue().encode("utf-8", "replace").decode()  # halves of characters that JSON had
     write_text(path, ("\ufeff" if mark else "") + text)
 

@@ -20,7 +20,7 @@ from quantkit.core.qweight import QWeight, Scheme
 SAFETENSORS = ("gptq", "awq", "compressed_tensors", "bnb", "mlx")
 # gptq_v2 is gptq with another zero-point convention, and only ever a target
 TARGETS = ("gptq", "gptq_v2", "awq", "compressed_tensors", "mlx")
-_CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 
 ReadJson = Callable[[str], dict[str, Any] | None]
 
@@ -111,6 +111,6 @@ def declared(read_json: ReadJson) -> dict[str, Any]:
     first, then what older tools put beside it."""
     config = read_json("config.json") or {}
     found = config.get("quantization_config") or config.get("quantization")
-    for file in _CONFIG_FILES:
+    for file in CONFIG_FILES:
         found = found or read_json(file)
     return found if isinstance(found, dict) else {}

@@ -90,6 +90,10 @@ class Jinja:
                 add_generation_prompt=True,
                 **special,
             )
+        except RecursionError as error:
+            raise QuantkitError(
+                "the chat template calls itself without an end", "--template NAME uses another one"
+            ) from error
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise QuantkitError(
                 f"the chat template fails on these messages ({error})",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from quantkit.core.sampling import Sampling
+from quantkit.core.sampling import SEEDS, Sampling
 from quantkit.errors import QuantkitError
 from quantkit.serve.answer import Answer, Piece, Writer
 from quantkit.serve.bodies import DONE, Form, event, usage
@@ -15,8 +15,6 @@ from quantkit.serve.errors import Refused, error_body
 from quantkit.serve.metrics import Metrics
 from quantkit.serve.model import Served
 from quantkit.serve.schemas import CHOICES, ChatRequest, CompletionRequest
-
-_MOST_SEED = 2**63
 
 
 @dataclass
@@ -136,7 +134,7 @@ def _choice(sampling: Sampling, index: int) -> Sampling:
     """Every choice has a seed of its own; the first that of the request."""
     if sampling.seed is None:
         return sampling
-    return replace(sampling, seed=(sampling.seed + index) % _MOST_SEED)
+    return replace(sampling, seed=(sampling.seed + index) % SEEDS)
 
 
 async def _messages(request: ChatRequest, served: Served) -> list[list[int]]:

@@ -19,8 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from quantkit.core.sampling import LEAST_PENALTY, SEEDS
+
 CHOICES = 16  # prompts times n, in one request
-_MOST_SEED = 2**63
 
 
 def _utf8(text: str) -> str:
@@ -88,8 +89,8 @@ class Asked(_Tolerant):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-_MOST_SEED, lt=_MOST_SEED)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=LEAST_PENALTY, le=10)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=CHOICES)] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -127,7 +128,7 @@ class Asked(_Tolerant):
         if given.get("top_k") == -1:  # vLLM's and llama.cpp's way to say all
             given["top_k"] = 0
         if "seed" in given:
-            given["seed"] %= _MOST_SEED
+            given["seed"] %= SEEDS
         return given
 
 

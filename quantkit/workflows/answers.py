@@ -22,7 +22,7 @@ import torch
 from quantkit.core import table_file
 from quantkit.core.ledger import FILE, Ledger
 from quantkit.core.progress import Progress, Step
-from quantkit.core.sampling import Sampling
+from quantkit.core.sampling import SEEDS, Sampling
 from quantkit.core.table_file import Table
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime import decode_cpu
@@ -82,7 +82,7 @@ def answer_file(
     table = table_file.read(questions, encoding)
     progress.note(f"{questions}: {len(table.rows)} rows, {table.encoding}")
     column = _column(table, column, questions)
-    partial = _partial(out, overwrite)
+    partial = _partial(questions, out, overwrite)
     loading: dict[str, Any] = {
         "engine": engine,
         "device": device,
@@ -96,7 +96,12 @@ def answer_file(
     if done:
         progress.note(f"{len(done)} rows are done already")
     if left:
-        loaded = open_engine(model, **loading, note=progress.note)
+        try:
+            loaded = open_engine(model, **loading, note=progress.note)
+        except QuantkitError:
+            if not done:  # there is nothing to go on from
+                shutil.rmtree(partial)
+            raise
         prompts = Prompts(loaded, wanted.template, wanted.chat)
         parts = [left[start : start + batch] for start in range(0, len(left), batch)]
         progress.begin("rows", len(parts))
@@ -134,13 +139,14 @@ def _column(table: Table, named: str | None, path: Path) -> str:
     return found
 
 
-def _partial(out: Path, overwrite: bool) -> Path:
-    """The folder of an unfinished run."""
+def _partial(questions: Path, out: Path, overwrite: bool) -> Path:
+    """The folder of an unfinished run. What is at ``out`` stays there until the new file is."""
     partial = out.with_name(out.name + ".partial")
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}", "make it first")
+    if out.exists() and out.samefile(questions):
+        raise UsageError(f"{out} holds the questions", "choose another --out")
     if overwrite:
-        out.unlink(missing_ok=True)
         if partial.exists():
             shutil.rmtree(partial)
     elif out.exists():
@@ -225,7 +231,7 @@ def _answers(
     if not ids:
         return found
     own = wanted.sampling(engine.own_settings)
-    each = [own if own.seed is None else replace(own, seed=own.seed + row) for row in ids]
+    each = [own if own.seed is None else replace(own, seed=(own.seed + row) % SEEDS) for row in ids]
     stop = (*wanted.stop, *prompts.stop)
     if isinstance(engine, TorchEngine) and _quicker_together(engine, len(ids)):
         texts_made = _together(engine, list(ids.values()), each, wanted.budget, stop)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.core.checkpoint import read_json, write_json
+from quantkit.core.unicode import refuse_halves
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runtime.engine import Engine, open_engine
 from quantkit.runtime.prompts import Prompts, asked
@@ -95,6 +96,8 @@ class Conversation:
         found = content.get("messages") if isinstance(content, dict) else None
         if not isinstance(found, list) or not _in_turns(found):
             raise QuantkitError(f"{path} holds no conversation", "load what /save has written")
+        for message in found:
+            refuse_halves(message["content"])
         self.messages = [{key: m[key] for key in ("role", "content")} for m in found]
 
     def _answering(self, ids: list[int]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 The defaults by bits are in ``DEFAULTS``; why they are what they are is in docs/verify.md.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
@@ -51,6 +52,9 @@ class Gate:
         """Each is a number, ``SET=NUMBER``, or several of them. Raises UsageError."""
         given = {"kl": max_kl, "top1": min_top1, "perplexity_ratio": max_ppl_ratio}
         limits = [limit(what, text) for what, some in given.items() for text in _several(some)]
+        for one, times in Counter((limit.what, limit.set) for limit in limits).items():
+            if times > 1:
+                raise UsageError(f"{OPTIONS[one[0]]} is given {times} times for {one[1]}")
         return cls(limits, usual)
 
     def __bool__(self) -> bool:
@@ -132,9 +136,9 @@ def _several(given: Given) -> list[float | str]:
 
 def limit(what: str, text: float | str) -> Limit:
     """What an option says: a number or ``SET=NUMBER``. Raises UsageError."""
-    label, _, number = str(text).rpartition("=")
+    label, equals, number = str(text).rpartition("=")
     try:
-        most = float(number)
+        most = float("nan") if equals and not label else float(number)
     except ValueError:
         most = float("nan")
     if not isfinite(most) or most < 0:

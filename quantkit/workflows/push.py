@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
+from quantkit import __version__, formats
 from quantkit.core import card_data, hub, ledger, provenance, publish
 from quantkit.core.needed import SUFFIX
 from quantkit.core.progress import Progress
@@ -128,7 +128,8 @@ def check_name(repository: str) -> None:
 
 def _finished(folder: Path) -> dict[str, Any]:
     """quantkit.json of a folder that is complete."""
-    partial = folder.with_name(folder.name + ".partial")
+    whole = folder.absolute()  # "." has no name
+    partial = whole.parent / f"{whole.name}.partial"
     unfinished = folder.is_dir() and (folder / ledger.FILE).is_file()
     if unfinished or (partial.is_dir() and not folder.exists()):
         raise QuantkitError(
@@ -136,7 +137,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         )
     if not folder.is_dir():
         raise QuantkitError(f"there is no folder {folder}", "give one that quantkit wrote")
-    record = Source(folder.name, folder).read_json(provenance.FILE)
+    record = Source(whole.name, folder).read_json(provenance.FILE)
     if record is None:
         raise QuantkitError(
             f"{folder} was not written by quantkit, it has no {provenance.FILE}",
@@ -216,12 +217,13 @@ def _edited_card(repository: str, there: There, folder: Path) -> list[str]:
 
 
 def _in_the_way(there: There, ours: list[str]) -> list[str]:
-    """Weights in the branch that loaders would mix up with these. GGUF files live side by side."""
+    """Weights in the branch that loaders would mix up with these, and what says how others were
+    quantized. GGUF files live side by side."""
     single = any(name.endswith(".gguf") for name in ours)
     return [
         name
         for name in there.files
-        if name.endswith(_WEIGHTS)
+        if (name.endswith(_WEIGHTS) or name in formats.CONFIG_FILES)
         and "/" not in name
         and name not in ours
         and not (single and name.endswith(".gguf"))

@@ -131,9 +131,9 @@ TARGETS: dict[str, Target] = {
             "dense": "",
             "gptq": "optimum, gptqmodel",
             "awq": "gptqmodel, accelerate",
-            "compressed_tensors": "compressed-tensors",
+            "compressed_tensors": "compressed-tensors, accelerate",
             "bnb": "bitsandbytes, accelerate",
-            "gguf": "gguf",
+            "gguf": "gguf, accelerate",
         },
         otherwise=(Rule("it has no reader for this format"),),
         refusals=(

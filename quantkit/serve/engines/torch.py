@@ -11,6 +11,7 @@ transformers' own continuous batching, which is made for GPUs, 2 and 31.
 
 from dataclasses import dataclass
 from itertools import compress
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -135,10 +136,15 @@ class TorchBackend:
         return deliveries
 
     def _choose(self, group: _Group, logits: Tensor) -> list[Delivery]:
-        """The next token of every row, from its logits [vocab]; finished rows leave."""
-        greedy = logits.argmax(-1).tolist()
+        """The next token of every row, from its logits [vocab]. Finished rows leave, and those
+        whose predictions are no numbers: they fail, and the others go on."""
+        greedy, most = logits.argmax(-1).tolist(), logits.amax(-1).tolist()
         deliveries: list[Delivery] = []
         for i, row in enumerate(group.rows):
+            if not isfinite(most[i]):  # NaN is the largest
+                row.stream.call(row.stream.fail)
+                deliveries.append((row.stream, [], "stop"))
+                continue
             sampling = row.stream.job.sampling
             if sampling.greedy and sampling.repetition_penalty == 1:
                 row.last = greedy[i]

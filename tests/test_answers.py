@@ -268,6 +268,30 @@ def test_a_mistyped_model_is_in_nobody_s_way(questions):
     assert answer_file("demo", questions, out, **GREEDY).failed == 0
 
 
+def test_what_is_there_stays_until_there_is_something_better(questions):
+    out = questions.with_name("answers.csv")
+    out.write_text("old")
+    with pytest.raises(QuantkitError, match="there is no folder"):
+        answer_file("demoo", questions, out, overwrite=True, **GREEDY)
+    assert out.read_text() == "old"
+    assert not list(questions.parent.glob("*.partial"))
+    answer_file("demo", questions, out, overwrite=True, **GREEDY)
+    assert len(read(out)) == len(QUESTIONS)
+
+
+def test_questions_are_not_overwritten(questions):
+    before = questions.read_bytes()
+    with pytest.raises(UsageError, match="holds the questions"):
+        answer_file("demo", questions, questions, overwrite=True, **GREEDY)
+    assert questions.read_bytes() == before
+
+
+def test_seeds_count_past_the_largest(questions):
+    out = questions.with_name("answers.csv")
+    found = answer_file("demo", questions, out, seed=2**63 - 1, max_new_tokens=2)
+    assert found.failed == 0
+
+
 def test_what_is_answered_one_by_one(questions, tmp_path, monkeypatch):
     """A single row, and rows of a model whose weights a batch would unpack at every step."""
     together = []
@@ -310,6 +334,13 @@ def test_columns_of_a_table_without_rows(tmp_path):
 def test_what_json_had_stays_json_in_a_csv(tmp_path):
     table_file.write(tmp_path / "a.csv", ["x"], [{"x": {"a": [1, None, True]}}], mark=False)
     assert json.loads(read(tmp_path / "a.csv")[0]["x"]) == {"a": [1, None, True]}
+
+
+def test_a_cell_with_a_lone_carriage_return_stays_one(tmp_path):
+    rows = [{"x": "a\rb", "y": "1"}, {"x": "c", "y": "d\r\ne"}]
+    table_file.write(tmp_path / "a.csv", ["x", "y"], rows, mark=False)
+    with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == rows
 
 
 def test_a_system_message_of_raw_text_is_told_at_once(questions, capsys):

@@ -141,6 +141,15 @@ def test_what_is_no_conversation_is_not_loaded(engine, tmp_path, content):
     assert chat.messages == []
 
 
+def test_halves_of_characters_are_not_loaded(engine, tmp_path):
+    said = [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.json").write_text(json.dumps({"messages": said}))
+    chat = Conversation(engine, WANTED)
+    with pytest.raises(QuantkitError, match="no Unicode"):
+        chat.load(tmp_path / "chat.json")
+    assert chat.messages == []
+
+
 def test_a_model_without_a_template_needs_one():
     bare = TorchEngine(*load(str(model("gpt_neox"))))
     with pytest.raises(UsageError, match="no chat template") as caught:
@@ -175,8 +184,10 @@ def test_from_a_pipe_every_line_is_a_turn(engine, monkeypatch, capsys, tmp_path)
 
 def test_a_mistake_does_not_end_a_chat(monkeypatch, capsys):
     lines = ["/bogus", "/save", "/load nonsuch.json", "/regen", "/help", TURNS[0]]
+    names = [".", "/", "..", "~nobody-here/x", "a\0b"]
+    lines += [f"/{word} {name}" for name in names for word in ("save", "load")]
     out, err = piped(monkeypatch, capsys, lines)
-    assert err.count("warning:") == 4
+    assert err.count("warning:") == 4 + 2 * len(names)
     assert "/system TEXT" in err and "tokens/s" in err
     assert out.strip()
 

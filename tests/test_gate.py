@@ -49,10 +49,17 @@ def test_what_passes(limits, passed):
     assert found["passed"] == all(check["passed"] for check in found["checks"])
 
 
-@pytest.mark.parametrize("text", ["x", "ja=", "ja=x", "nan", "-1", "inf", ""])
+@pytest.mark.parametrize("text", ["x", "ja=", "ja=x", "=1", "nan", "-1", "inf", ""])
 def test_what_is_no_limit(text):
     with pytest.raises(UsageError, match="--min-top1 takes a number or SET=NUMBER"):
         Gate.of(None, text, None, False)
+
+
+def test_two_limits_for_one_are_refused():
+    with pytest.raises(UsageError, match="--max-kl is given 2 times for mean"):
+        Gate.of(["0.1", "5"], None, None, False)
+    with pytest.raises(UsageError, match="--max-kl is given 3 times for ja"):
+        Gate.of(["ja=0.1", "ja=5", "1", "ja=0.1"], None, None, False)
 
 
 def test_nothing_to_judge():

@@ -64,6 +64,21 @@ def test_weights_that_would_be_mixed_up_make_way(writer, made):
     assert without_attributes(writer) == {**files(made), "more.md": b"m"}
 
 
+def test_what_says_how_others_were_quantized_makes_way(writer, tmp_path):
+    """A folder of GPTQ, and then one of another format to the same place."""
+    old, new = quantized(), quantized(format="compressed-tensors")
+    assert (old / "quantize_config.json").exists()
+    push(old, REPO, unverified=True)
+    assert push(new, REPO, unverified=True).removed == ["quantize_config.json"]
+    assert without_attributes(writer) == files(new)
+
+
+def test_the_folder_where_one_is(writer, made, monkeypatch):
+    monkeypatch.chdir(made)
+    push(".", REPO)
+    assert without_attributes(writer) == files(made)
+
+
 def test_weights_of_somebody_else_stay(writer, made):
     writer.add(REPO, {"config.json": b"{}", "pytorch_model.bin": b"mine"})
     with pytest.raises(

@@ -9,7 +9,7 @@ from transformers.generation import logits_process as referee
 
 from quantkit.core import sampling
 from quantkit.core.sampling import Sampler, Sampling, chosen
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 
 VOCAB = 1000
 
@@ -93,6 +93,20 @@ def test_a_penalty_holds_for_the_prompt_and_for_what_was_drawn():
     assert torch.equal(scores, torch.tensor([1.0, 0.9, 0.8, -1.0]))
 
 
+def test_a_share_that_float32_does_not_have_leaves_the_likeliest():
+    scores = logits()
+    assert Sampler(Sampling(top_p=1e-300, seed=1)).next(scores) == int(scores.argmax())
+
+
+@pytest.mark.parametrize("settings", [Sampling(temperature=0), Sampling(top_p=0.5), Sampling()])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_no_numbers_are_told(settings, value):
+    scores = logits()
+    scores[3] = value
+    with pytest.raises(QuantkitError, match="predictions are not numbers"):
+        Sampler(settings).next(scores)
+
+
 def test_settings_that_are_not_given_are_the_model_s():
     model = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None}
     assert chosen(model, {}) == Sampling(0.6, 0.9)
@@ -113,7 +127,7 @@ def test_settings_that_are_not_given_are_the_model_s():
         ("top_p", [0, 1.5, math.nan]),
         ("top_k", [-3]),
         ("min_p", [-0.1, 1.1, math.nan]),
-        ("repetition_penalty", [0, -1, math.inf, math.nan]),
+        ("repetition_penalty", [0, -1, 1e-39, 1e10, math.inf, math.nan]),
         ("seed", [-1, 2**63]),
     ],
 )

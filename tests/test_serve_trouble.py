@@ -15,11 +15,13 @@ from contextlib import suppress
 
 import httpx2
 import pytest
+import torch
 from serving import demo, running, until
 from tools import command, sentence
 
 from quantkit.core.sampling import Sampling
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.runtime.batch import Batch
 from quantkit.serve import pace
 from quantkit.serve.asking import ask
 from quantkit.serve.engine import Job, Load
@@ -313,6 +315,27 @@ def test_an_engine_that_fails_is_known_everywhere(monkeypatch):
             refused = http.post("/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503
         assert "has failed" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1, "top_p": 0.9}])
+def test_a_text_whose_predictions_are_no_numbers_fails_alone(idle, monkeypatch, settings):
+    read = Batch.read
+
+    def broken(batch, most):
+        found = read(batch, most)
+        return None if found is None else torch.full_like(found, torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "read", broken)
+        assert idle.post("/v1/completions", prompt="a", **settings).status_code == 503
+    assert idle.post("/v1/completions", prompt="a", max_tokens=2).status_code == 200
+
+
+def test_settings_that_leave_nothing_but_the_likeliest(idle):
+    body = {"prompt": "a", "max_tokens": 2, "temperature": 1}
+    assert idle.post("/v1/completions", **body, top_p=1e-300).status_code == 200
+    refused = idle.post("/v1/completions", **body, repetition_penalty=1e-39)
+    assert refused.status_code == 400 and "repetition_penalty" in refused.text
 
 
 # the process

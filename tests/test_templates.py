@@ -120,6 +120,13 @@ def test_a_template_that_fails_is_an_error_of_one_sentence(tmp_path, source, cap
     assert "the chat template fails" in sentence(capsys.readouterr().err)[0]
 
 
+def test_a_template_without_an_end_is_told(tmp_path):
+    path = tmp_path / "bad.jinja"
+    path.write_text("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")
+    with pytest.raises(QuantkitError, match="calls itself without an end"):
+        templates.find(str(path)).render(asked("Q"), {})
+
+
 def test_the_last_message_is_of_the_user():
     """Whoever else spoke last, plain text has no place for an answer to it."""
     with pytest.raises(QuantkitError, match="not of the user"):

@@ -441,7 +441,7 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
     ("damaged", "found"),
     [
         ("model.layers.3.mlp.down_proj.weight", r"down_proj.scales holds numbers that are none"),
-        ("model.norm.weight", r"what the original predicts on held-out text \(en\) is not finite"),
+        ("model.norm.weight", r"model\.norm\.weight holds infinities or NaN"),
         ("model.layers.1.mlp.up_proj.weight", r"layers\.1\.mlp\.up_proj\.weight holds inf"),
     ],
 )
@@ -599,7 +599,9 @@ def test_a_damping_that_had_to_grow_is_told(tmp_path):
     grown = report.layers[name]["damp"]
     assert grown > 1e-9
     assert any(f.startswith(f"{name} needed a damping of {grown:g}") for f in report.fallbacks)
-    assert report.fallbacks == heard.warnings
+    first, *others = heard.warnings
+    assert "8 tokens, fewer than the 768 inputs" in first
+    assert report.fallbacks == others
     with pytest.raises(QuantkitError, match=r"--strict: .* needed a damping"):
         quantize("demo", tmp_path / "strict", strict=True, **few)
 

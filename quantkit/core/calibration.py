@@ -213,9 +213,11 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
             )
         return list(document.ids)
     if document.messages is not None and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False)
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    text = document.text
+        for message in document.messages:
+            refuse_halves(message["content"])
+        filled = _templated(document.messages, tokenizer)
+        return list(tokenizer.encode(filled, add_special_tokens=False))
+    text = document.text or ""
     if document.messages is not None:
         text = "\n\n".join(message["content"] for message in document.messages)
     refuse_halves(text)
@@ -223,6 +225,19 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
     if ids and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return ids
+
+
+def _templated(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except (TemplateError, RecursionError, TypeError, ValueError, LookupError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise QuantkitError(
+            f"the model's chat template fails on calibration messages ({error}): {roles:.60}",
+            "give messages of roles that it knows, in their order, or plain text",
+        ) from error
 
 
 def language(text: str) -> str:
@@ -265,10 +280,14 @@ def _bundled(name: str) -> Iterator[Document]:
 def _file(source: str) -> tuple[Path, str | None]:
     """The file, and the column of it, that a source means. Raises UsageError and QuantkitError when
     there is none."""
-    path, column = Path(source).expanduser(), None
-    if not path.exists() and ":" in source:
-        before, _, column = source.rpartition(":")
-        path = Path(before).expanduser()
+    column = None
+    try:
+        path = Path(source).expanduser()
+        if not path.exists() and ":" in source:
+            before, _, column = source.rpartition(":")
+            path = Path(before).expanduser()
+    except (OSError, RuntimeError) as error:  # names that no disk takes, users that there are not
+        raise QuantkitError(f"there is no file {source:.80}") from error
     if path.suffix.lower() not in _SUFFIXES:
         raise UsageError(
             f"'{source}' is not a calibration source",
@@ -289,6 +308,8 @@ def _from_file(source: str) -> Iterator[Document]:
             return
         for where, row in _rows(path):
             yield _document(_pick(row, column, f"{path}, {where}"), None, f"{path}, {where}")
+    except OSError as error:
+        raise QuantkitError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise QuantkitError(
             f"{path} is not UTF-8 text ({error.reason})", "convert it to UTF-8 first"
@@ -326,7 +347,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise QuantkitError(f"{path}, line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise QuantkitError(f"{path}, line {number} is not a JSON object")
@@ -386,6 +407,8 @@ def import_datasets() -> Any:
 
 def _from_hub(source: str, seed: int) -> Iterator[Document]:
     name, config, split, column = (source.split(":")[1:] + [""] * 4)[:4]
+    if not name:
+        raise UsageError(f"'{source}' names no dataset", "write hf:<dataset>")
     datasets = import_datasets()
     try:
         stream = datasets.load_dataset(

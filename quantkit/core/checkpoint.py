@@ -16,12 +16,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.core import pickled
 from quantkit.core.needed import KINDS, SHARD, SUFFIX, weight_sets
+from quantkit.core.pickled import NO_MAP
 from quantkit.core.placed_file import PlacedFile
 from quantkit.core.ranges import Remote
 from quantkit.core.streamed import StreamedFile
@@ -116,7 +118,8 @@ class Checkpoint:
 
 
 class _Safetensors:
-    """A safetensors file."""
+    """A safetensors file: mapped as a whole, or tensor by tensor where the system refuses that, as
+    Linux does for files larger than its memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -138,12 +141,31 @@ class _Safetensors:
 
     def get(self, name: str) -> Tensor:
         with self._complaint():
+            if self._header:
+                return self._mapped(name)
             tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
+    def _mapped(self, name: str) -> Tensor:
+        """The tensor in a map of its own, which changes nothing in the file."""
+        spec, (start, stop) = self.spec(name), self._header[name]["data_offsets"]
+        if start == stop:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        raw = np.memmap(self._path, np.uint8, "c", self._data + start, (stop - start,))
+        return torch.from_numpy(raw).view(spec.dtype).reshape(spec.shape)
+
     def release(self) -> None:
         with self._complaint():
-            self._handle = safe_open(self._path, framework="pt")
+            try:
+                self._header: dict[str, Any] = {}
+                self._handle = safe_open(self._path, framework="pt")
+            except RuntimeError as error:
+                if NO_MAP not in str(error):
+                    raise
+                self._handle = safe_open(self._path, framework="np")  # for its look at the header
+                self._header = read_header(self._path)
+                with self._path.open("rb") as file:
+                    self._data = 8 + int.from_bytes(file.read(8), "little")
 
     @contextmanager
     def _complaint(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ _HINT = "get the model as safetensors, or load and save it with transformers whe
 _MAX_PROGRAM = 1 << 20
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _PROTOCOL = 2
+NO_MAP = "unable to mmap"  # torch's words for a file that the system does not map
 _MAX_TUPLE = 64  # dimensions of a tensor, or arguments of a call
 _MARK = object()
 # as pickletools shows them: module, space, name
@@ -66,6 +67,11 @@ def load(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _NONSENSE as error:
+        if NO_MAP in str(error):
+            raise QuantkitError(
+                f"{path} is larger than this machine's memory, and the system does not map it",
+                "get the model as safetensors, or allow it: sysctl vm.overcommit_memory=1",
+            ) from error
         # torch's own words are no help: they say how to switch its protection off
         raise QuantkitError(
             f"{path} is damaged: torch cannot rebuild its tensors", _HINT

@@ -32,6 +32,19 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import Tensors
 from quantkit.runtime.experts import take_apart
 
+# what transformers raises over values that no model has
+_NONSENSE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def read_config(source: Source, described: dict[str, Any] | None = None) -> PretrainedConfig:
     """The model's configuration, from config.json or, if it is given, from ``described``. Raises
@@ -50,8 +63,10 @@ def read_config(source: Source, described: dict[str, Any] | None = None) -> Pret
     kind = raw.get("model_type")
     architectures = raw.get("architectures") or []
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        architectures and not known.intersection(architectures)
+    if (
+        not isinstance(kind, str | None)
+        or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or (architectures and not known.intersection(architectures))
     ):
         what = architectures[0] if architectures else f"model_type {kind!r}"
         raise QuantkitError(
@@ -62,9 +77,13 @@ def read_config(source: Source, described: dict[str, Any] | None = None) -> Pret
         if described is not None:
             return AutoConfig.for_model(**described)
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, OSError, hub.unsound()) as error:
-        said = " ".join(str(error).split())  # some say it in two lines
-        raise QuantkitError(f"the config.json of {source.name} is not usable ({said})") from error
+    except (*_NONSENSE, hub.unsound()) as error:
+        raise _unusable(source, error) from error
+
+
+def _unusable(source: Source, error: Exception) -> QuantkitError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())  # some say it in two lines
+    return QuantkitError(f"the config.json of {source.name} is not usable ({said})")
 
 
 @contextmanager
@@ -109,8 +128,11 @@ class Skeleton:
         self.device, self.dtype = device, dtype
         self.staged: dict[str, Tensor] = {}
         self.config = read_config(source, described)
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        try:
+            with _parameters_on_meta():
+                model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        except _NONSENSE as error:
+            raise _unusable(source, error) from error
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():

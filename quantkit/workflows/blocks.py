@@ -123,6 +123,10 @@ class Blocks:
         for name, spec in plan.layout.dense.items():
             tensor = plan.checkpoint.get(name)
             written = tensor.to(spec.dtype)
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise QuantkitError(
+                    f"{name} holds infinities or NaN", "the original may be damaged"
+                )
             if written.dtype != tensor.dtype and not bool(written.isfinite().all()):
                 raise QuantkitError(
                     f"{name} has values that do not fit into {spec.dtype}",

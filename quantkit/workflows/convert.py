@@ -26,7 +26,7 @@ from quantkit.workflows import convert_targets, legacy
 from quantkit.workflows.ahead import Ahead, ahead, one_behind
 from quantkit.workflows.convert_record import Conversion, made, provenance_of
 from quantkit.workflows.convert_targets import Moved, Target
-from quantkit.workflows.output import Output, disk_errors
+from quantkit.workflows.output import Output, companions, disk_errors
 from quantkit.workflows.rounded import Rounded
 
 _BATCH = 1 << 30  # bytes being worked on between two syncs of the output
@@ -113,6 +113,7 @@ def carry(
     shard = size_in_bytes(max_shard_size)
     legacy.check_size(legacy_name, target.nbytes, shard)
     output.check_space(target.nbytes)
+    companions(opened.source)  # what is wrong with them is told before the work is done
     if dry_run:
         return result
     with disk_errors(folder), ahead() as workers:

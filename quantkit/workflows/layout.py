@@ -137,6 +137,7 @@ def lay_out(
                     f"the weight of {name} is not one tensor in the checkpoint",
                     "please report the architecture",
                 )
+            refuse_coded(weight, skeleton.checkpoint.spec(weight).dtype)
             linears.append(name)
             setting = ruling.setting(rules, name, scheme)
             if setting.skip:
@@ -223,6 +224,15 @@ def _refuse_quantized(skeleton: Skeleton) -> None:
             f"{skeleton.source.name} is already quantized"
             + (f" ({name})" if name else " (config.json says so)"),
             "quantize the full-precision original; 'quantkit inspect' names it if it is recorded",
+        )
+
+
+def refuse_coded(name: str, dtype: torch.dtype) -> None:
+    """Raises QuantkitError for a weight that is not plain numbers of half precision or more."""
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise QuantkitError(
+            f"{name} is {str(dtype).removeprefix('torch.')}: it is already quantized",
+            "quantize the full-precision original",
         )
 
 

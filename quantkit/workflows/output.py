@@ -31,6 +31,7 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 CHOICE = "choice.json"  # see budget.py
 _LOCK = "lock"  # in the partial folder; the system lets go of it when a process ends, however
 _LEFT = (CHOICE, _LOCK, ledger.FILE)  # in the folder when it gets its name
@@ -72,6 +73,11 @@ class Output:
         self._replaced = folder.with_name(folder.name + ".partial.old")
         self.overwrite = overwrite
         self._lock: IO[bytes] | None = None
+        self._option = option
+        self._check_free()
+
+    def _check_free(self) -> None:
+        folder, another = self.folder, f"choose another {self._option}"
         with disk_errors(folder):
             if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
                 return
@@ -85,8 +91,8 @@ class Output:
                 f"{folder} already exists, and was not written by quantkit",
                 f"it is not overwritten in any case; {another}",
             )
-        if not overwrite:
-            replacing = ", or use --overwrite" if option == "--out" else ""
+        if not self.overwrite:
+            replacing = ", or use --overwrite" if self._option == "--out" else ""
             raise UsageError(f"{folder} already exists", another + replacing)
 
     def keep_apart(self, source: Source) -> None:
@@ -169,7 +175,7 @@ class Output:
             try:
                 shutil.copyfile(path, temporary)
             except OSError as error:
-                if error.filename != str(path):
+                if error.filename != str(path) or error.errno in _FULL:  # it names the source
                     raise
                 raise QuantkitError(
                     f"{path} cannot be read ({error.strerror})",
@@ -183,7 +189,9 @@ class Output:
         return self.partial / "scratch"
 
     def complete(self) -> None:
-        """The partial folder becomes the result, in one step."""
+        """The partial folder becomes the result, in one step. Raises UsageError when somebody has
+        put something in its place meanwhile."""
+        self._check_free()
         shutil.rmtree(self.scratch, ignore_errors=True)
         sync_folder(self.partial)
         if self.folder.exists():
@@ -197,8 +205,15 @@ class Output:
 
 
 def companions(source: Source) -> list[Path]:
-    """The files that :meth:`Output.copy_companions` copies."""
-    return [path for pattern in _COMPANIONS for path in source.folder.glob(pattern)]
+    """The files that :meth:`Output.copy_companions` copies. Raises QuantkitError for those that
+    cannot be, or would be in the way of readers."""
+    found = [path for pattern in _COMPANIONS for path in source.folder.glob(pattern)]
+    for path in found:
+        if not path.exists():
+            raise QuantkitError(f"{path} is a link that leads nowhere", "download the model again")
+        if path.name in _OBJECTS:
+            source.read_json(path.name)
+    return [path for path in found if path.is_file()]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from quantkit.runtime.block import features, is_linear
 from quantkit.runtime.opened import Opened
 from quantkit.runtime.skeleton import Skeleton
 from quantkit.runtime.walk import find_blocks
-from quantkit.workflows.layout import refuse_unpackable
+from quantkit.workflows.layout import refuse_coded, refuse_unpackable
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def find(opened: Opened) -> tuple[dict[str, Linear], list[str]]:
                 f"the weight of {prefix}.{inner} is not one tensor in the checkpoint",
                 "please report the architecture",
             )
+        refuse_coded(name, opened.dense.spec(name).dtype)
         out, width = features(module)
         found[name.removesuffix(".weight")] = Linear(out, width, isinstance(module, Conv1D))
     if not found:

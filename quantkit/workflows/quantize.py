@@ -160,6 +160,7 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
     progress = progress if ranks.first else Progress()
     shard = size_in_bytes(task.max_shard_size)
     on = ranks.connect(task.device)
+    _refuse_different(task, method, ranks)
     room = memory.room(on, task.max_gpu_memory, task.max_memory, ranks)
     source = ranks.first_on_host(lambda: resolve(task.model, task.revision, low_disk=task.low_disk))
     default = planning.default_out(source, method.name, task.scheme, task.budget)
@@ -250,6 +251,18 @@ def carry_out(task: Task, method: Method, progress: Progress) -> Report:
             files.writer.abandon()
     report.written = True
     return report
+
+
+def _refuse_different(task: Task, method: Method, ranks: Ranks) -> None:
+    """Raises UsageError where processes were given different options: on every host one starts
+    them by hand."""
+    said = ranks.everyone({**vars(task), "method": method})
+    for name, own in said[0].items():
+        if any(one[name] != own for one in said):
+            raise UsageError(
+                f"the {ranks.size} processes were given different options ({name})",
+                "start all of them with the same command",
+            )
 
 
 def _tokens_at_once(ledger: Ledger) -> int | None:

@@ -184,6 +184,8 @@ class _Rest:
 
     def get(self, name: str) -> Tensor:
         tensor = self.tensors.get(name)
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise QuantkitError(f"{name} holds infinities or NaN", "the original may be damaged")
         stored = tensor.to(self.spec(name).dtype)
         if stored.dtype != tensor.dtype and not bool(stored.isfinite().all()):
             raise QuantkitError(

@@ -481,6 +481,33 @@ def test_chats_go_through_the_template(tokenizer, monkeypatch):
     assert tokenizer.decode(ids) == "<user>What is the capital of Japan?<assistant>It is Tokyo."
 
 
+@pytest.mark.parametrize(
+    ("template", "content", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "a", "System role not supported"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "a", "chat template fails"),
+        ("{{ messages[0].content }}", "\ud800", "no Unicode"),
+    ],
+)
+def test_chats_that_cannot_go_through_it_are_told(tokenizer, monkeypatch, template, content, said):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    document = Document("chat", messages=({"role": "system", "content": content},))
+    with pytest.raises(QuantkitError, match=said):
+        calibration.encode(document, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source", ["hf:", "hf::::", "~nobody-here/x.txt", "x" * 300 + ".txt", "a\0.txt"]
+)
+def test_what_can_be_no_source_is_refused(source):
+    assert refusal(calibration.read, source, 0)
+
+
+def test_json_without_an_end_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 100_000)
+    assert "line 1 is not JSON" in refusal(calibration.read, str(tmp_path / "a.jsonl"), 0)
+
+
 # what identifies a calibration
 
 

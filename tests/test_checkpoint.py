@@ -247,6 +247,30 @@ def test_a_named_file_that_is_missing_is_refused(tmp_path):
     assert "gone.safetensors" in refusal(tmp_path, ["gone.safetensors"])
 
 
+def test_a_file_that_the_system_does_not_map_is_read_tensor_by_tensor(tmp_path, monkeypatch):
+    """As Linux refuses to map files that are larger than its memory."""
+    content = tensors() | {"none": torch.empty(0, 3)}
+    save_file(content, tmp_path / "model.safetensors")
+
+    def refusing(path, framework):
+        if framework == "pt":
+            raise RuntimeError(f"unable to mmap 27103602256 bytes from file <{path}>")
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(checkpoint, "safe_open", refusing)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    found = Checkpoint(tmp_path)
+    assert {name: found.spec(name) for name in found} == specs(content)
+    for name in found:
+        assert_same(found.get(name), content[name])
+    for name in found:
+        found.get(name).zero_()
+    found.release()
+    for name in found:
+        assert_same(found.get(name), content[name])
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_a_link_that_leads_nowhere_is_refused(tmp_path):
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
     assert "model.safetensors" in refusal(tmp_path)

@@ -608,6 +608,17 @@ def test_what_one_process_has_to_tell_is_told_once(tmp_path, monkeypatch, failin
     assert "Traceback" not in started.said()
 
 
+@pytest.mark.parametrize("other", [["--damp", "0.5"], ["--dry-run"], ["--calib-rows", "3"]])
+def test_processes_with_different_options_are_refused(tmp_path, other):
+    def work(rank):
+        run([*OPTIONS, "--out", tmp_path / "out", *(other if rank else [])])(rank)
+
+    started = Started(2, work, tmp_path)
+    assert started.wait(30) == [2, 2]
+    errors = [line for line in started.said().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "were given different options" in errors[0]
+
+
 def test_a_full_disk_of_another_process_is_a_sentence(tmp_path, monkeypatch):
     def full(folder, count, dtype):
         if join().rank:

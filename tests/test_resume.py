@@ -448,3 +448,23 @@ def test_kill_9_and_the_same_command_again(tmp_path, whole, capsys):
     assert command(*arguments) == 0
     assert_same(out, whole["fast"])
     assert_only(out)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_to_be_meanwhile_is_not_replaced(tmp_path, overwrite, monkeypatch):
+    out = tmp_path / "out"
+
+    def somebody(*args, **options):
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+        return sealed(*args, **options)
+
+    sealed = seal.seal
+    with monkeypatch.context() as patch:
+        patch.setattr(seal, "seal", somebody)
+        with pytest.raises(QuantkitError, match="came to be at"):
+            quantize("demo", out, overwrite=overwrite, **QUICK)
+    assert (out / "thesis.txt").read_text() == "mine"
+    out.rename(tmp_path / "away")
+    quantize("demo", out, **QUICK)
+    assert (out / "quantkit.json").exists()

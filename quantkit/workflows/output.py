@@ -189,9 +189,15 @@ class Output:
         return self.partial / "scratch"
 
     def complete(self) -> None:
-        """The partial folder becomes the result, in one step. Raises UsageError when somebody has
-        put something in its place meanwhile."""
-        self._check_free()
+        """The partial folder becomes the result, in one step. Raises QuantkitError when somebody
+        has put something else in its place meanwhile."""
+        try:
+            self._check_free()
+        except UsageError as error:
+            raise QuantkitError(
+                f"something came to be at {self.folder} meanwhile, which is not replaced",
+                "move it away, then run the same command again; it will end at once",
+            ) from error
         shutil.rmtree(self.scratch, ignore_errors=True)
         sync_folder(self.partial)
         if self.folder.exists():

@@ -720,3 +720,19 @@ def test_a_profile_shows_where_the_time_went(tmp_path, capsys):
     ]
     assert 95 <= sum(shares) <= 105
     assert "The floor is" in told and "TFLOP/s that a large product reaches here" in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no such device")
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "demo", "--json"]])
+def test_output_that_cannot_be_written_is_a_sentence(arguments):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "quantkit", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert sentence(result.stderr)[0] == "the output: No space left on device"

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit.core import checkpoint
+from quantkit.core import checkpoint, weight_file
 from quantkit.core.checkpoint import INDEX, Checkpoint, ShardWriter, TensorSpec, write_json
 from quantkit.errors import QuantkitError
 
@@ -257,7 +257,7 @@ def test_a_file_that_the_system_does_not_map_is_read_tensor_by_tensor(tmp_path, 
             raise RuntimeError(f"unable to mmap 27103602256 bytes from file <{path}>")
         return safe_open(path, framework)
 
-    monkeypatch.setattr(checkpoint, "safe_open", refusing)
+    monkeypatch.setattr(weight_file, "safe_open", refusing)
     before = (tmp_path / "model.safetensors").read_bytes()
     found = Checkpoint(tmp_path)
     assert {name: found.spec(name) for name in found} == specs(content)

@@ -1,5 +1,6 @@
 """Originals that are damaged, or something else than they seem: told before the work is done."""
 
+import errno
 import json
 import shutil
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tools import QUICK, model, read_json
 
 from quantkit.errors import QuantkitError
+from quantkit.workflows.convert import convert
 from quantkit.workflows.quantize import quantize
 from quantkit.workflows.rtn import quantize_rtn
 
@@ -86,3 +88,31 @@ def test_configurations_of_no_model_are_refused(tmp_path, wrong):
     (source / "config.json").write_text(json.dumps({**config, **wrong}))
     with pytest.raises(QuantkitError, match=r"is not usable|is not a causal"):
         quantize_rtn(str(source), tmp_path / "out", group=32)
+
+
+def test_what_lies_beside_a_gguf_file_is_not_its_own(tmp_path):
+    """A folder of downloads holds what it may."""
+    quantize_rtn(str(model("llama")), tmp_path / "made", format="gguf:q8_0")
+    (tmp_path / "made" / "LICENSE").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "made" / "generation_config.json").write_text("{")
+    (file,) = (tmp_path / "made").glob("*.gguf")
+    assert convert(str(file), "gptq", tmp_path / "out").written
+
+
+def test_float8_outside_of_linears_is_refused(tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(model("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QuantkitError, match=r"lm_head.weight is float8_e4m3fn: it is already"):
+        quantize_rtn(str(source), tmp_path / "out", group=32)
+
+
+def test_a_disk_that_is_full_is_not_an_original_that_cannot_be_read(tmp_path, monkeypatch):
+    def full(source, target):  # the system names the source
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(QuantkitError, match="the disk is full while writing"):
+        quantize_rtn(str(model("llama")), tmp_path / "out", group=32)

@@ -418,3 +418,16 @@ def test_a_tensor_in_two_files_of_a_set_is_refused(tmp_path):
         save_file({"x": torch.ones(1)}, tmp_path / name)
     with pytest.raises(QuantkitError, match=f"tensor x is in both {SHARDS[0]} and {SHARDS[1]}"):
         Checkpoint(tmp_path)
+
+
+def test_a_file_that_the_system_does_not_map_is_no_damaged_one(tmp_path, monkeypatch):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(2)}, path)
+
+    def refusing(*args, **how):
+        raise RuntimeError(f"unable to mmap 27103602256 bytes from file <{path}>")
+
+    monkeypatch.setattr(torch, "load", refusing)
+    with pytest.raises(QuantkitError, match="larger than this machine's memory") as caught:
+        pickled.load(path)
+    assert "safetensors" in caught.value.hint

@@ -327,7 +327,12 @@ def test_a_text_whose_predictions_are_no_numbers_fails_alone(idle, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Batch, "read", broken)
-        assert idle.post("/v1/completions", prompt="a", **settings).status_code == 503
+        answer = idle.post("/v1/completions", prompt="a", **settings)
+        assert answer.status_code == 503
+        said = answer.json()["error"]["message"]
+        assert said == "demo failed: its predictions are not numbers"
+        streamed = idle.post("/v1/completions", prompt="a", stream=True, **settings).text
+        assert said in streamed and "[DONE]" not in streamed
     assert idle.post("/v1/completions", prompt="a", max_tokens=2).status_code == 200
 
 

@@ -10,39 +10,26 @@ import json
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantkit.core import pickled
 from quantkit.core.needed import KINDS, SHARD, SUFFIX, weight_sets
-from quantkit.core.pickled import NO_MAP
 from quantkit.core.placed_file import PlacedFile
 from quantkit.core.ranges import Remote
 from quantkit.core.streamed import StreamedFile
-from quantkit.core.tensor_spec import DTYPES, NAMES
+from quantkit.core.tensor_spec import NAMES
 from quantkit.core.tensor_spec import TensorSpec as TensorSpec  # known by this name elsewhere
+from quantkit.core.weight_file import WeightFile, open_weights
 from quantkit.errors import QuantkitError
 
 INDEX = f"model.safetensors{SUFFIX}"
 _MAX_JSON = 64 << 20  # the index of the largest models has 10 MB
 _CPU = torch.device("cpu")
-
-
-class WeightFile(Protocol):
-    """One open file of tensors; everything else about it is its own affair."""
-
-    def names(self) -> Iterable[str]: ...
-    def spec(self, name: str) -> TensorSpec: ...
-    def get(self, name: str) -> Tensor: ...
-    def release(self) -> None: ...
 
 
 class Checkpoint:
@@ -67,10 +54,7 @@ class Checkpoint:
         self.remote = {n: r for n, r in (remote or {}).items() if not (folder / n).exists()}
         files = remote if remote and files is None else files
         self.files = sorted(files) if files is not None else _weight_files(folder, basename)
-        self._open = {
-            file: StreamedFile(self.remote[file]) if file in self.remote else _open(folder / file)
-            for file in self.files
-        }
+        self._open = {file: self._opened(file) for file in self.files}
         self._where: dict[str, str] = {}
         for file, held in self._open.items():
             for name in held.names():
@@ -80,6 +64,10 @@ class Checkpoint:
                         "remove the files that do not belong to this model",
                     )
                 self._where[name] = file
+
+    def _opened(self, file: str) -> WeightFile:
+        remote = self.remote.get(file)
+        return StreamedFile(remote) if remote else open_weights(self.folder / file)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -115,108 +103,6 @@ class Checkpoint:
             self.remote[file].size if file in self.remote else (self.folder / file).stat().st_size
             for file in self.files
         )
-
-
-class _Safetensors:
-    """A safetensors file: mapped as a whole, or tensor by tensor where the system refuses that, as
-    Linux does for files larger than its memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle: Any  # safetensors has no stubs
-        self.release()
-
-    def names(self) -> Iterable[str]:
-        names: list[str] = self._handle.keys()
-        return names
-
-    def spec(self, name: str) -> TensorSpec:
-        part = self._handle.get_slice(name)
-        dtype = DTYPES.get(part.get_dtype())
-        if dtype is None:
-            raise QuantkitError(
-                f"tensor {name} has the dtype {part.get_dtype()}, which quantkit does not read"
-            )
-        return TensorSpec(dtype, tuple(part.get_shape()))
-
-    def get(self, name: str) -> Tensor:
-        with self._complaint():
-            if self._header:
-                return self._mapped(name)
-            tensor: Tensor = self._handle.get_tensor(name)
-        return tensor
-
-    def _mapped(self, name: str) -> Tensor:
-        """The tensor in a map of its own, which changes nothing in the file."""
-        spec, (start, stop) = self.spec(name), self._header[name]["data_offsets"]
-        if start == stop:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        raw = np.memmap(self._path, np.uint8, "c", self._data + start, (stop - start,))
-        return torch.from_numpy(raw).view(spec.dtype).reshape(spec.shape)
-
-    def release(self) -> None:
-        with self._complaint():
-            try:
-                self._header: dict[str, Any] = {}
-                self._handle = safe_open(self._path, framework="pt")
-            except RuntimeError as error:
-                if NO_MAP not in str(error):
-                    raise
-                self._handle = safe_open(self._path, framework="np")  # for its look at the header
-                self._header = read_header(self._path)
-                with self._path.open("rb") as file:
-                    self._data = 8 + int.from_bytes(file.read(8), "little")
-
-    @contextmanager
-    def _complaint(self) -> Iterator[None]:
-        try:
-            yield
-        except (SafetensorError, OSError) as error:
-            if os.access(self._path, os.F_OK) and not os.access(self._path, os.R_OK):
-                raise QuantkitError(
-                    f"{self._path} cannot be read (Permission denied)", "see whose file it is"
-                ) from error
-            raise QuantkitError(
-                f"{self._path} is missing, truncated or not a safetensors file ({error})",
-                "download or copy it again",
-            ) from error
-
-
-class _Pickled:
-    """A file of torch.save."""
-
-    def __init__(self, path: Path) -> None:
-        self._tensors = pickled.load(path)
-
-    def names(self) -> Iterable[str]:
-        return self._tensors
-
-    def spec(self, name: str) -> TensorSpec:
-        return TensorSpec.of(self._tensors[name])
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name].contiguous()
-
-    def release(self) -> None:
-        """Nothing: all tensors share one map, which is held for good."""
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file that has been opened before, so that it is known to be
-    sound."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    return header
-
-
-def _open(path: Path) -> WeightFile:
-    if os.path.lexists(path) and not path.is_file():  # a FIFO would be waited for
-        raise QuantkitError(
-            f"{path} is not a regular file, or a link that leads nowhere",
-            "download the model again",
-        )
-    return _Pickled(path) if path.suffix in pickled.SUFFIXES else _Safetensors(path)
 
 
 def _weight_files(folder: Path, basename: str | None = None) -> list[str]:

@@ -53,7 +53,9 @@ class Sampling:
                 "0 always takes the likeliest token, 1 is the model's own spread",
             )
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p {self.top_p:g} must be above 0 and at most 1")
+            raise UsageError(
+                f"--top-p {self.top_p:g} must be above 0 and at most 1", "1 turns it off"
+            )
         if self.top_k < 0:
             raise UsageError("--top-k cannot be negative", "0 turns it off")
         if not 0 <= self.min_p <= 1:

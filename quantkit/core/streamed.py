@@ -25,7 +25,7 @@ _MAX_HEADER = 100_000_000  # what the safetensors library takes
 
 
 class StreamedFile:
-    """What checkpoint.WeightFile is. Tensors are kept until ``release``: a block's are asked for
+    """What weight_file.WeightFile is. Tensors are kept until ``release``: a block's are asked for
     several times."""
 
     def __init__(self, remote: Remote) -> None:

@@ -29,12 +29,12 @@ class Asking:
     started: float
 
     async def whole(self) -> dict[str, Any]:
-        """The body of an answer in one. Raises Refused when the engine fails."""
+        """The body of an answer in one. Raises Refused when the engine or a text fails."""
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._all(answer)) for answer in self.answers]
-        except* Dead as error:
-            raise Refused(503, f"the engine of {self.served.name} failed") from error
+        except* Dead as errors:
+            raise Refused(503, self._failure(errors.exceptions[0])) from errors
         finally:
             self._finished()
         choices = [task.result() for task in tasks]
@@ -52,10 +52,14 @@ class Asking:
             if include_usage:
                 yield event(self.form.counted(self._counted()))
             yield DONE
-        except Dead:
-            yield event(error_body(503, f"the engine of {self.served.name} failed"))
+        except Dead as error:
+            yield event(error_body(503, self._failure(error)))
         finally:
             self._finished()
+
+    def _failure(self, error: BaseException) -> str:
+        name = self.served.name
+        return f"{name} failed: {error}" if str(error) else f"the engine of {name} failed"
 
     async def _all(self, answer: Answer) -> list[Piece]:
         return [piece async for piece in self._timed(answer)]

@@ -38,7 +38,7 @@ class Busy(Exception):
 
 
 class Dead(Exception):
-    """The engine has failed and will not come back."""
+    """The engine has failed and will not come back; with a message, only this text has."""
 
 
 class Stream:
@@ -54,7 +54,7 @@ class Stream:
         self.cancelled = False  # nobody reads any more: the engine lets go of it
         self._loop = asyncio.get_running_loop()
         self._tokens: deque[Token] = deque()
-        self._failed = False
+        self._failed: str | None = None  # why, or "" where the engine did
         self._ready = asyncio.Event()
 
     def cancel(self) -> None:
@@ -65,10 +65,10 @@ class Stream:
         return self
 
     async def __anext__(self) -> Token:
-        """Raises Dead when the engine failed."""
+        """Raises Dead when the text or the engine failed."""
         while not self._tokens:
-            if self._failed:
-                raise Dead
+            if self._failed is not None:
+                raise Dead(self._failed)
             if self.finish is not None:
                 raise StopAsyncIteration
             self._ready.clear()
@@ -82,8 +82,8 @@ class Stream:
         self.finish = finish
         self._ready.set()
 
-    def fail(self) -> None:
-        self._failed = True
+    def fail(self, why: str = "") -> None:
+        self._failed = why
         self._ready.set()
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.core import durations, pinned, profile
+from quantkit.core import durations, pinned, profile, sound
 from quantkit.core.checkpoint import ShardWriter
 from quantkit.core.counted import counted
 from quantkit.core.ledger import Ledger
@@ -121,18 +121,7 @@ class Blocks:
         if files is None or _DENSE in files.ledger:
             return
         for name, spec in plan.layout.dense.items():
-            tensor = plan.checkpoint.get(name)
-            written = tensor.to(spec.dtype)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise QuantkitError(
-                    f"{name} holds infinities or NaN", "the original may be damaged"
-                )
-            if written.dtype != tensor.dtype and not bool(written.isfinite().all()):
-                raise QuantkitError(
-                    f"{name} has values that do not fit into {spec.dtype}",
-                    "save the model in bfloat16 first",
-                )
-            files.writer.write(name, written)
+            files.writer.write(name, sound.written(name, plan.checkpoint.get(name), spec.dtype))
         for name, spec in plan.layout.ones.items():
             files.writer.write(name, torch.ones(spec.shape, dtype=spec.dtype))
         files.writer.sync()

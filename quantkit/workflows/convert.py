@@ -111,9 +111,10 @@ def carry(
         progress.note(text)
     result.bytes = target.nbytes
     shard = size_in_bytes(max_shard_size)
-    legacy.check_size(legacy_name, target.nbytes, shard)
-    output.check_space(target.nbytes)
-    companions(opened.source)  # what is wrong with them is told before the work is done
+    legacy.check_size(legacy_name, result.bytes, shard)
+    output.check_space(result.bytes)
+    if opened.format != "gguf":
+        companions(opened.source)  # what is wrong with them is told before the work is done
     if dry_run:
         return result
     with disk_errors(folder), ahead() as workers:

@@ -66,7 +66,8 @@ class KQuantTarget:
     @property
     def nbytes(self) -> int:
         """Of both files; they are there together for a moment."""
-        return self.plain.nbytes + self.plain.nbytes * 7 // 32
+        plain = self.plain.nbytes
+        return plain + plain * 7 // 32
 
     def survey(self, progress: Progress) -> list[str]:
         library = _library()

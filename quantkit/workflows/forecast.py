@@ -89,6 +89,7 @@ def forecast(
             )
     needs = Needs(subject, wish, on)
     found = [needs.of(task) for task in possible if not tasks or task in tasks]
+    notes = [note for need in found for note in needs.notes(need.task)]
     return Forecast(
         subject.source.name,
         on,
@@ -98,12 +99,13 @@ def forecast(
         needs.bits_per_weight,
         needs.shapes.exact,
         [n if n.fits else replace(n, changes=tuple(_changes(needs, n, ram))) for n in found],
-        [*_left_out(subject), *dict.fromkeys(n for need in found for n in needs.notes(need.task))],
+        list(dict.fromkeys(_left_out(subject, tasks) + notes)),
     )
 
 
-def _left_out(subject: Subject) -> list[str]:
-    if not subject.quantized:
+def _left_out(subject: Subject, tasks: Sequence[str]) -> list[str]:
+    """Why there are fewer tasks than usual, where nobody has said which."""
+    if tasks or not subject.quantized:
         return []
     return [f"{subject.source.name} is quantized already: it is planned as it is run"]
 

@@ -54,7 +54,10 @@ class Gate:
         limits = [limit(what, text) for what, some in given.items() for text in _several(some)]
         for one, times in Counter((limit.what, limit.set) for limit in limits).items():
             if times > 1:
-                raise UsageError(f"{OPTIONS[one[0]]} is given {times} times for {one[1]}")
+                raise UsageError(
+                    f"{OPTIONS[one[0]]} is given {times} times for {one[1]}",
+                    "give it once, or once for each text",
+                )
         return cls(limits, usual)
 
     def __bool__(self) -> bool:

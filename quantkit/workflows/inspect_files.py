@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from quantkit.core.checkpoint import INDEX, read_header
+from quantkit.core.checkpoint import INDEX
+from quantkit.core.weight_file import read_header
 from quantkit.workflows.inspect_look import (
     BESIDE,
     CONFIG,

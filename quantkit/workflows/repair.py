@@ -20,8 +20,9 @@ from typing import Any
 
 from quantkit.core import ledger, provenance
 from quantkit.core.card_data import CARD
-from quantkit.core.checkpoint import read_header, write_json, write_text
+from quantkit.core.checkpoint import write_json, write_text
 from quantkit.core.source import Source
+from quantkit.core.weight_file import read_header
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.workflows import card
 from quantkit.workflows.output import Output, disk_errors

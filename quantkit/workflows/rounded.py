@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit.core import sound
 from quantkit.core.checkpoint import TensorSpec
 from quantkit.core.nested import Nested
 from quantkit.core.qweight import QWeight, Scheme
@@ -183,13 +184,4 @@ class _Rest:
         return TensorSpec(torch.float16, spec.shape) if halved else spec
 
     def get(self, name: str) -> Tensor:
-        tensor = self.tensors.get(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise QuantkitError(f"{name} holds infinities or NaN", "the original may be damaged")
-        stored = tensor.to(self.spec(name).dtype)
-        if stored.dtype != tensor.dtype and not bool(stored.isfinite().all()):
-            raise QuantkitError(
-                f"{name} has values that do not fit into float16",
-                "save the model in bfloat16 first",
-            )
-        return stored
+        return sound.written(name, self.tensors.get(name), self.spec(name).dtype)

@@ -142,7 +142,7 @@ class TorchBackend:
         deliveries: list[Delivery] = []
         for i, row in enumerate(group.rows):
             if not isfinite(most[i]):  # NaN is the largest
-                row.stream.call(row.stream.fail)
+                row.stream.call(row.stream.fail, "its predictions are not numbers")
                 deliveries.append((row.stream, [], "stop"))
                 continue
             sampling = row.stream.job.sampling
